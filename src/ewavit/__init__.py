@@ -1,0 +1,65 @@
+"""Experts Weights Averaging: train a Vision Transformer as averaged experts, deploy the plain model it was.
+
+>>> import ewavit as ewa
+>>> ewa.expand(model, num_experts=4)
+>>> optimizer = torch.optim.AdamW(ewa.param_groups(model, weight_decay=0.05), lr=1e-3)
+>>> ewa.ExpertAveraging(model, share_rate=0.3, ramp_steps=10_000).attach(optimizer)
+>>> ...  # any training loop
+>>> model = ewa.collapse(model)
+"""
+
+from .averaging import (
+    Constant,
+    CosineRamp,
+    Early,
+    ExpertAveraging,
+    LinearRamp,
+    average_experts_,
+    full_share_rate,
+)
+from .diagnostics import CollapseGap, collapse_gap, expert_spread
+from .errors import EwavitError
+from .experts import SeparateExperts, StackedExperts
+from .ffn import FFN, find_ffns
+from .moe import MoE, moe_layers
+from .partition import RandomPartition
+from .surgery import (
+    Summary,
+    collapse,
+    collapsed,
+    dense_state_dict,
+    expand,
+    load_dense_state_dict,
+    param_groups,
+    summary,
+)
+
+__version__ = "0.1.0"
+__all__ = [
+    "FFN",
+    "CollapseGap",
+    "Constant",
+    "CosineRamp",
+    "Early",
+    "EwavitError",
+    "ExpertAveraging",
+    "LinearRamp",
+    "MoE",
+    "RandomPartition",
+    "SeparateExperts",
+    "StackedExperts",
+    "Summary",
+    "average_experts_",
+    "collapse",
+    "collapse_gap",
+    "collapsed",
+    "dense_state_dict",
+    "expand",
+    "expert_spread",
+    "find_ffns",
+    "full_share_rate",
+    "load_dense_state_dict",
+    "moe_layers",
+    "param_groups",
+    "summary",
+]

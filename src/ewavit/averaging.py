@@ -1,0 +1,241 @@
+"""Averaging the experts after every optimizer step: Eq. 6 of arXiv 2308.06093 as a lerp towards the mean.
+
+`W_i <- (1 - beta) W_i + sum_{j != i} beta / (N - 1) W_j` equals `W_i <- W_i - D (W_i - mean)` with
+`D = beta N / (N - 1)`. beta is the share rate, 0 <= beta <= (N - 1) / N; the upper end is full averaging.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import EwavitError
+from .moe import moe_layers
+
+Schedule = Callable[[int], float]  # number of optimizer steps done (1, 2, ...) -> share rate
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same share rate at every step."""
+
+    rate: float
+
+    def __call__(self, step: int) -> float:
+        return self.rate
+
+
+@dataclass(frozen=True)
+class LinearRamp:
+    """From 0 up to `rate` in `steps` steps along a straight line, then constant."""
+
+    rate: float
+    steps: int
+
+    def __call__(self, step: int) -> float:
+        return self.rate * min(1.0, step / self.steps) if self.steps > 0 else self.rate
+
+
+@dataclass(frozen=True)
+class CosineRamp:
+    """From 0 up to `rate` in `steps` steps along half a cosine, flat at both ends, then constant."""
+
+    rate: float
+    steps: int
+
+    def __call__(self, step: int) -> float:
+        done = min(1.0, step / self.steps) if self.steps > 0 else 1.0
+        return self.rate * 0.5 * (1.0 - math.cos(math.pi * done))
+
+
+@dataclass(frozen=True)
+class Early:
+    """Another schedule until step `until` (that one included), then no averaging: the experts specialise."""
+
+    schedule: Schedule
+    until: int
+
+    def __call__(self, step: int) -> float:
+        return self.schedule(step) if step <= self.until else 0.0
+
+
+def full_share_rate(num_experts: int) -> float:
+    """The share rate (N - 1) / N at which averaging makes all experts equal."""
+    return (num_experts - 1) / num_experts
+
+
+def check_share_rate(share_rate: float, num_experts: int) -> float:
+    """Return the share rate if it is in range.
+
+    Raises:
+        EwavitError: outside 0 <= share_rate <= (N - 1) / N, where experts would overshoot their mean.
+    """
+    highest = full_share_rate(num_experts)
+    if not 0.0 <= share_rate <= highest * (1 + 1e-12):
+        raise EwavitError(
+            f"share rate {share_rate} is out of range for {num_experts} experts: "
+            f"choose 0 <= share rate <= {highest:.4g} (full averaging)"
+        )
+    return share_rate
+
+
+@torch.no_grad()
+def average_experts_(model: nn.Module, share_rate: float) -> None:
+    """Pull the experts of every MoE of a model towards their mean, in place (Eq. 6).
+
+    Half-precision parameters are averaged in float32. No parameter object is replaced, and the mean of the
+    experts stays what it was.
+
+    Args:
+        model: an expanded model.
+        share_rate: beta, 0 <= beta <= (N - 1) / N.
+
+    Raises:
+        EwavitError: the model has no MoE, or the share rate is out of range.
+    """
+    for num_experts, experts in _expert_tensors(model):
+        if num_experts == 1 or check_share_rate(share_rate, num_experts) == 0.0:
+            continue
+        weight = min(1.0, share_rate * num_experts / (num_experts - 1))
+        half = experts[0][0].dtype in (torch.bfloat16, torch.float16)
+        work = [[tensor.float() for tensor in expert] for expert in experts] if half else experts
+        mean = torch._foreach_add(work[0], work[1])
+        for expert in work[2:]:
+            torch._foreach_add_(mean, expert)
+        torch._foreach_div_(mean, num_experts)
+        for expert, stored in zip(work, experts, strict=True):
+            torch._foreach_lerp_(expert, mean, weight)
+            if half:
+                torch._foreach_copy_(stored, expert)
+
+
+@torch.no_grad()
+def average_experts_reference_(model: nn.Module, share_rate: float) -> None:
+    """`average_experts_` written as the explicit sum of Eq. 6; the tests hold the two equal."""
+    for moe in moe_layers(model).values():
+        n = moe.num_experts
+        for _, values in moe.experts.families() if n > 1 else ():
+            old = [value.clone() for value in values]
+            for i in range(n):
+                others = sum(share_rate / (n - 1) * old[j] for j in range(n) if j != i)
+                values[i].copy_((1 - share_rate) * old[i] + others)
+
+
+def _expert_tensors(model: nn.Module) -> list[tuple[int, list[list[Tensor]]]]:
+    """Per number of experts and dtype: for each expert the list of its tensors over all layers."""
+    groups: dict[tuple[int, torch.dtype, torch.device], list[list[Tensor]]] = {}
+    layers = moe_layers(model)
+    if not layers:
+        raise EwavitError("the model has no MoE layer: call ewavit.expand(model) first")
+    for moe in layers.values():
+        for _, values in moe.experts.families():
+            key = (moe.num_experts, values[0].dtype, values[0].device)
+            for expert, value in zip(groups.setdefault(key, [[] for _ in values]), values, strict=True):
+                expert.append(value)
+    return [(num_experts, experts) for (num_experts, _, _), experts in groups.items()]
+
+
+class ExpertAveraging:
+    """Averages the experts of a model after every optimizer step.
+
+    Args:
+        model: an expanded model.
+        share_rate: beta at the end of the ramp, or a schedule `step -> beta`.
+        ramp_steps: optimizer steps over which a given number rises linearly from 0.
+        every: average after every k-th step only.
+
+    Raises:
+        EwavitError: the model has no MoE, the share rate is out of range, or `every` is below 1.
+
+    Example:
+        >>> ExpertAveraging(model, share_rate=0.3, ramp_steps=10_000).attach(optimizer)
+    """
+
+    def __init__(
+        self, model: nn.Module, share_rate: float | Schedule = 0.3, ramp_steps: int = 0, every: int = 1
+    ) -> None:
+        layers = moe_layers(model)
+        if not layers:
+            raise EwavitError("the model has no MoE layer: call ewavit.expand(model) first")
+        if every < 1:
+            raise EwavitError(f"every={every} is not a number of steps: choose 1 or more")
+        if callable(share_rate):
+            if ramp_steps:
+                raise EwavitError(
+                    "ramp_steps belongs to a share rate given as a number; the schedule has its own"
+                )
+            self.schedule: Schedule = share_rate
+        else:
+            for moe in layers.values():
+                check_share_rate(share_rate, moe.num_experts)
+            self.schedule = LinearRamp(share_rate, ramp_steps) if ramp_steps else Constant(share_rate)
+        self.model = model
+        self.every = every
+        self.steps_done = 0
+        self._hook: Any = None
+
+    @property
+    def share_rate(self) -> float:
+        """The share rate that the latest step used."""
+        return float(self.schedule(self.steps_done))
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> ExpertAveraging:
+        """Run after every `optimizer.step()` that was not skipped; returns self.
+
+        Wrappers that hold the real optimizer as `.optimizer` (accelerate, Lightning) are looked through.
+
+        Raises:
+            EwavitError: already attached, or the optimizer lacks expert parameters (built before `expand`).
+        """
+        if self._hook is not None:
+            raise EwavitError("this ExpertAveraging is already attached: call detach() first")
+        while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+            optimizer = inner
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for layer, moe in moe_layers(self.model).items():
+            for name, parameter in moe.experts.named_parameters():
+                if parameter.requires_grad and id(parameter) not in held:
+                    raise EwavitError(
+                        f"the optimizer does not hold {layer}.experts.{name}: "
+                        "build the optimizer after ewavit.expand(model)"
+                    )
+                if parameter.dtype in (torch.bfloat16, torch.float16):
+                    warnings.warn(
+                        f"{layer} has {parameter.dtype} weights, where a small pull rounds to nothing: "
+                        "keep float32 weights and use autocast",
+                        stacklevel=2,
+                    )
+        self._hook = optimizer.register_step_post_hook(self._after_step)
+        return self
+
+    def detach(self) -> None:
+        """Stop averaging after the optimizer's steps."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        # A fused optimizer under a GradScaler is stepped even when the gradients overflowed.
+        found_inf = getattr(optimizer, "found_inf", None)
+        if found_inf is None or not float(found_inf):
+            self.step()
+
+    def step(self) -> None:
+        """Count one optimizer step and average; call it yourself only in loops without `attach`."""
+        self.steps_done += 1
+        if self.steps_done % self.every == 0:
+            average_experts_(self.model, self.share_rate)
+
+    def state_dict(self) -> dict[str, int]:
+        """The number of steps done; the schedule itself is configuration."""
+        return {"steps_done": self.steps_done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from a saved number of steps."""
+        self.steps_done = int(state["steps_done"])

@@ -1,0 +1,93 @@
+"""How far the experts are apart, and what collapsing them now would change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import EwavitError
+from .moe import dispatching, moe_layers
+
+
+@torch.no_grad()
+def expert_spread(model: nn.Module) -> dict[str, float]:
+    """Relative distance of the experts to their mean, per MoE layer.
+
+    Returns:
+        By layer name sqrt(mean_i |W_i - Wm|^2) / |Wm|, over all parameters of an FFN; 0 when all are equal.
+    """
+    spread = {}
+    for layer, moe in moe_layers(model).items():
+        apart = norm = 0.0
+        for _, values in moe.experts.families():
+            stacked = torch.stack([value.float() for value in values])
+            mean = stacked.mean(0)
+            apart += float((stacked - mean).square().sum()) / len(values)
+            norm += float(mean.square().sum())
+        spread[layer] = (apart / norm) ** 0.5 if norm else 0.0
+    return spread
+
+
+@dataclass(frozen=True)
+class CollapseGap:
+    """What collapse changes on one batch; `output` is |mixture - collapsed| / |collapsed| of the outputs."""
+
+    output: float
+    loss_mixture: float | None
+    loss_collapsed: float | None
+
+    @property
+    def loss(self) -> float | None:
+        """Loss of the collapsed model minus loss of the mixture; negative when collapsing helps."""
+        if self.loss_mixture is None or self.loss_collapsed is None:
+            return None
+        return self.loss_collapsed - self.loss_mixture
+
+
+@torch.no_grad()
+def collapse_gap(
+    model: nn.Module,
+    inputs: Any,
+    targets: Tensor | None = None,
+    criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+) -> CollapseGap:
+    """Compare the mixture, its tokens dealt at random, with its collapse on one batch, both without dropout.
+
+    Args:
+        model: an expanded model; its mode is restored.
+        inputs: what the model takes, (batch, channels, height, width) for images.
+        targets: (batch,) classes or whatever `criterion` takes; without them only outputs are compared.
+        criterion: loss of (outputs, targets).
+
+    Raises:
+        EwavitError: the model has no MoE layer.
+    """
+    if not moe_layers(model):
+        raise EwavitError("the model has no MoE layer: call ewavit.expand(model) first")
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        collapsed = _logits(model(inputs))
+        with dispatching(model):
+            mixture = _logits(model(inputs))
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return CollapseGap(
+        output=float((mixture - collapsed).norm() / collapsed.norm()),
+        loss_mixture=None if targets is None else float(criterion(mixture, targets)),
+        loss_collapsed=None if targets is None else float(criterion(collapsed, targets)),
+    )
+
+
+def _logits(output: Any) -> Tensor:
+    """The tensor in a model's output: itself, `.logits`, or the first entry (transformers)."""
+    if isinstance(output, Tensor):
+        return output
+    logits = getattr(output, "logits", None)
+    return logits if isinstance(logits, Tensor) else output[0]

@@ -1,0 +1,254 @@
+"""One FFN made N: `StackedExperts` (batched matmul, fast) or `SeparateExperts` (N copies, always works).
+
+`StackedExperts` keeps the FFN's own module: a copy whose parameter-holding leaves carry a leading expert
+dimension, so the FFN's own `forward` runs unchanged on (experts, ..., tokens, dim).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+
+class ExpertLeaf(nn.Module):
+    """A layer with N sets of parameters, stacked on dimension 0 under the original names.
+
+    In training mode input and output carry a leading expert dimension. In eval mode, or with one expert, the
+    layer is the original one with the mean parameters and there is no expert dimension.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, leaf: nn.Module, num_experts: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.training = leaf.training
+        memo: dict[int, Any] = {}
+        for name, parameter in leaf._parameters.items():
+            if parameter is None:
+                self.register_parameter(name, None)
+                continue
+            memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+            stacked = parameter.detach().unsqueeze(0).repeat(num_experts, *[1] * parameter.ndim)
+            self.register_parameter(name, nn.Parameter(stacked, parameter.requires_grad))
+        # The original layer without its weights, in a tuple so that it is not registered as a child.
+        self._original = (copy.deepcopy(leaf, memo),)
+
+    @property
+    def merged(self) -> bool:
+        return not self.training or self.num_experts == 1
+
+    def mean(self, name: str) -> Tensor | None:
+        """The mean over experts of one parameter (None for an absent bias)."""
+        parameter = self._parameters[name]
+        return None if parameter is None else parameter.mean(0)
+
+    def collapse(self) -> nn.Module:
+        """The original layer, of its original class, with the mean parameters."""
+        original = self._original[0]
+        memo: dict[int, Any] = {}
+        for name, stacked in self._parameters.items():
+            if stacked is not None:
+                mean = stacked.detach().mean(0)
+                memo[id(original._parameters[name])] = nn.Parameter(mean, stacked.requires_grad)
+        return copy.deepcopy(original, memo).train(self.training)
+
+    def extra_repr(self) -> str:
+        shapes = {name: tuple(p.shape) for name, p in self._parameters.items() if p is not None}
+        return ", ".join(f"{name}={shape}" for name, shape in shapes.items())
+
+
+class ExpertLinear(ExpertLeaf):
+    """N linear layers: weight (experts, out, in), bias (experts, out)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(experts, ..., in) -> (experts, ..., out) in training, (..., in) -> (..., out) in eval."""
+        if self.merged:
+            return F.linear(x, cast(Tensor, self.mean("weight")), self.mean("bias"))
+        return _batched_linear(x, self.weight, self.bias)
+
+
+class ExpertConv1x1(ExpertLeaf):
+    """N pointwise convolutions: weight (experts, out, in, 1, 1), bias (experts, out); channels at dim -3."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(experts, ..., in, h, w) -> (experts, ..., out, h, w) in training, (b, in, h, w) in eval."""
+        if self.merged:
+            return F.conv2d(x, cast(Tensor, self.mean("weight")), self.mean("bias"))
+        y = _batched_linear(x.movedim(-3, -1), self.weight.flatten(2), self.bias)
+        return y.movedim(-1, -3)
+
+
+class ExpertNorm(ExpertLeaf):
+    """N layer norms, RMS norms or layer scales over the last dimension: weight (experts, dim)."""
+
+    def __init__(self, leaf: nn.Module, num_experts: int) -> None:
+        super().__init__(leaf, num_experts)
+        self.scale_name = next(iter(leaf._parameters))  # `weight`, or `gamma` of a layer scale
+        self.eps = getattr(leaf, "eps", None)
+        self.kind = _norm_kind(leaf)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape out as in; (experts, ..., dim) in training, (..., dim) in eval."""
+        if self.kind == "layer":
+            x = F.layer_norm(x, x.shape[-1:], eps=cast(float, self.eps))
+        elif self.kind == "rms":
+            x = F.rms_norm(x, x.shape[-1:], eps=self.eps)
+        scale, bias = self._parameters[self.scale_name], self._parameters.get("bias")
+        for parameter, operation in ((scale, torch.mul), (bias, torch.add)):
+            if parameter is not None:
+                per_expert = parameter.view(self.num_experts, *(1,) * (x.ndim - 2), -1)
+                x = operation(x, parameter.mean(0) if self.merged else per_expert)
+        return x
+
+
+def _batched_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(experts, ..., in) times (experts, out, in) -> (experts, ..., out), as one batched matmul."""
+    rows = x.flatten(1, -2)
+    y = torch.bmm(rows, weight.mT) if bias is None else torch.baddbmm(bias.unsqueeze(1), rows, weight.mT)
+    return y.view(*x.shape[:-1], weight.shape[1])
+
+
+def _norm_kind(leaf: nn.Module) -> str | None:
+    name = type(leaf).__name__.lower()
+    if isinstance(leaf, nn.LayerNorm):
+        return "layer"
+    if isinstance(leaf, nn.RMSNorm) or "rmsnorm" in name:
+        return "rms"
+    return "scale" if "layerscale" in name and len(leaf._parameters) == 1 else None
+
+
+def _stack_leaf(leaf: nn.Module, num_experts: int) -> ExpertLeaf | None:
+    """The N-expert version of a layer, or None if there is none."""
+    if isinstance(leaf, nn.Linear):
+        return ExpertLinear(leaf, num_experts)
+    if isinstance(leaf, nn.Conv2d) and leaf.kernel_size == leaf.stride == (1, 1) and leaf.groups == 1:
+        return ExpertConv1x1(leaf, num_experts) if not any(leaf.padding) else None
+    if _norm_kind(leaf) and all(p is None or p.ndim == 1 for p in leaf._parameters.values()):
+        return ExpertNorm(leaf, num_experts) if leaf._parameters.get("weight", 0) is not None else None
+    return None
+
+
+class Experts(nn.Module):
+    """What both kinds of experts offer to `MoE` and to the averaging.
+
+    `forward(x)` takes one FFN input per expert, (experts, *input), and returns (experts, *output).
+    """
+
+    num_experts: int
+
+    def merged(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The FFN with the mean parameters on a dense input: what will be deployed."""
+        raise NotImplementedError
+
+    def families(self) -> Iterator[tuple[str, list[Tensor]]]:
+        """For each parameter of the FFN its name and its N values, one per expert, as writable views."""
+        raise NotImplementedError
+
+    def replicas(self) -> list[nn.Module]:
+        """The modules that hold the FFN's buffers."""
+        raise NotImplementedError
+
+    def collapse(self) -> nn.Module:
+        """A new FFN of the original class with the mean parameters."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def fill_(self, ffn: nn.Module) -> None:
+        """Set every expert to the parameters and buffers of a dense FFN of the original class."""
+        dense = dict(ffn.named_parameters())
+        for name, values in self.families():
+            for value in values:
+                value.copy_(dense[name])
+        for name, buffer in ffn.named_buffers():
+            for replica in self.replicas():
+                replica.get_buffer(name).copy_(buffer)
+
+
+class StackedExperts(Experts):
+    """N experts as one copy of the FFN whose layers hold N sets of parameters.
+
+    Args:
+        ffn: the FFN, left untouched.
+        num_experts: N.
+
+    Raises:
+        TypeError: a parameter sits in a layer that has no stacked version.
+    """
+
+    def __init__(self, ffn: nn.Module, num_experts: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        memo: dict[int, Any] = {}
+        for name, module in ffn.named_modules():
+            if all(parameter is None for parameter in module._parameters.values()):
+                continue
+            leaf = _stack_leaf(module, num_experts)
+            if leaf is None:
+                raise TypeError(
+                    f"{name or 'the FFN itself'} ({type(module).__name__}) has no stacked version"
+                )
+            memo[id(module)] = leaf
+        self.ffn: nn.Module = copy.deepcopy(ffn, memo)
+
+    def replicas(self) -> list[nn.Module]:
+        return [self.ffn]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return cast(Tensor, self.ffn(x, *args, **kwargs))
+
+    merged = forward  # the layers themselves compute with the mean when they are not dispatched to
+
+    def families(self) -> Iterator[tuple[str, list[Tensor]]]:
+        for name, parameter in self.ffn.named_parameters():
+            yield name, list(parameter.unbind(0))
+
+    def collapse(self) -> nn.Module:
+        leaves = [module for module in self.ffn.modules() if isinstance(module, ExpertLeaf)]
+        return copy.deepcopy(self.ffn, {id(leaf): leaf.collapse() for leaf in leaves})
+
+
+class SeparateExperts(Experts):
+    """N experts as N deep copies of the FFN.
+
+    Args:
+        ffn: the FFN, left untouched.
+        num_experts: N.
+    """
+
+    def __init__(self, ffn: nn.Module, num_experts: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.copies = nn.ModuleList(copy.deepcopy(ffn) for _ in range(num_experts))
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return torch.stack([ffn(part, *args, **kwargs) for ffn, part in zip(self.copies, x, strict=True)])
+
+    def merged(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.num_experts == 1:
+            return cast(Tensor, self.copies[0](x, *args, **kwargs))
+        mean = {name: torch.stack(values).mean(0) for name, values in self.families()}
+        return cast(Tensor, functional_call(self.copies[0], mean, (x, *args), kwargs))
+
+    def replicas(self) -> list[nn.Module]:
+        return list(self.copies)
+
+    def families(self) -> Iterator[tuple[str, list[Tensor]]]:
+        parameters = [dict(ffn.named_parameters()) for ffn in self.copies]
+        for name in parameters[0]:
+            yield name, [of_expert[name] for of_expert in parameters]
+
+    def collapse(self) -> nn.Module:
+        first = dict(self.copies[0].named_parameters())
+        memo: dict[int, Any] = {}
+        for name, values in self.families():
+            mean = torch.stack([value.detach() for value in values]).mean(0)
+            memo[id(first[name])] = nn.Parameter(mean, first[name].requires_grad)
+        return copy.deepcopy(self.copies[0], memo)

@@ -1,0 +1,103 @@
+"""`MoE`: a dispatcher and experts in the place of an FFN. Training dispatches, eval takes the mean expert."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from .experts import ExpertLeaf, Experts
+from .partition import RandomPartition
+
+Unit = Literal["token", "image"]
+
+
+class MoE(nn.Module):
+    """A mixture of experts that stands where an FFN stood, with the FFN's input and output.
+
+    Args:
+        experts: the N experts.
+        partition: what is dealt to the experts, single tokens or whole images.
+        channels_first: the FFN takes (batch, channels, height, width).
+        dispatcher: sends units to experts; a `RandomPartition` unless given.
+    """
+
+    def __init__(
+        self,
+        experts: Experts,
+        partition: Unit = "token",
+        channels_first: bool = False,
+        dispatcher: RandomPartition | None = None,
+    ) -> None:
+        super().__init__()
+        self.experts = experts
+        self.partition = partition
+        self.channels_first = channels_first
+        self.dispatcher = dispatcher or RandomPartition(experts.num_experts)
+
+    @property
+    def num_experts(self) -> int:
+        return self.experts.num_experts
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute what the FFN would, each unit by its expert in training, by the mean expert in eval.
+
+        Args:
+            x: (tokens, dim), (batch, tokens, dim), (batch, height, width, dim) or, channels first,
+                (batch, dim, height, width).
+            args, kwargs: handed to the FFN.
+
+        Returns:
+            The FFN's output, in the FFN's shape.
+        """
+        if not self.training or self.num_experts == 1:
+            return self.experts.merged(x, *args, **kwargs)
+        if self.partition == "image":
+            block, state = self.dispatcher.dispatch(x)
+            return self.dispatcher.combine(self.experts(block, *args, **kwargs), state)
+        return self._by_token(x, *args, **kwargs)
+
+    def _by_token(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        last = x.movedim(1, -1) if self.channels_first else x
+        block, state = self.dispatcher.dispatch(last.flatten(0, -2))
+        experts, capacity, dim = block.shape
+        # Each expert gets one "image" of `capacity` tokens, of the rank that the FFN is used to.
+        image = {2: (capacity,), 3: (1, capacity), 4: (1, capacity, 1)}[x.ndim]
+        block = block.view(experts, *image, dim)
+        if not self.channels_first:
+            y = self.experts(block, *args, **kwargs)
+        else:
+            y = self.experts(block.movedim(-1, -3), *args, **kwargs).movedim(-3, -1)
+        y = self.dispatcher.combine(y.reshape(experts, capacity, y.shape[-1]), state)
+        y = y.view(*last.shape[:-1], y.shape[-1])
+        return y.movedim(-1, 1).contiguous() if self.channels_first else y
+
+    def collapse(self) -> nn.Module:
+        """A new FFN of the original class whose parameters are the experts' mean."""
+        return self.experts.collapse().train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"partition={self.partition!r}" + (", channels_first=True" if self.channels_first else "")
+
+
+def moe_layers(model: nn.Module) -> dict[str, MoE]:
+    """The MoE layers of a model by name, in module order; a shared layer is listed once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
+
+
+@contextmanager
+def dispatching(model: nn.Module) -> Iterator[None]:
+    """Within, a model in eval mode still dispatches to its experts, with dropout switched off."""
+    switched = [
+        m for moe in moe_layers(model).values() for m in moe.modules() if isinstance(m, MoE | ExpertLeaf)
+    ]
+    before = [module.training for module in switched]
+    for module in switched:
+        module.training = True
+    try:
+        yield
+    finally:
+        for module, mode in zip(switched, before, strict=True):
+            module.training = mode

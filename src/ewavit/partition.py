@@ -1,0 +1,114 @@
+"""Random uniform partition (RUP): which token goes to which expert, and back.
+
+A dispatcher is anything with `dispatch(x) -> (block, state)` and `combine(block, state) -> x`. The block is a
+static `(experts, capacity, ...)` tensor, so one batched-matmul expert path serves every dispatcher.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Partition(NamedTuple):
+    """One drawn partition of T units over N experts with capacity c = ceil(T / N).
+
+    `slots[s]` is the unit that sits in slot s of the flattened (experts, capacity) block, `positions[t]` the
+    slot of unit t. `padding` marks the fewer than N slots that hold no unit; it is None when N divides T.
+    """
+
+    slots: Tensor  # (experts * capacity,) int64
+    positions: Tensor  # (units,) int64
+    padding: Tensor | None  # (experts * capacity,) bool
+
+
+class _Move(torch.autograd.Function):
+    """Move units into slots or back; each is the other's gradient, a gather instead of a scatter-add."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, slots: Tensor, positions: Tensor, padding: Tensor | None, into_slots: bool
+    ) -> Tensor:
+        if not into_slots:
+            return x.index_select(0, positions)
+        moved = x.index_select(0, slots)
+        return moved if padding is None else moved.masked_fill(padding.view(-1, *(1,) * (x.ndim - 1)), 0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, slots, positions, padding, into_slots = inputs
+        ctx.save_for_backward(slots, positions, padding)
+        ctx.into_slots = into_slots
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return _Move.apply(grad, *ctx.saved_tensors, not ctx.into_slots), None, None, None, None
+
+
+class RandomPartition(nn.Module):
+    """Split the units of a tensor at random into `num_experts` groups of equal size (arXiv 2308.06093).
+
+    Every unit is in one group, group sizes differ by at most one, and each unit meets each expert with
+    probability 1/N. The draw comes from the global generator of the tensor's device, so activation
+    checkpointing recomputes the same partition.
+
+    Args:
+        num_experts: number of groups, N >= 1.
+    """
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+
+    def draw(self, num_units: int, device: torch.device | str = "cpu") -> Partition:
+        """Draw a partition of `num_units` units; shapes depend on `num_units` and N alone."""
+        experts = self.num_experts
+        capacity = -(-num_units // experts)
+        num_slots = experts * capacity
+        order = torch.randperm(num_units, device=device)
+        index = torch.arange(num_slots, device=device)
+        if num_slots == num_units:
+            return Partition(order, torch.empty_like(order).scatter_(0, order, index), None)
+        # Deal the shuffled units round-robin, so short groups lack one unit each; then shuffle the groups, so
+        # that no expert is short more often than another.
+        deal = index.view(capacity, experts)[:, torch.randperm(experts, device=device)].t().reshape(-1)
+        padding = deal >= num_units
+        slots = torch.cat([order, order.new_zeros(num_slots - num_units)])[deal]
+        target = torch.where(padding, num_units, slots)
+        positions = order.new_empty(num_units + 1).scatter_(0, target, index)[:num_units]
+        return Partition(slots, positions, padding)
+
+    def dispatch(self, x: Tensor) -> tuple[Tensor, Partition]:
+        """Send units to experts.
+
+        Args:
+            x: (units, ...), any number of units, also none or fewer than experts.
+
+        Returns:
+            The block (experts, capacity, ...), zeros in slots without a unit, and the state for `combine`.
+        """
+        state = self.draw(x.shape[0], x.device)
+        block = _Move.apply(x, *state, True)
+        capacity = state.slots.shape[0] // self.num_experts
+        return block.view(self.num_experts, capacity, *x.shape[1:]), state
+
+    def combine(self, block: Tensor, state: Partition) -> Tensor:
+        """Bring (experts, capacity, ...) back to (units, ...), each unit in its place."""
+        moved: Tensor = _Move.apply(block.flatten(0, 1), *state, False)
+        return moved
+
+    def extra_repr(self) -> str:
+        return f"num_experts={self.num_experts}"
+
+
+def dispatch_reference(x: Tensor, state: Partition, num_experts: int) -> Tensor:
+    """`RandomPartition.dispatch` for a given partition, written as loops; the tests hold the two equal."""
+    capacity = len(state.slots) // num_experts
+    block = x.new_zeros(num_experts, capacity, *x.shape[1:])
+    for unit, slot in enumerate(state.positions.tolist()):
+        block[slot // capacity, slot % capacity] = x[unit]
+    return block

@@ -1,0 +1,341 @@
+"""`expand` puts mixtures of experts where FFNs were, `collapse` gives the original model back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import nn
+
+from .errors import EwavitError
+from .experts import ExpertLeaf, Experts, SeparateExperts, StackedExperts
+from .ffn import FFN, find_ffns
+from .moe import MoE, Unit, moe_layers
+
+Select = str | Iterable[str] | Callable[[str, nn.Module], bool]
+Init = Literal["copy", "perturb", "independent"]
+Model = TypeVar("Model", bound=nn.Module)
+
+_WRAPPERS = {
+    "DistributedDataParallel": "wrap the model after ewavit.expand(model)",
+    "DataParallel": "wrap the model after ewavit.expand(model)",
+    "FullyShardedDataParallel": "wrap the model after ewavit.expand(model)",
+    "FSDPModule": "call fully_shard after ewavit.expand(model)",
+    "OptimizedModule": "call torch.compile after ewavit.expand(model)",
+}
+
+
+def expand(
+    model: Model,
+    num_experts: int = 4,
+    *,
+    select: Select = "alternate",
+    partition: Unit = "token",
+    experts: Literal["auto", "stacked", "separate"] = "auto",
+    init: Init = "copy",
+    noise: float = 0.01,
+) -> Model:
+    """Turn FFNs of a model into mixtures of experts, in place, and return the model.
+
+    Call it before the optimizer is built and before DDP, FSDP or `torch.compile`.
+
+    Args:
+        model: a timm, torchvision, transformers or own model.
+        num_experts: N. With N = 1 the model computes exactly what it did.
+        select: "alternate" (every second FFN, the last one in), "all", "last_half", the name of one module, a
+            list of names, a regular expression searched in the names, or a callable `(name, module) -> bool`.
+        partition: deal single "token"s, or whole "image"s for FFNs that mix tokens.
+        experts: "stacked" (one batched matmul), "separate" (N copies), or "auto": stacked where it was tried
+            and computes the same.
+        init: experts start as a "copy" of the FFN; "perturb" adds relative noise to the copies;
+            "independent" shuffles the weights within each row, which for freshly initialised weights is a new
+            draw of the same distribution. Their mean then has 1/N of the variance.
+        noise: standard deviation of the noise of "perturb", relative to each tensor's root mean square.
+
+    Raises:
+        EwavitError: nothing to expand, an unknown name, an FFN that cannot be dealt this way (with the table
+            of candidates and reasons), a model that is expanded, wrapped or compiled already.
+    """
+    if num_experts < 1 or num_experts != int(num_experts):
+        raise EwavitError(f"num_experts={num_experts} is not a number of experts: choose 1 or more")
+    for option, value, choices in (
+        ("partition", partition, ("token", "image")),
+        ("experts", experts, ("auto", "stacked", "separate")),
+        ("init", init, ("copy", "perturb", "independent")),
+    ):
+        if value not in choices:
+            raise EwavitError(f"{option}={value!r} is unknown: choose one of {', '.join(choices)}")
+    _refuse_wrapped(model)
+    if moe_layers(model):
+        raise EwavitError("the model is expanded already: call ewavit.collapse(model) first")
+    for ffn in select_ffns(model, select, partition):
+        if experts == "stacked" and not ffn.stackable:
+            raise EwavitError(
+                f'{ffn.name} ({ffn.class_name}) cannot be stacked: use experts="separate" or "auto"'
+            )
+        kind = SeparateExperts if experts == "separate" or not ffn.stackable else StackedExperts
+        made = kind(ffn.module, num_experts)
+        _initialise_(made, init, noise)
+        moe = MoE(made, partition, ffn.channels_first).train(ffn.module.training)
+        _replace(model, ffn.module, moe)
+    _exempt_norms_from_decay(model)
+    return model
+
+
+def select_ffns(model: nn.Module, select: Select = "alternate", partition: Unit = "token") -> list[FFN]:
+    """The FFNs that `expand` would take with these arguments; raises what it would."""
+    if isinstance(select, str):
+        if dict(model.named_modules()).get(select) is not None:
+            select = [select]
+    elif not callable(select):
+        select = list(select)
+    if isinstance(select, list):
+        modules = dict(model.named_modules())
+        if unknown := [name for name in select if not name or name not in modules]:
+            raise _nothing(f"the model has no module {', '.join(map(repr, unknown))}", find_ffns(model))
+        found = find_ffns(model, names=select)
+        if bad := [ffn for ffn in found if not _usable(ffn, partition)]:
+            raise _nothing(f"{bad[0].name} cannot become a mixture of experts", found)
+        return found
+    found = find_ffns(model)
+    usable = [ffn for ffn in found if _usable(ffn, partition)]
+    if not usable:
+        raise _nothing(f'no FFN found that can be dealt by partition="{partition}"', found)
+    if callable(select):
+        chosen = [ffn for ffn in usable if select(ffn.name, ffn.module)]
+    elif select == "all":
+        chosen = usable
+    elif select == "alternate":
+        chosen = usable[::-1][::2][::-1]
+    elif select == "last_half":
+        chosen = usable[len(usable) // 2 :]
+    else:
+        try:
+            chosen = [ffn for ffn in usable if re.search(select, ffn.name)]
+        except re.error as problem:
+            raise EwavitError(
+                f"select={select!r} is neither alternate, all, last_half, a module's name nor a regular "
+                f"expression ({problem})"
+            ) from None
+    if not chosen:
+        raise _nothing(f"select={select!r} matches none of the FFNs", found)
+    return chosen
+
+
+def _usable(ffn: FFN, partition: Unit) -> bool:
+    return ffn.unit == "token" or (ffn.unit == "image" and partition == "image")
+
+
+def _nothing(problem: str, found: list[FFN]) -> EwavitError:
+    if not found:
+        return EwavitError(f"{problem}: no module looks like one; name yours in select=[...]")
+    return EwavitError(f"{problem}; the candidates are\n{candidate_table(found)}")
+
+
+def candidate_table(found: list[FFN]) -> str:
+    """The candidates as text, one a line: name, class, unit of partition or why it is refused."""
+    rows = [(f.name, f.class_name, f.unit or "refused", f.reason) for f in found]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return "\n".join(
+        "  " + "  ".join(c.ljust(w) for c, w in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows
+    )
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    for module in model.modules():
+        for base in type(module).__mro__:
+            if base.__name__ in _WRAPPERS:
+                raise EwavitError(f"the model is wrapped in {base.__name__}: {_WRAPPERS[base.__name__]}")
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            raise EwavitError("the model is compiled: call model.compile() after ewavit.expand(model)")
+
+
+@torch.no_grad()
+def _initialise_(experts: Experts, init: Init, noise: float) -> None:
+    for _, values in experts.families():
+        for value in values if init == "perturb" else values[1:]:
+            if init == "perturb":
+                rms = value.float().square().mean().sqrt().to(value.dtype)
+                value.add_(torch.randn_like(value) * rms, alpha=noise)
+            elif init == "independent" and value.ndim > 1:
+                rows = value.flatten(1)
+                order = torch.rand(rows.shape, device=rows.device).argsort(1)
+                value.copy_(rows.gather(1, order).view_as(value))
+
+
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` wherever `old` is registered in the model (CoaT registers one FFN three times)."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new
+
+
+def _exempt_norms_from_decay(model: nn.Module) -> None:
+    """Let timm's `model.no_weight_decay()` name the stacked vectors, which it would take for matrices."""
+    vectors = _stacked_vectors(model)
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in vectors}
+    model.no_weight_decay = _Names(names | _listed_without_decay(model))  # type: ignore[assignment]
+
+
+def _listed_without_decay(model: nn.Module) -> set[str]:
+    listed = getattr(model, "no_weight_decay", None)
+    return set(listed()) if callable(listed) else set()
+
+
+class _Names(set[str]):
+    """A set of names that is called like the method it stands in for; unlike a closure it can be copied."""
+
+    def __call__(self) -> set[str]:
+        return set(self)
+
+
+def _stacked_vectors(model: nn.Module) -> set[int]:
+    """Identities of the parameters that are one vector per expert: norm weights and biases."""
+    leaves = [module for module in model.modules() if isinstance(module, ExpertLeaf)]
+    return {id(parameter) for leaf in leaves for parameter in leaf.parameters() if parameter.ndim == 2}
+
+
+def collapse(model: Model) -> Model:
+    """Put an FFN with the experts' mean where each mixture is, in place, and return the model.
+
+    Classes and state-dict keys are the original ones; `eval()` of the expanded model computed the same.
+
+    Raises:
+        EwavitError: the model is not expanded.
+    """
+    layers = moe_layers(model)
+    if not layers:
+        raise EwavitError(
+            "the model has no MoE layer, so there is nothing to collapse: call ewavit.expand first"
+        )
+    if isinstance(model, MoE):
+        raise EwavitError("a single MoE cannot replace itself: use its collapse() method")
+    for moe in layers.values():
+        _replace(model, moe, moe.collapse())
+    if isinstance(vars(model).get("no_weight_decay"), _Names):
+        del model.no_weight_decay
+    return model
+
+
+@contextmanager
+def collapsed(model: nn.Module) -> Iterator[list[tuple[MoE, nn.Module]]]:
+    """Within, the model is dense: its mixtures are swapped for their collapse, and come back at the end.
+
+    Yields:
+        The mixtures, each with the FFN that stands in for it.
+    """
+    swapped = [(moe, moe.collapse()) for moe in moe_layers(model).values()]
+    for moe, ffn in swapped:
+        _replace(model, moe, ffn)
+    try:
+        yield swapped
+    finally:
+        for moe, ffn in swapped:
+            _replace(model, ffn, moe)
+
+
+def dense_state_dict(model: nn.Module) -> dict[str, Any]:
+    """The state dict that the collapsed model would have, under the original keys; the model stays expanded.
+
+    Prefixes of wrappers (`module.`, `_orig_mod.`) are removed.
+    """
+    with collapsed(model):
+        state = model.state_dict()
+    for key in list(state):
+        plain = re.sub(r"(^|\.)(module\.|_orig_mod\.)+", r"\1", key) if _wrapped(model) else key
+        state[plain] = state.pop(key)
+    return state
+
+
+def _wrapped(model: nn.Module) -> bool:
+    return any(base.__name__ in _WRAPPERS for module in model.modules() for base in type(module).__mro__)
+
+
+def load_dense_state_dict(model: nn.Module, state_dict: dict[str, Any], strict: bool = True) -> Any:
+    """Load the original model's state dict into an expanded model: every expert gets the FFN's parameters.
+
+    Args:
+        model: an expanded model.
+        state_dict: with the dense model's keys.
+        strict: as in `torch.nn.Module.load_state_dict`, whose result is returned.
+    """
+    with collapsed(model) as swapped:
+        result = model.load_state_dict(state_dict, strict=strict)
+        for moe, ffn in swapped:
+            moe.experts.fill_(ffn)
+    return result
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One mixture of an expanded model."""
+
+    name: str
+    ffn: str
+    experts: str
+    num_experts: int
+    partition: str
+    dense_parameters: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `expand` did to a model; printing it gives a table."""
+
+    layers: tuple[LayerSummary, ...]
+    parameters: int
+    dense_parameters: int
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.layers)} mixtures of experts"]
+        lines += [
+            f"  {layer.name}: {layer.num_experts} x {layer.ffn} ({layer.experts}, by {layer.partition}), "
+            f"{layer.dense_parameters:,} parameters each"
+            for layer in self.layers
+        ]
+        lines.append(f"{self.parameters:,} parameters in training, {self.dense_parameters:,} after collapse")
+        return "\n".join(lines)
+
+
+def summary(model: nn.Module) -> Summary:
+    """Which layers of a model are mixtures of experts, and how many parameters that takes."""
+    layers = []
+    for name, moe in moe_layers(model).items():
+        kind = type(moe.experts).__name__.removesuffix("Experts").lower()
+        each = sum(parameter.numel() for parameter in moe.parameters()) // moe.num_experts
+        ffn = type(moe.experts.replicas()[0]).__name__
+        layers.append(LayerSummary(name, ffn, kind, moe.num_experts, moe.partition, each))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    extra = sum((layer.num_experts - 1) * layer.dense_parameters for layer in layers)
+    return Summary(tuple(layers), total, total - extra)
+
+
+def param_groups(
+    model: nn.Module, weight_decay: float = 0.05, no_weight_decay: Iterable[str] = ()
+) -> list[dict[str, Any]]:
+    """Optimizer groups by timm's rule: vectors, biases and names that the model lists are not decayed.
+
+    A stacked norm weight or bias of the experts counts as the vector that it is.
+
+    Args:
+        model: a model, expanded or not.
+        weight_decay: of all other parameters.
+        no_weight_decay: further names without decay, beside those of `model.no_weight_decay()`.
+
+    Returns:
+        Two groups for any torch optimizer, without decay first.
+    """
+    listed = set(no_weight_decay) | _listed_without_decay(model)
+    vectors = _stacked_vectors(model)
+    decay: list[nn.Parameter] = []
+    no_decay: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_vector = parameter.ndim <= 1 or name.endswith(".bias") or id(parameter) in vectors
+            (no_decay if is_vector or name in listed else decay).append(parameter)
+    return [{"params": no_decay, "weight_decay": 0.0}, {"params": decay, "weight_decay": weight_decay}]
