@@ -1,0 +1,29 @@
+# Every target sets itself up in .venv; nothing needs root.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := src tests benchmarks tools
+
+.PHONY: install demo test lint bench
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[all,dev]'
+	touch $@
+
+demo: install
+	$(BIN)/ewavit train --config recipes/demo.yaml
+
+test: install
+	$(BIN)/python -m pytest -q -n auto
+
+lint: install
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/python benchmarks/step_time.py
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/data_rate.py

@@ -1,0 +1,48 @@
+"""What every benchmark writes: its figures with command, date, versions, device and threads."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+
+FOLDER = Path(__file__).parent.parent / "records"
+
+
+def write_record(name: str, settings: dict[str, Any], result: Any) -> Path:
+    """Write records/NAME.json and say so."""
+    on_gpu = torch.cuda.is_available()
+    record = {
+        "command": "python " + " ".join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "date": date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if on_gpu else f"{processor()}, {torch.get_num_threads()} threads",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
+        "settings": settings,
+        "result": result,
+    }
+    FOLDER.mkdir(exist_ok=True)
+    file = FOLDER / f"{name}.json"
+    file.write_text(json.dumps(record, indent=2, default=str) + "\n")
+    print(f"wrote {file.relative_to(FOLDER.parent)}")
+    return file
+
+
+def processor() -> str:
+    """The CPU's name."""
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
+    return names[0] if names else platform.machine()
+
+
+def interval_of_median(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """Bootstrap interval of the median."""
+    draws = np.random.default_rng(0).choice(values, (2000, len(values)))
+    low, high = np.quantile(np.median(draws, axis=1), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

@@ -1,0 +1,150 @@
+"""The door to every data set: `open_data` turns a spec into `Data`, training and evaluation batches.
+
+Small sets are one uint8 tensor on the training device, augmented there in batches (`TensorData`); images in
+files go through worker processes and timm's transforms (`LoaderData`); timm's streamed sets are `StreamData`.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ewavit.errors import EwavitError
+from ewavit.training import sources
+from ewavit.training.augmentation import Augmentation
+from ewavit.training.batches import BatchPlan, Data, TensorData
+from ewavit.training.loading import LoaderData, StreamData
+from ewavit.training.sources import Arrays, ImageSource, Ints
+
+__all__ = ["Augmentation", "Data", "open_data"]
+
+
+def open_data(
+    spec: str,
+    *,
+    batch_size: int,
+    seed: int = 0,
+    augmentation: Augmentation = Augmentation(),  # noqa: B008 (frozen)
+    limit: int | None = None,
+    img_size: int | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    workers: int = 2,
+    device: torch.device = torch.device("cpu"),  # noqa: B008 (immutable)
+    rank: int = 0,
+    world_size: int = 1,
+    skip_bad_images: bool = False,
+    data_dir: str | None = None,
+    train_split: str = "train",
+    val_split: str = "validation",
+) -> Data:
+    """Open a data set for training and evaluation.
+
+    Args:
+        spec: "fashion-mnist-mini" (bundled); a folder with train/ and val/ of class folders, of CIFAR-10/100
+            in the python format, or of Tiny-ImageNet; or what timm's create_dataset takes: "torch/...",
+            "hfds/...", "wds/...", "tfds/...".
+        batch_size: images per batch and rank.
+        seed: decides the order of the images and the augmentation of images read from files.
+        augmentation: what happens to training images.
+        limit: use the first so many training images only; sets stored class by class are first interleaved.
+        img_size: height and width in pixels; None follows the images.
+        mean: of each channel, values in 0..1, given together with `std`, as a trained model wants them; None
+            takes those of the training images for sets in memory, else ImageNet's or (one channel) 0.5.
+        std: standard deviation of each channel.
+        workers: processes that read images, for training and as many for evaluation; 0 reads in this one.
+        device: where sets in memory lie and batches are put.
+        rank: number of this process among `world_size`.
+        world_size: processes that share each epoch.
+        skip_bad_images: count and skip images that cannot be read, instead of an error.
+        data_dir: folder of timm's sets.
+        train_split: training split, of timm's sets and folders.
+        val_split: evaluation split, of timm's sets and folders.
+
+    Returns:
+        The data, with batches for this rank.
+
+    Raises:
+        EwavitError: the set or an option is wrong; one line says what to do.
+    """
+    for name, value, least in (
+        ("batch_size", batch_size, 1),
+        ("limit", limit, 1),
+        ("img_size", img_size, 1),
+        ("workers", workers, 0),
+    ):
+        if value is not None and value < least:
+            raise EwavitError(f"{name} {value} is too small: give {least} or more")
+
+    statistics = (mean, std) if mean is not None and std is not None else None
+    is_timm = "/" in spec and spec.split("/")[0].lower() in sources.TIMM_PREFIXES
+    if is_timm and sources.is_streamed(spec):
+        if limit is not None:
+            raise EwavitError(
+                f"limit does not apply to {spec}, which is streamed: name a smaller --train-split"
+            )
+        splits = (train_split, val_split)
+        return StreamData(
+            spec,
+            data_dir,
+            splits,
+            batch_size,
+            seed,
+            augmentation,
+            img_size,
+            statistics,
+            device,
+            workers,
+            world_size,
+        )
+
+    def plan(num_train: int, num_eval: int) -> BatchPlan:
+        return BatchPlan(num_train, num_eval, batch_size, seed, rank, world_size)
+
+    arrays: Arrays | None = None
+    train: ImageSource
+    val: ImageSource
+    path = Path(spec).expanduser()
+    if spec == "fashion-mnist-mini":
+        arrays = sources.read_bundled()
+    elif is_timm:
+        train, val = sources.read_timm(spec, data_dir, train_split, val_split)
+    elif not path.is_dir():
+        raise EwavitError(f"unknown data {spec!r}, and no folder either: give {sources.ACCEPTED}")
+    elif cifar := sources.find_cifar(path):
+        arrays = sources.read_cifar(cifar)
+    else:
+        train, val = sources.read_folder(path, train_split, val_split)
+
+    if arrays is not None:
+        indices = _first(arrays.train_labels, limit)
+        order = plan(len(indices), len(arrays.eval_labels))
+        return TensorData(arrays, indices, order, augmentation, img_size, statistics, device)
+    indices = np.arange(len(train)) if limit is None else _first(train.labels(), limit)
+    return LoaderData(
+        spec if is_timm else path.resolve().name,
+        train,
+        indices,
+        val,
+        plan(len(indices), len(val)),
+        augmentation,
+        img_size,
+        statistics,
+        device,
+        workers,
+        skip_bad_images,
+    )
+
+
+def _first(labels: Ints, limit: int | None) -> Ints:
+    """Indices of the first `limit` images; what is stored class by class is taken from each class in turn."""
+    order = np.arange(len(labels))
+    if limit is None:
+        return order
+    if (np.diff(labels) >= 0).all():
+        _, starts, inverse = np.unique(labels, return_index=True, return_inverse=True)
+        order = np.lexsort((labels, order - starts[inverse]))
+    chosen = order[:limit]
+    if len(np.unique(labels[chosen])) < 2:
+        raise EwavitError(f"limit {limit} leaves images of one class only: raise it")
+    return chosen

@@ -1,0 +1,250 @@
+"""From a run or a checkpoint to files that need no ewavit: safetensors with timm's keys, or ONNX."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ewavit.errors import EwavitError
+from ewavit.surgery import collapse
+from ewavit.training.building import expand_by_recipe
+from ewavit.training.checkpoint import load_checkpoint, save_tensors
+from ewavit.training.data import Data, open_data
+from ewavit.training.evaluation import Metrics, evaluate_batches
+from ewavit.training.recipe import Recipe
+
+LARGEST_DIFFERENCE = 1e-3  # of the logits, relative; beyond it an exported file is refused
+LARGEST_TOP1_CHANGE = 0.1  # percentage points
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """What is needed to build a collapsed model again and to feed it; kept in its file's metadata.
+
+    `model_kwargs` is all that `timm.create_model` takes beside the name. `top1` is in percent, on `data`.
+    """
+
+    model: str
+    model_kwargs: dict[str, Any]
+    classes: tuple[str, ...]
+    in_chans: int
+    img_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    data: str
+    top1: float | None = None
+
+    @classmethod
+    def of(cls, model: str, model_kwargs: dict[str, Any], spec: str, data: Data) -> ModelCard:
+        """The card of a timm model trained on some data."""
+        kwargs = {key: value for key, value in model_kwargs.items() if key != "drop_path_rate"}
+        mean, std = tuple(data.mean), tuple(data.std)
+        return cls(model, kwargs, tuple(data.classes), data.in_chans, data.img_size, mean, std, spec)
+
+    @classmethod
+    def from_dict(cls, card: dict[str, Any]) -> ModelCard:
+        """The inverse of `asdict` after a trip through JSON."""
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in card.items()}
+        return cls(**values)
+
+    def metadata(self) -> dict[str, str]:
+        """The card as metadata of a safetensors or ONNX file."""
+        return {"ewavit": json.dumps(asdict(self))}
+
+    def build(self) -> nn.Module:
+        """The dense model, with fresh weights."""
+        model: nn.Module = timm.create_model(self.model, **self.model_kwargs)
+        return model
+
+    def loading_code(self, file: Path) -> str:
+        """Three lines of timm that load the file."""
+        arguments = ", ".join(f"{key}={value!r}" for key, value in self.model_kwargs.items())
+        return (
+            "    import timm\n"
+            f"    settings = dict({arguments})\n"
+            f'    model = timm.create_model("{self.model}", checkpoint_path="{file}", **settings).eval()'
+        )
+
+
+def load_collapsed(source: Path) -> tuple[nn.Module, ModelCard]:
+    """The plain model of a run, a checkpoint folder or an exported safetensors file, in eval mode.
+
+    Raises:
+        EwavitError: nothing there that ewavit wrote, or it is damaged.
+    """
+    if not source.exists():
+        raise EwavitError(
+            f"no run and no file {source}: give a run's folder, its checkpoint or an exported file"
+        )
+    if (source / "state.json").exists() or (source.is_dir() and not (source / "model.safetensors").exists()):
+        return _from_checkpoint(source)
+    file = source / "model.safetensors" if source.is_dir() else source
+    try:
+        with safe_open(file, "pt") as handle:
+            metadata = handle.metadata() or {}
+        weights = load_file(file)
+    except (OSError, SafetensorError) as problem:
+        raise EwavitError(f"{file} cannot be read as safetensors ({problem}): export it again") from None
+    if "ewavit" not in metadata:
+        raise EwavitError(f"{file} does not say which model it holds: give a file or run that ewavit wrote")
+    card = ModelCard.from_dict(json.loads(metadata["ewavit"]))
+    model = card.build()
+    model.load_state_dict(weights)
+    return model.eval(), card
+
+
+def _from_checkpoint(source: Path) -> tuple[nn.Module, ModelCard]:
+    checkpoint = load_checkpoint(source)
+    recipe = Recipe.from_dict(checkpoint.facts["recipe"], str(checkpoint.path))
+    card = ModelCard.from_dict(checkpoint.facts["card"])
+    model = expand_by_recipe(card.build(), recipe)
+    model.load_state_dict(checkpoint.model)
+    if recipe.experts > 1:
+        collapse(model)
+    progress = checkpoint.facts["progress"]
+    if progress["rows"] and progress["batch"] == 0:
+        card = replace(card, top1=progress["rows"][-1]["eval_top1"])
+    return model.eval(), card
+
+
+def predictor(source: Path) -> tuple[Callable[[Tensor], Tensor], ModelCard]:
+    """What maps normalised images (batch, channels, height, width) to logits (batch, classes), and its card."""
+    if source.suffix != ".onnx":
+        model, card = load_collapsed(source)
+        return model, card
+    import onnxruntime
+
+    try:
+        session = onnxruntime.InferenceSession(str(source), providers=["CPUExecutionProvider"])
+        card = ModelCard.from_dict(json.loads(session.get_modelmeta().custom_metadata_map["ewavit"]))
+    except Exception as problem:  # onnxruntime's errors have no common class
+        raise EwavitError(f"{source} cannot be read as an ONNX file of ewavit ({problem})") from None
+    name = session.get_inputs()[0].name
+    return lambda images: torch.from_numpy(session.run(None, {name: images.cpu().numpy()})[0]), card
+
+
+def evaluate(source: Path, data: str | None = None, batch_size: int = 128, **data_options: Any) -> Metrics:
+    """Loss and accuracy of a run, a checkpoint or an exported file on the evaluation images of a data set.
+
+    Args:
+        source: a run's folder, a checkpoint folder, a safetensors or an ONNX file that ewavit wrote.
+        data: data spec; the one it was trained on unless given.
+        batch_size: images per batch.
+        data_options: handed to `open_data`.
+
+    Raises:
+        EwavitError: the source or the data cannot be read, or their classes or image sizes differ.
+    """
+    predict, card = predictor(source)
+    opened = _open_for(card, data, batch_size, **data_options)
+    device = torch.device("cuda" if torch.cuda.is_available() and isinstance(predict, nn.Module) else "cpu")
+    if isinstance(predict, nn.Module):
+        predict.to(device)
+    return evaluate_batches(predict, opened.eval_batches(), len(card.classes), device)
+
+
+def _open_for(card: ModelCard, spec: str | None, batch_size: int, **options: Any) -> Data:
+    data = open_data(
+        spec or card.data,
+        batch_size=batch_size,
+        img_size=card.img_size,
+        mean=card.mean,
+        std=card.std,
+        **options,
+    )
+    if data.in_chans != card.in_chans or len(data.classes) != len(card.classes):
+        raise EwavitError(
+            f"{data.name} has {len(data.classes)} classes and {data.in_chans} channels, the model "
+            f"{len(card.classes)} and {card.in_chans}: give the data that it was trained for"
+        )
+    return data
+
+
+def export(source: Path, to: Path, data: str | None = None) -> str:
+    """Write the plain model of a run or checkpoint as one file, and check the file against it.
+
+    The logits of the file on random images must be the model's, and, where the run's data can be opened, its
+    accuracy the run's. A file that fails is not left behind.
+
+    Args:
+        source: a run's folder, or a checkpoint folder.
+        to: a path ending in .safetensors (loaded by stock timm) or .onnx.
+        data: data spec; the one it was trained on unless given.
+
+    Returns:
+        What was written and checked, in words.
+
+    Raises:
+        EwavitError: wrong source or ending, an unwritable path, or a file that does not compute the same.
+    """
+    if to.suffix not in (".safetensors", ".onnx"):
+        raise EwavitError(
+            f"{to} ends in {to.suffix or 'nothing'}: choose a name ending in .safetensors or .onnx"
+        )
+    if not to.parent.is_dir():
+        raise EwavitError(f"no folder {to.parent}: make it first")
+    model, card = load_collapsed(source)
+    partial = to.with_name(f"unchecked-{to.name}")
+    try:
+        if to.suffix == ".onnx":
+            _write_onnx(model, card, partial)
+        else:
+            save_tensors(model.state_dict(), partial, card.metadata())
+        checked = _check(partial, model, card, data)
+        os.replace(partial, to)
+    finally:
+        partial.unlink(missing_ok=True)
+    return f"wrote {to} ({to.stat().st_size / 1e6:.1f} MB): {checked}"
+
+
+def _write_onnx(model: nn.Module, card: ModelCard, file: Path) -> None:
+    import onnx
+
+    images = torch.randn(2, card.in_chans, card.img_size, card.img_size)
+    batch = {0: torch.export.Dim("batch")}
+    program = torch.onnx.export(
+        model, (images,), dynamo=True, dynamic_shapes=(batch,), input_names=["images"],
+        output_names=["logits"], verbose=False,
+    )  # fmt: skip
+    assert program is not None
+    proto = program.model_proto
+    onnx.helper.set_model_props(proto, card.metadata())
+    onnx.save(proto, file)
+
+
+@torch.no_grad()
+def _check(file: Path, model: nn.Module, card: ModelCard, data: str | None) -> str:
+    predict, _ = predictor(file)
+    images = torch.randn(4, card.in_chans, card.img_size, card.img_size)
+    expected, found = model(images), predict(images)
+    difference = float((found - expected).norm() / expected.norm())
+    if not difference <= LARGEST_DIFFERENCE:
+        raise EwavitError(
+            f"the written file's logits differ from the model's by {difference:.1e}: it was removed"
+        )
+    said = f"logits equal the model's (relative difference {difference:.0e})"
+    if card.top1 is None and data is None:
+        return f"{said}, accuracy not compared: the checkpoint was written within an epoch"
+    try:
+        opened = _open_for(card, data, 128)
+    except EwavitError as problem:
+        if data is not None:
+            raise
+        return f"{said}, accuracy not compared: {problem}"
+    metrics = evaluate_batches(predict, opened.eval_batches(), len(card.classes))
+    said += f", top-1 {metrics.top1:.2f} % on {metrics.images:,} images"
+    if card.top1 is None or data is not None:
+        return said
+    if abs(metrics.top1 - card.top1) > LARGEST_TOP1_CHANGE:
+        raise EwavitError(f"{said}, but the run had {card.top1:.2f} %: the file was removed")
+    return f"{said} (the run: {card.top1:.2f} %)"

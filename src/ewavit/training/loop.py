@@ -1,0 +1,459 @@
+"""The training loop: a batch enters, meets the mixtures, goes back, the hook averages, it is written down.
+
+Every random draw of a step comes from generators seeded by (seed, epoch, batch, rank), so a resumed run goes
+on exactly, and two runs that differ in the method alone see the same images.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import signal
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from ewavit.averaging import ExpertAveraging
+from ewavit.diagnostics import expert_spread
+from ewavit.errors import EwavitError
+from ewavit.moe import moe_layers
+from ewavit.surgery import dense_state_dict
+from ewavit.training import report
+from ewavit.training.building import build_model, expand_by_recipe, model_settings
+from ewavit.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, save_tensors
+from ewavit.training.data import Augmentation, Data, open_data
+from ewavit.training.evaluation import Metrics, evaluate_batches
+from ewavit.training.export import ModelCard
+from ewavit.training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: its folder, the last epoch's row of `summary.csv`, and the collapsed model's file."""
+
+    run: Path
+    row: report.Row
+    model_file: Path
+
+
+class Interrupted(Exception):
+    """The run was stopped by a signal after its checkpoint was written."""
+
+    def __init__(self, run: Path, signal_number: int) -> None:
+        super().__init__(f"stopped; go on with: ewavit train --resume {run}")
+        self.exit_status = 128 + signal_number
+
+
+@dataclass
+class Progress:
+    """How far a run is; `batch` counts within the epoch, `update` optimizer steps in all."""
+
+    epoch: int = 0
+    batch: int = 0
+    update: int = 0
+    loss_sum: float = 0.0
+    loss_count: int = 0
+    rows: list[report.Row] = field(default_factory=list)
+
+
+def train(recipe: Recipe) -> Result:
+    """Train a model from its first step and leave `recipe.output/name/`.
+
+    Raises:
+        EwavitError: wrong input, a loss that is not finite, or a disk that is full.
+        Interrupted: SIGINT or SIGTERM; the checkpoint is written.
+    """
+    accelerator = _accelerator(recipe)
+    run = _run_folder(recipe)
+    return _Run(recipe, run, accelerator).train()
+
+
+def resume(run: Path, **changes: Any) -> Result:
+    """Go on with a run from its last whole checkpoint, exactly as if it had not stopped.
+
+    Args:
+        run: the run's folder.
+        changes: settings that do not change the result: where the data is, how many workers read it.
+
+    Raises:
+        EwavitError: no run or no whole checkpoint there, or the run is finished.
+    """
+    checkpoint = load_checkpoint(run)
+    recipe = replace(Recipe.from_dict(checkpoint.facts["recipe"], str(checkpoint.path)), **changes)
+    if checkpoint.facts["progress"]["epoch"] >= recipe.epochs and (run / "model.safetensors").exists():
+        raise EwavitError(f"{run} is finished after {recipe.epochs} epochs: there is nothing to resume")
+    accelerator = _accelerator(recipe)
+    if checkpoint.warning and accelerator.is_main_process:
+        report.say(f"warning: {checkpoint.warning}")
+    return _Run(recipe, run, accelerator, checkpoint).train()
+
+
+class _Run:
+    """Everything that one run needs, built from its recipe and, when resumed, its checkpoint."""
+
+    def __init__(
+        self, recipe: Recipe, run: Path, accelerator: Accelerator, checkpoint: Checkpoint | None = None
+    ) -> None:
+        self.recipe, self.folder, self.accelerator = recipe, run, accelerator
+        self.data = open_recipe_data(recipe, accelerator)
+        self.updates_per_epoch = self.data.batches_per_epoch // recipe.grad_accum_steps
+        if self.updates_per_epoch == 0:
+            raise EwavitError(
+                f"{self.data.num_train} training images are fewer than one optimizer step takes "
+                f"(--batch-size {recipe.batch_size} x --grad-accum-steps {recipe.grad_accum_steps} x "
+                f"{accelerator.num_processes} processes): choose a smaller --batch-size"
+            )
+        _seed_all(recipe.seed)
+        name, kwargs = model_settings(recipe, self.data.img_size)
+        dense, settings = build_model(
+            name,
+            num_classes=len(self.data.classes),
+            in_chans=self.data.in_chans,
+            img_size=self.data.img_size,
+            pretrained=recipe.pretrained and checkpoint is None,
+            initial_checkpoint=None if checkpoint else recipe.initial_checkpoint,
+            **kwargs,
+        )
+        self.card = ModelCard.of(name, settings, recipe.data, self.data)
+        sample = torch.zeros(1, self.data.in_chans, self.data.img_size, self.data.img_size)
+        plain = expand_by_recipe(dense, recipe, sample).to(accelerator.device)
+        optimizer = self._optimizer(plain)
+        self.scheduler = self._scheduler(optimizer)
+        self.ema = None
+        if recipe.model_ema:
+            self.ema = ModelEmaV3(plain, recipe.model_ema_decay, use_warmup=recipe.model_ema_warmup)
+        self.averaging = None
+        if recipe.experts > 1:
+            ramp_steps = round(recipe.ramp * recipe.epochs * self.updates_per_epoch)
+            self.averaging = ExpertAveraging(plain, recipe.share_rate, ramp_steps).attach(optimizer)
+        self.progress = Progress()
+        self.plain = plain
+        self.raw_optimizer = optimizer
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        if recipe.compile:
+            plain.compile()
+        self.model, self.optimizer = accelerator.prepare(plain, optimizer)
+        self.mixup = None
+        if recipe.mixup or recipe.cutmix:
+            self.mixup = Mixup(
+                recipe.mixup,
+                recipe.cutmix,
+                label_smoothing=recipe.smoothing,
+                num_classes=len(self.data.classes),
+            )
+
+    def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        recipe = self.recipe
+        fused = {"fused": True} if recipe.opt in ("adam", "adamw") else {}  # one pass over the weights
+        try:
+            return create_optimizer_v2(  # type: ignore[no-any-return]
+                model,
+                opt=recipe.opt,
+                lr=recipe.lr,
+                weight_decay=recipe.weight_decay,
+                momentum=recipe.momentum,
+                layer_decay=recipe.layer_decay,
+                **fused,
+            )
+        except (AssertionError, ValueError, KeyError) as problem:
+            raise EwavitError(f"timm could not build the optimizer {recipe.opt!r} ({problem})") from None
+
+    def _scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
+        recipe = self.recipe
+        if recipe.sched == "none":
+            return None
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=recipe.sched,
+            num_epochs=recipe.epochs,
+            warmup_epochs=min(recipe.warmup_epochs, recipe.epochs // 2),
+            warmup_lr=recipe.warmup_lr,
+            min_lr=recipe.min_lr,
+            decay_epochs=recipe.decay_epochs,
+            decay_rate=recipe.decay_rate,
+            step_on_epochs=False,
+            updates_per_epoch=self.updates_per_epoch,
+        )
+        return scheduler
+
+    def train(self) -> Result:
+        """Train to the last epoch, evaluating and saving after each."""
+        recipe, progress, main = self.recipe, self.progress, self.accelerator.is_main_process
+        if main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            recipe.save(self.folder / "args.yaml")
+            report.say(self._opening())
+        if recipe.tensorboard:
+            self.accelerator.project_configuration.logging_dir = str(self.folder)
+            self.accelerator.init_trackers("tensorboard")
+        with self._signals() as received:
+            while progress.epoch < recipe.epochs:
+                row = self._train_epoch(received)
+                row |= self._evaluate()
+                progress.rows.append(row)
+                progress.epoch, progress.batch = progress.epoch + 1, 0
+                progress.loss_sum, progress.loss_count = 0.0, 0
+                if main:
+                    report.say(report.epoch_line(row, recipe.epochs))
+                    report.write_summary(progress.rows, self.folder / "summary.csv")
+                self.accelerator.log(row, step=progress.epoch)
+                self._save()
+        return self._finish()
+
+    def _train_epoch(self, received: list[int]) -> report.Row:
+        recipe, progress, data = self.recipe, self.progress, self.data
+        self.model.train()
+        batches = data.train_batches(progress.epoch, start=progress.batch)
+        begun, first_batch = time.perf_counter(), progress.batch
+        losses: deque[Tensor] = deque()
+        total = self.updates_per_epoch * recipe.grad_accum_steps
+        title = f"epoch {progress.epoch + 1}/{recipe.epochs}"
+        with report.progress_bar(title, total, progress.batch, self.accelerator.is_main_process) as advance:
+            while progress.batch < total:
+                for micro_batch in range(recipe.grad_accum_steps):
+                    last = micro_batch == recipe.grad_accum_steps - 1
+                    with nullcontext() if last else self.accelerator.no_sync(self.model):
+                        losses.append(self._forward_backward(batches))
+                    progress.batch += 1
+                self._update()
+                while len(losses) > recipe.grad_accum_steps:  # one step late, so that a GPU never waits
+                    advance(self._count(losses.popleft()))
+                due = recipe.recovery_interval and progress.update % recipe.recovery_interval == 0
+                if received or (due and progress.batch < total):
+                    while losses:
+                        self._count(losses.popleft())
+                    self._save()
+                if received:
+                    raise Interrupted(self.folder, received[0])
+            while losses:
+                advance(self._count(losses.popleft()))
+        seconds = time.perf_counter() - begun
+        images = (total - first_batch) * recipe.batch_size * self.accelerator.num_processes
+        spread = expert_spread(self.plain)
+        self._gather_loss()
+        return {
+            "epoch": progress.epoch,
+            "train_loss": progress.loss_sum / max(progress.loss_count, 1),
+            "lr": max(group["lr"] for group in self.raw_optimizer.param_groups),
+            "share_rate": self.averaging.share_rate if self.averaging else 0.0,
+            "expert_spread": sum(spread.values()) / len(spread) if spread else 0.0,
+            "images_per_second": images / seconds,
+        }
+
+    def _forward_backward(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
+        recipe, progress = self.recipe, self.progress
+        _seed_all(recipe.seed, progress.epoch, progress.batch, self.accelerator.process_index)
+        images, targets = next(batches)
+        smoothing = recipe.smoothing
+        if self.mixup is not None:
+            images, targets = self.mixup(images, targets)  # soft targets, smoothed already
+            smoothing = 0.0
+        loss = F.cross_entropy(self.model(images), targets, label_smoothing=smoothing)
+        self.accelerator.backward(loss / recipe.grad_accum_steps)
+        return loss.detach()
+
+    def _update(self) -> None:
+        if self.recipe.clip_grad is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
+        self.optimizer.step()  # the averaging follows, in its hook
+        self.optimizer.zero_grad()
+        self.progress.update += 1
+        if self.scheduler is not None:
+            self.scheduler.step_update(self.progress.update)
+        if self.ema is not None:
+            self.ema.update(self.plain, step=self.progress.update)
+
+    def _count(self, loss: Tensor) -> float:
+        """Add a batch's loss to the epoch's; stop if it is not finite."""
+        value = float(loss)
+        if not math.isfinite(value):
+            has_checkpoint = (self.folder / "checkpoint").exists()
+            kept = f"the last good checkpoint is in {self.folder}" if has_checkpoint else "no checkpoint yet"
+            raise EwavitError(
+                f"the loss is {value} at or before step {self.progress.update} of epoch "
+                f"{self.progress.epoch + 1}: lower --lr, lengthen --warmup-epochs or set --clip-grad ({kept})"
+            )
+        self.progress.loss_sum += value
+        self.progress.loss_count += 1
+        return value
+
+    def _gather_loss(self) -> None:
+        """Make the main process's loss sum that of all processes; the others start from zero again."""
+        if self.accelerator.num_processes == 1:
+            return
+        progress, accelerator = self.progress, self.accelerator
+        local = torch.tensor([progress.loss_sum, progress.loss_count], device=accelerator.device)
+        total, count = accelerator.reduce(local, "sum").tolist()
+        progress.loss_sum, progress.loss_count = (
+            (total, int(count)) if accelerator.is_main_process else (0.0, 0)
+        )
+
+    def _evaluate(self) -> report.Row:
+        def measure(model: nn.Module) -> Metrics:
+            with self.accelerator.autocast():
+                return evaluate_batches(
+                    model.eval(), self.data.eval_batches(), len(self.data.classes), self.accelerator.device
+                )
+
+        metrics = measure(self.plain)
+        row = {"eval_loss": metrics.loss, "eval_top1": metrics.top1, "eval_top5": metrics.top5}
+        if self.ema is not None:
+            row["ema_top1"] = measure(self.ema.module).top1
+        return row
+
+    def _save(self) -> None:
+        self._gather_loss()
+        if not self.accelerator.is_main_process:
+            return
+        scaler = self.accelerator.scaler
+        training = {
+            "optimizer": self.raw_optimizer.state_dict(),
+            "averaging": self.averaging.state_dict() if self.averaging else None,
+            "ema": self.ema.module.state_dict() if self.ema else None,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
+        facts = {
+            "recipe": asdict(self.recipe),
+            "card": asdict(self.card),
+            "progress": asdict(self.progress),
+            "layers": list(moe_layers(self.plain)),
+        }
+        save_checkpoint(self.folder, self.plain.state_dict(), training, facts)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        layers = list(moe_layers(self.plain))
+        if checkpoint.facts["layers"] != layers:
+            raise EwavitError(
+                f"{checkpoint.path} has {len(checkpoint.facts['layers'])} mixtures "
+                f"({', '.join(checkpoint.facts['layers'])}), this model {len(layers)}: it is another model's"
+            )
+        try:
+            self.plain.load_state_dict(checkpoint.model)
+        except RuntimeError as problem:
+            first = str(problem).strip().splitlines()[-1].strip()
+            raise EwavitError(f"{checkpoint.path} is the checkpoint of another model ({first})") from None
+        training = checkpoint.training
+        self.raw_optimizer.load_state_dict(training["optimizer"])
+        if self.averaging is not None:
+            self.averaging.load_state_dict(training["averaging"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(training["ema"])
+        if training["scaler"] is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(training["scaler"])
+        self.progress = Progress(**checkpoint.facts["progress"])
+        if not self.accelerator.is_main_process:
+            self.progress.loss_sum, self.progress.loss_count = 0.0, 0
+
+    def _finish(self) -> Result:
+        row, model_file = self.progress.rows[-1], self.folder / "model.safetensors"
+        if self.accelerator.is_main_process:
+            report.draw_curves(self.progress.rows, self.folder / "curves.png", f"{self.folder.name}")
+            if self.ema is not None:
+                card = replace(self.card, top1=row["ema_top1"])
+                ema_file = self.folder / "model-ema.safetensors"
+                save_tensors(dense_state_dict(self.ema.module), ema_file, card.metadata())
+            card = replace(self.card, top1=row["eval_top1"])
+            save_tensors(dense_state_dict(self.plain), model_file, card.metadata())
+            report.say(
+                f"top-1 {row['eval_top1']:.2f} % on {self.data.num_eval:,} test images, {self._skipped()}"
+            )
+            report.say(f"the plain model is {model_file}; load it with\n\n{card.loading_code(model_file)}\n")
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        return Result(self.folder, row, model_file)
+
+    def _opening(self) -> str:
+        data, recipe, layers = self.data, self.recipe, moe_layers(self.plain)
+        method = f"{len(layers)} mixtures of {recipe.experts} experts" if layers else "dense"
+        resumed = f", resumed at epoch {self.progress.epoch + 1}, batch {self.progress.batch}"
+        return (
+            f"{self.folder}: {self.card.model} on {data.num_train:,} images of {data.name} "
+            f"({data.img_size}x{data.img_size}x{data.in_chans}, {len(data.classes)} classes), {method}, "
+            f"{self.accelerator.device}{resumed if self.progress.update else ''}"
+        )
+
+    def _skipped(self) -> str:
+        return f"{self.data.bad_images} unreadable images skipped" if self.data.bad_images else "none skipped"
+
+    @contextmanager
+    def _signals(self) -> Iterator[list[int]]:
+        """Collect SIGINT and SIGTERM, so that the step ends and is saved; processes of a group just end."""
+        received: list[int] = []
+        if self.accelerator.num_processes > 1:
+            yield received
+            return
+        handlers = {}
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                handlers[number] = signal.signal(number, lambda signum, frame: received.append(signum))
+        except ValueError:
+            pass  # not the main thread: signals are not ours
+        try:
+            yield received
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+def open_recipe_data(recipe: Recipe, accelerator: Accelerator | None = None) -> Data:
+    """The data of a recipe; with an accelerator its device and this process's share."""
+    return open_data(
+        recipe.data,
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+        augmentation=Augmentation(
+            aa=recipe.aa, hflip=recipe.hflip, reprob=recipe.reprob, crop_padding=recipe.crop_padding
+        ),
+        limit=recipe.limit,
+        img_size=recipe.img_size,
+        workers=recipe.workers,
+        device=accelerator.device if accelerator else torch.device("cpu"),
+        rank=accelerator.process_index if accelerator else 0,
+        world_size=accelerator.num_processes if accelerator else 1,
+        skip_bad_images=recipe.skip_bad_images,
+        data_dir=recipe.data_dir,
+        train_split=recipe.train_split,
+        val_split=recipe.val_split,
+    )
+
+
+def _accelerator(recipe: Recipe) -> Accelerator:
+    precision = {"bfloat16": "bf16", "float16": "fp16"}[recipe.amp_dtype] if recipe.amp else "no"
+    try:
+        return Accelerator(mixed_precision=precision, log_with="tensorboard" if recipe.tensorboard else None)
+    except ValueError as problem:
+        raise EwavitError(f"--amp-dtype {recipe.amp_dtype} does not work here ({problem})") from None
+
+
+def _run_folder(recipe: Recipe) -> Path:
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    run = Path(recipe.output) / (recipe.name or f"{stamp}-{recipe.model or 'vit_tiny'}")
+    if (run / "checkpoint").exists() or (run / "model.safetensors").exists():
+        raise EwavitError(f"{run} holds a run already: choose another --name, or go on with --resume {run}")
+    if run.exists() and not run.is_dir():
+        raise EwavitError(f"{run} is a file: choose another --output or --name")
+    return run
+
+
+def _seed_all(seed: int, *more: int) -> None:
+    """Seed torch, numpy and random from (seed, ...), the same on every machine."""
+    state = int(np.random.SeedSequence([seed, *more]).generate_state(1)[0])
+    random.seed(state)
+    np.random.seed(state)
+    torch.manual_seed(state)

@@ -1,0 +1,133 @@
+"""What a recipe will make of a model, and what it costs, before anything is trained."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ewavit.ffn import find_ffns
+from ewavit.surgery import select_ffns, summary
+from ewavit.training.building import build_model, expand_by_recipe, ffn_input_shapes, model_settings
+from ewavit.training.data import Data
+from ewavit.training.recipe import Recipe
+
+BYTES = 4  # of a float32
+# Float32 values read or written per extra expert parameter in a step: the optimizer (AdamW reads the weight,
+# gradient and two moments, writes three), the averaging (reads twice, writes once), clearing the gradient.
+ACCESSES_PER_PARAMETER = 7 + 3 + 1
+MOVES_PER_TOKEN = 4  # into the experts and back, forward and backward; each reads and writes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The plan of a run. FLOPs are of one image's forward pass, a multiply-add counted as two."""
+
+    model: str
+    num_experts: int
+    candidates: tuple[dict[str, str], ...]  # name, class, verdict
+    dense_parameters: int
+    training_parameters: int
+    dense_optimizer_bytes: int
+    training_optimizer_bytes: int
+    forward_flops_per_image: int
+    expected_step_ratio: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        width = {key: max((len(row[key]) for row in self.candidates), default=0) for key in ("name", "class")}
+        lines = [f"{self.model}, {self.num_experts} experts"]
+        for row in self.candidates:
+            columns = (row["name"].ljust(width["name"]), row["class"].ljust(width["class"]), row["verdict"])
+            lines.append("  " + "  ".join(columns))
+        dense, training = self.dense_optimizer_bytes / 2**20, self.training_optimizer_bytes / 2**20
+        flops = self.forward_flops_per_image / 1e9
+        lines += [
+            f"parameters   {self.dense_parameters:>12,} dense  {self.training_parameters:>12,} in training",
+            f"optimizer    {dense:>8,.1f} MiB dense  {training:>8,.1f} MiB in training (AdamW's two moments)",
+            f"forward      {flops:>12.3f} GFLOPs an image, in training and deployed",
+            f"step time    {self.expected_step_ratio:>12.3f} x dense, expected from this machine's rates",
+        ]
+        return "\n".join(lines)
+
+
+def plan(recipe: Recipe, data: Data | None = None) -> Plan:
+    """Find the FFNs that a recipe expands and what that costs, without training.
+
+    Args:
+        recipe: the settings.
+        data: what the model is for; without it the images and classes that timm's weights were made for.
+
+    Raises:
+        EwavitError: unknown model, nothing to expand, or more experts than units in a batch.
+    """
+    config = timm.get_pretrained_cfg((recipe.model or "").split(".")[0]) if data is None else None
+    in_chans, img_size = config.input_size[:2] if config else (3, 224)
+    num_classes = config.num_classes if config else 1000
+    if data is not None:
+        num_classes, in_chans, img_size = len(data.classes), data.in_chans, data.img_size
+    img_size = recipe.img_size or img_size
+    name, kwargs = model_settings(recipe, img_size)
+    model, _ = build_model(name, num_classes=num_classes, in_chans=in_chans, img_size=img_size, **kwargs)
+    sample = torch.zeros(1, in_chans, img_size, img_size)
+    chosen: set[str] = set()
+    moved = 0
+    if recipe.experts > 1:
+        chosen = {ffn.name for ffn in select_ffns(model, recipe.select, recipe.partition)}  # type: ignore[arg-type]
+        moved = sum(shape.numel() for shape in ffn_input_shapes(model, recipe, sample).values())
+    candidates = tuple(
+        {"name": ffn.name, "class": ffn.class_name, "verdict": _verdict(ffn.name in chosen, ffn.reason)}
+        for ffn in find_ffns(model)
+    )
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(sample)
+    flops = counter.get_total_flops()
+    dense = sum(parameter.numel() for parameter in model.parameters())
+    expand_by_recipe(model, recipe, sample)
+    training = summary(model).parameters
+    extra_bytes = BYTES * (
+        (training - dense) * ACCESSES_PER_PARAMETER + 2 * MOVES_PER_TOKEN * moved * recipe.batch_size
+    )
+    matmul, copy = _rates()
+    seconds = 3 * flops * recipe.batch_size / matmul
+    return Plan(
+        name, recipe.experts, candidates, dense, training, 2 * BYTES * dense, 2 * BYTES * training, flops,
+        1 + extra_bytes / copy / seconds,
+    )  # fmt: skip
+
+
+def _verdict(chosen: bool, reason: str) -> str:
+    return "becomes a mixture of experts" if chosen else reason or "stays dense: not selected"
+
+
+def _rates(device: torch.device | None = None) -> tuple[float, float]:
+    """This machine's float32 matmul rate (FLOP/s) and copy rate (bytes read and written per second)."""
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    size = 4096 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device) for _ in range(2))
+    source = torch.randn(2**24, device=device)
+    target = torch.empty_like(source)
+    matmul = 2 * size**3 / _seconds(lambda: torch.mm(a, b), device)
+    copy = 2 * source.nbytes / _seconds(lambda: target.copy_(source), device)
+    return matmul, copy
+
+
+def _seconds(call: Any, device: torch.device) -> float:
+    """The fastest of a few calls."""
+    times = []
+    for _ in range(6):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        begun = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - begun)
+    return min(times)

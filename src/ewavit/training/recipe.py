@@ -1,0 +1,173 @@
+"""`Recipe`: every setting of a training run, typed, with timm's names; the command line and YAML fill it."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ewavit.averaging import check_share_rate
+from ewavit.errors import EwavitError
+
+
+def _option(default: Any, help_text: str, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": help_text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings of one run. Names and defaults are those of timm's train.py where timm has the thing,
+    but for the four that suit a ViT rather than a ResNet: opt, lr, weight_decay and amp_dtype.
+    """
+
+    model: str | None = _option(None, "any timm model; without it a ViT-Tiny whose patches fit the images")
+    model_kwargs: str = _option("", "key=value,key=value for the model, e.g. patch_size=4,depth=6")
+    pretrained: bool = _option(False, "start from timm's pretrained weights (fetched by timm)")
+    initial_checkpoint: str | None = _option(
+        None, "start from this file of the same model; a new head if needed"
+    )
+
+    data: str = _option(
+        "fashion-mnist-mini", "bundled set, folder, CIFAR or Tiny-ImageNet path, or timm spec"
+    )
+    data_dir: str | None = _option(None, "root folder for timm's data specs (torch/..., hfds/..., wds/...)")
+    train_split: str = _option("train", "name of the training split of a timm data spec")
+    val_split: str = _option("validation", "name of the evaluation split of a timm data spec")
+    img_size: int | None = _option(None, "image side in pixels; follows the data")
+    limit: int | None = _option(None, "use the first N training images")
+    workers: int = _option(4, "processes that read images; data kept in memory needs none")
+    skip_bad_images: bool = _option(False, "go on without images that cannot be read, and count them")
+
+    experts: int = _option(4, "experts per mixture; 1 trains the dense baseline through the same code")
+    share_rate: float = _option(0.3, "beta of Eq. 6 at the end of the ramp, 0 to (N-1)/N")
+    ramp: float = _option(0.5, "share of the training over which beta rises linearly from 0")
+    select: str = _option(
+        "alternate", "which FFNs: alternate, all, last_half, a name or a regular expression"
+    )
+    partition: str = _option("token", "what is dealt to the experts", ("token", "image"))
+
+    epochs: int = _option(300, "passes over the training images")
+    batch_size: int = _option(128, "images per batch and process")
+    grad_accum_steps: int = _option(1, "batches per optimizer step")
+    opt: str = _option("adamw", "any timm optimizer")
+    lr: float = _option(1e-3, "peak learning rate")
+    weight_decay: float = _option(0.05, "weight decay; vectors and biases have none")
+    momentum: float = _option(0.9, "momentum of SGD-like optimizers")
+    sched: str = _option("cosine", "learning-rate schedule", ("cosine", "tanh", "step", "poly", "none"))
+    warmup_epochs: int = _option(5, "epochs of linear warm-up")
+    warmup_lr: float = _option(1e-5, "learning rate at the start of the warm-up")
+    min_lr: float = _option(0.0, "learning rate at the end")
+    decay_epochs: float = _option(90.0, "epochs between decays of the step schedule")
+    decay_rate: float = _option(0.1, "factor of a decay of the step schedule")
+    layer_decay: float | None = _option(None, "learning-rate factor from layer to layer, for fine-tuning")
+    clip_grad: float | None = _option(None, "largest norm of the whole gradient")
+
+    drop_path: float | None = _option(None, "stochastic depth rate")
+    smoothing: float = _option(0.1, "label smoothing")
+    mixup: float = _option(0.0, "mixup alpha")
+    cutmix: float = _option(0.0, "cutmix alpha")
+    aa: str | None = _option(None, "AutoAugment or RandAugment policy, e.g. rand-m9-mstd0.5-inc1")
+    hflip: float = _option(0.5, "probability of a horizontal flip")
+    reprob: float = _option(0.0, "probability of random erasing")
+    crop_padding: int = _option(
+        -1, "random crop after padding by so many pixels (data in memory); -1: size/8"
+    )
+
+    amp: bool = _option(False, "mixed precision")
+    amp_dtype: str = _option("bfloat16", "precision under --amp", ("bfloat16", "float16"))
+    compile: bool = _option(False, "torch.compile the model")
+    model_ema: bool = _option(False, "keep and evaluate an exponential moving average of the weights too")
+    model_ema_decay: float = _option(0.9998, "decay of the moving average")
+    model_ema_warmup: bool = _option(False, "let the decay grow from 0")
+
+    seed: int = _option(42, "fixes initial weights, data order, augmentation and partitions")
+    output: str = _option("runs", "folder of all runs")
+    name: str | None = _option(None, "folder of this run; made from date and model if not given")
+    recovery_interval: int = _option(0, "also write a checkpoint after every so many optimizer steps")
+    tensorboard: bool = _option(False, "write TensorBoard events into the run's folder")
+
+    def __post_init__(self) -> None:
+        for name, lowest in _LOWEST.items():
+            value = getattr(self, name)
+            if value is not None and not value >= lowest:
+                raise EwavitError(f"--{flag(name)} {value} is too small: choose {lowest} or more")
+        for name in ("ramp", "hflip", "reprob", "smoothing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise EwavitError(f"--{flag(name)} {getattr(self, name)} is out of range: choose 0 to 1")
+        for setting in fields(self):
+            choices, value = setting.metadata["choices"], getattr(self, setting.name)
+            if choices and value not in choices:
+                raise EwavitError(
+                    f"--{flag(setting.name)} {value!r} is unknown: choose one of {', '.join(choices)}"
+                )
+        if not self.lr > 0:
+            raise EwavitError(f"--lr {self.lr} is not a learning rate: choose a positive number")
+        if self.experts > 1:
+            check_share_rate(self.share_rate, self.experts)
+        if self.pretrained and self.initial_checkpoint:
+            raise EwavitError("--pretrained and --initial-checkpoint both give the first weights: choose one")
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise EwavitError(
+                f"--batch-size {self.batch_size} is odd: mixup and cutmix pair images, choose even"
+            )
+        self.parsed_model_kwargs()
+
+    def parsed_model_kwargs(self) -> dict[str, Any]:
+        """`model_kwargs` as a dict; values are Python literals or else strings.
+
+        Raises:
+            EwavitError: a part is not of the form key=value.
+        """
+        result: dict[str, Any] = {}
+        part = ""
+        for piece in self.model_kwargs.split(",") if self.model_kwargs else ():
+            part = f"{part},{piece}" if part else piece
+            if part.count("(") + part.count("[") > part.count(")") + part.count("]"):
+                continue  # a comma inside a tuple or list
+            key, equals, value = part.partition("=")
+            if not equals or not key.strip().isidentifier():
+                raise EwavitError(f"--model-kwargs {part!r} is not key=value: write patch_size=4,depth=6")
+            try:
+                result[key.strip()] = ast.literal_eval(value.strip())
+            except (ValueError, SyntaxError):
+                result[key.strip()] = value.strip()
+            part = ""
+        if part:
+            raise EwavitError(f"--model-kwargs {part!r} has an open bracket: close it")
+        return result
+
+    def save(self, path: Path) -> None:
+        """Write the settings as YAML that `--config` reads."""
+        path.write_text(yaml.safe_dump(asdict(self), sort_keys=False))
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any], source: str) -> Recipe:
+        """A recipe from saved settings.
+
+        Raises:
+            EwavitError: a setting is unknown; `source` is named.
+        """
+        known = {setting.name for setting in fields(cls)}
+        if unknown := sorted(set(settings) - known):
+            raise EwavitError(f"{source} has unknown settings {', '.join(unknown)}: remove them")
+        return cls(**settings)
+
+
+_LOWEST = {
+    "limit": 1, "workers": 0, "experts": 1, "share_rate": 0.0, "epochs": 1, "batch_size": 1, "img_size": 1,
+    "grad_accum_steps": 1, "weight_decay": 0.0, "warmup_epochs": 0, "mixup": 0.0, "cutmix": 0.0, "clip_grad": 0.0,
+    "recovery_interval": 0, "seed": 0, "drop_path": 0.0, "layer_decay": 0.0,
+}  # fmt: skip
+
+
+def flag(name: str) -> str:
+    """A setting's name as it is written on the command line."""
+    return name.replace("_", "-")
+
+
+def settings() -> tuple[Field[Any], ...]:
+    """The settings of a recipe with their defaults, help texts and choices."""
+    return fields(Recipe)

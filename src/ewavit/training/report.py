@@ -1,0 +1,93 @@
+"""What a run shows: progress on a terminal, lines elsewhere, `summary.csv` and `curves.png`."""
+
+from __future__ import annotations
+
+import csv
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+Row = dict[str, float]
+
+
+def say(line: str) -> None:
+    """Print one line of plain text at once."""
+    print(line, flush=True)
+
+
+@contextmanager
+def progress_bar(title: str, total: int, done: int, shown: bool) -> Iterator[Any]:
+    """A progress bar on terminals only; yields a function to call after each batch with the latest loss."""
+    if not shown or not sys.stdout.isatty():
+        yield lambda loss: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(
+        *columns, TextColumn("loss {task.fields[loss]:.3f}"), console=Console(), transient=True
+    ) as bar:
+        task = bar.add_task(title, total=total, completed=done, loss=float("nan"))
+        yield lambda loss: bar.update(task, advance=1, loss=loss)
+
+
+def epoch_line(row: Row, epochs: int) -> str:
+    """One epoch in one line."""
+    width = len(str(epochs))
+    return (
+        f"epoch {int(row['epoch']) + 1:>{width}}/{epochs}  train loss {row['train_loss']:.4f}  "
+        f"eval loss {row['eval_loss']:.4f}  top-1 {row['eval_top1']:.2f} %  lr {row['lr']:.2e}  "
+        f"share rate {row['share_rate']:.3f}  spread {row['expert_spread']:.4f}  "
+        f"{row['images_per_second']:.0f} images/s"
+    )
+
+
+def write_summary(rows: list[Row], path: Path) -> None:
+    """Write one CSV row per epoch, replacing the file at once."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", newline="") as handle:
+        writer = csv.DictWriter(handle, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(partial, path)
+
+
+def draw_curves(rows: list[Row], path: Path, title: str) -> None:
+    """Draw loss, accuracy, schedules and expert spread over the epochs as one picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    epochs = [row["epoch"] + 1 for row in rows]
+    panels: list[tuple[str, list[tuple[str, str]]]] = [
+        ("cross-entropy", [("train_loss", "train"), ("eval_loss", "test")]),
+        ("top-1 on test images, %", [("eval_top1", "model"), ("ema_top1", "its EMA")]),
+        (
+            "share rate and learning rate, of their peak",
+            [("share_rate", "share rate"), ("lr", "learning rate")],
+        ),
+        ("expert spread, relative to the mean", [("expert_spread", "mean of the layers")]),
+    ]
+    figure, axes = pyplot.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
+    for axis, (label, series) in zip(axes.flat, panels, strict=True):
+        for key, name in series:
+            if key not in rows[0]:
+                continue
+            values = [row[key] for row in rows]
+            if label.startswith("share rate"):
+                values = [value / max(max(values), 1e-12) for value in values]
+            axis.plot(epochs, values, marker="o" if len(rows) < 15 else "", label=name)
+        axis.set_title(label, loc="left", fontsize=10)
+        axis.set_xlabel("epoch")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        if len(axis.lines) > 1:
+            axis.legend(frameon=False)
+    figure.suptitle(title, fontsize=11)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

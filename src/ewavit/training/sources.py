@@ -1,0 +1,418 @@
+"""Where images come from: readers of the published formats, each checked when it is opened.
+
+In-memory formats end as `Arrays`, everything else as an `ImageSource` per split. Whatever a user can get
+wrong about files is an EwavitError from here.
+"""
+
+import importlib.resources
+import importlib.util
+import os
+import pickle
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+from timm.data import create_dataset
+from timm.data.dataset import ImageDataset
+from timm.utils.misc import natural_key
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from ewavit.errors import EwavitError
+
+Ints = npt.NDArray[np.int64]
+
+# timm prefix -> the package that reads it
+TIMM_PREFIXES = {
+    "torch": "torchvision",
+    "hfds": "datasets",
+    "hfids": "datasets",
+    "wds": "webdataset",
+    "tfds": "tensorflow_datasets",
+}
+ACCEPTED = (
+    "fashion-mnist-mini, a folder with train/ and val/, a folder of CIFAR-10/100 (python format) or "
+    "Tiny-ImageNet, or timm's " + ", ".join(f"{prefix}/..." for prefix in TIMM_PREFIXES)
+)
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """A whole set in memory: uint8 images (images, channels, height, width) and int64 labels (images,)."""
+
+    name: str
+    classes: tuple[str, ...]
+    train_images: npt.NDArray[np.uint8]
+    train_labels: Ints
+    eval_images: npt.NDArray[np.uint8]
+    eval_labels: Ints
+
+
+def read_bundled() -> Arrays:
+    """Read the subset of Fashion-MNIST inside the package: 10,000 + 2,000 images of 1x28x28, 10 classes."""
+    file = importlib.resources.files("ewavit.training").joinpath("fashion_mnist_mini.npz")
+    with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
+        return Arrays(
+            "fashion-mnist-mini",
+            tuple(str(name) for name in stored["classes"]),
+            stored["train_images"][:, None],
+            stored["train_labels"].astype(np.int64),
+            stored["test_images"][:, None],
+            stored["test_labels"].astype(np.int64),
+        )
+
+
+# --- CIFAR in its published python format ---
+
+_CIFAR = {  # folder: (training files, evaluation file, file of names, key of names, key of labels)
+    "cifar-10-batches-py": (
+        tuple(f"data_batch_{i}" for i in range(1, 6)),
+        "test_batch",
+        "batches.meta",
+        "label_names",
+        "labels",
+    ),
+    "cifar-100-python": (("train",), "test", "meta", "fine_label_names", "fine_labels"),
+}
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Unpickles numpy arrays, numbers, strings and containers; refuses every other class and function."""
+
+    _allowed = {  # noqa: RUF012 (constant)
+        ("multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+        # how Python 3 writes bytes in the old protocols; this stand-in reaches no other codec
+        ("_codecs", "encode"): lambda text, _encoding: text.encode("latin1"),
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        key = (module.removeprefix("numpy.core.").removeprefix("numpy._core."), name)
+        if key not in self._allowed:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no image set needs")
+        return self._allowed[key]
+
+
+def _unpickle(path: Path) -> dict[bytes, Any]:
+    try:
+        with path.open("rb") as stream:
+            content = _ArrayUnpickler(stream, encoding="bytes").load()
+    except FileNotFoundError:
+        raise EwavitError(f"{path} is missing: unpack the CIFAR archive again") from None
+    except Exception as error:  # damaged pickles fail in many ways
+        raise EwavitError(f"cannot read CIFAR file {path} ({_line(error)}): download it again") from error
+    if not isinstance(content, dict):
+        raise EwavitError(f"{path} is no CIFAR file (no dictionary in it): download it again")
+    # Python 2 wrote byte keys; a copy rewritten by Python 3 may hold strings
+    return {key.encode() if isinstance(key, str) else key: value for key, value in content.items()}
+
+
+def _cifar_batch(path: Path, label_key: str, num_classes: int) -> tuple[npt.NDArray[np.uint8], Ints]:
+    content = _unpickle(path)
+    try:
+        images = np.asarray(content[b"data"], dtype=np.uint8).reshape(-1, 3, 32, 32)
+        labels = np.asarray(content[label_key.encode()], dtype=np.int64)
+    except (KeyError, ValueError, TypeError) as error:
+        raise EwavitError(f"CIFAR file {path} is damaged ({_line(error)}): download it again") from error
+    if labels.shape != (len(images),) or not len(labels) or labels.min() < 0 or labels.max() >= num_classes:
+        raise EwavitError(
+            f"CIFAR file {path} is damaged ({len(images)} images, {labels.size} labels, {num_classes} "
+            "classes): download it again"
+        )
+    return images, labels
+
+
+def _is_cifar(folder: Path, kind: str) -> bool:
+    return folder.is_dir() and (folder.name == kind or (folder / _CIFAR[kind][1]).is_file())
+
+
+def find_cifar(path: Path) -> Path | None:
+    """Find the folder of CIFAR files that `path` is or contains; two of them are an error."""
+    found = [folder for kind in _CIFAR for folder in (path, path / kind) if _is_cifar(folder, kind)]
+    if len(found) > 1:
+        raise EwavitError(f"{path} holds {' and '.join(f.name for f in found)}: give the one to train on")
+    return found[0] if found else None
+
+
+def read_cifar(folder: Path) -> Arrays:
+    """Read CIFAR-10 or CIFAR-100 (fine labels), 3x32x32, from the folder `find_cifar` found.
+
+    Raises:
+        EwavitError: a file is missing, damaged, or holds anything but arrays and plain values.
+    """
+    kind = next(kind for kind in _CIFAR if _is_cifar(folder, kind))
+    train_files, eval_file, meta, names_key, label_key = _CIFAR[kind]
+    names = _unpickle(folder / meta).get(names_key.encode(), [])
+    classes = tuple(n.decode() if isinstance(n, bytes) else str(n) for n in names)
+    if len(classes) < 2:
+        raise EwavitError(f"CIFAR file {folder / meta} names no classes: download it again")
+    train = [_cifar_batch(folder / file, label_key, len(classes)) for file in train_files]
+    eval_images, eval_labels = _cifar_batch(folder / eval_file, label_key, len(classes))
+    return Arrays(
+        kind,
+        classes,
+        np.concatenate([images for images, _ in train]),
+        np.concatenate([labels for _, labels in train]),
+        eval_images,
+        eval_labels,
+    )
+
+
+# --- images read one by one ---
+
+
+class UnreadableImage(Exception):
+    """An image that cannot be decoded: where it is and why."""
+
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(where, reason)
+        self.where = where
+        self.reason = reason
+
+
+class ImageSource(ABC):
+    """One split of a set whose images are decoded when they are asked for."""
+
+    classes: tuple[str, ...]
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def open(self, index: int) -> tuple[Image.Image, int]:
+        """Open image `index`, with its label; pixels may still be undecoded."""
+
+    @abstractmethod
+    def where(self, index: int) -> str:
+        """Name image `index` for a message."""
+
+    @abstractmethod
+    def labels(self) -> Ints:
+        """All labels, (images,)."""
+
+    def load(self, index: int, mode: str) -> tuple[Image.Image, int]:
+        """Decode image `index` in PIL mode "L" or "RGB".
+
+        Raises:
+            UnreadableImage: the file is missing or damaged.
+        """
+        try:
+            image, label = self.open(index)
+            return image.convert(mode), label
+        except Exception as error:  # decoders raise many things on damaged bytes
+            reason = "not an image" if isinstance(error, UnidentifiedImageError) else _line(error)
+            raise UnreadableImage(self.where(index), reason) from error
+
+
+class FileImages(ImageSource):
+    """Image files with their labels."""
+
+    def __init__(self, paths: Sequence[str], labels: Sequence[int], classes: tuple[str, ...]) -> None:
+        # arrays, not lists: forked workers share the memory; bytes take a quarter of str
+        self.paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
+        self.targets = np.array(labels, dtype=np.int64)
+        self.classes = classes
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def open(self, index: int) -> tuple[Image.Image, int]:
+        return Image.open(self.where(index)), int(self.targets[index])
+
+    def where(self, index: int) -> str:
+        return os.fsdecode(self.paths[index])
+
+    def labels(self) -> Ints:
+        return self.targets
+
+
+class TimmImages(ImageSource):
+    """A map-style set that timm's create_dataset made: its own ImageDataset or one of torchvision's.
+
+    `classes` is empty where the set does not name them.
+    """
+
+    def __init__(self, dataset: Any, spec: str) -> None:
+        self.dataset = dataset
+        self.spec = spec
+        self.reader = dataset.reader if isinstance(dataset, ImageDataset) else None
+        self.classes = class_names(dataset if self.reader is None else self.reader)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def open(self, index: int) -> tuple[Image.Image, int]:
+        if self.reader is None:
+            image, label = self.dataset[index]
+            return image, int(label)
+        file: IO[bytes]
+        file, label = self.reader[index]
+        return Image.open(file), int(label)
+
+    def where(self, index: int) -> str:
+        samples = getattr(self.dataset, "samples", None)
+        return str(samples[index][0]) if samples else f"image {index} of {self.spec}"
+
+    def labels(self) -> Ints:
+        if self.reader is not None:
+            return np.array(list(self.reader.iter_targets()), dtype=np.int64)
+        targets = getattr(self.dataset, "targets", None)
+        if targets is None:
+            raise EwavitError(
+                f"{self.spec} does not tell its labels: it cannot be used here, unpack it to a folder"
+            )
+        return np.array(targets, dtype=np.int64)
+
+
+def class_names(holder: Any) -> tuple[str, ...]:
+    """Class names of a timm reader or a torchvision set; empty where it has none."""
+    names = getattr(holder, "classes", None)
+    if names is None:
+        mapping = getattr(holder, "class_to_idx", None) or {}
+        names = sorted(mapping, key=mapping.__getitem__)
+    return tuple(name if isinstance(name, str) else ", ".join(map(str, name)) for name in names)
+
+
+def _line(error: BaseException) -> str:
+    """The first line of what an error says, or its kind."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _images_below(folder: Path) -> list[str]:
+    found = [
+        os.path.join(root, file)
+        for root, _, files in os.walk(folder, followlinks=True)
+        for file in files
+        if file.lower().endswith(IMG_EXTENSIONS) and not file.startswith(".")
+    ]
+    return sorted(found)
+
+
+def _read_class_folders(folder: Path) -> FileImages:
+    names = [entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    classes = tuple(sorted(names, key=natural_key))  # timm's order, so that its tools agree about labels
+    if len(classes) < 2:
+        has = f"one class only ({classes[0]})" if classes else "no class folders"
+        raise EwavitError(f"{folder} holds {has}: give at least two folders of images, one per class")
+    paths: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        images = _images_below(folder / name)
+        if not images:
+            raise EwavitError(
+                f"class folder {folder / name} has no images: fill it, or remove it from all splits"
+            )
+        paths += images
+        labels += [label] * len(images)
+    return FileImages(paths, labels, classes)
+
+
+def _read_tiny_imagenet_val(folder: Path, classes: tuple[str, ...]) -> FileImages:
+    annotations = folder / "val_annotations.txt"
+    index = {name: label for label, name in enumerate(classes)}
+    rows = [line.split("\t") for line in annotations.read_text().splitlines() if line.strip()]
+    for number, row in enumerate(rows, 1):
+        if len(row) < 2 or row[1] not in index:
+            raise EwavitError(
+                f"{annotations} line {number} names no class of train/: unpack the archive again"
+            )
+    if not rows:
+        raise EwavitError(f"{annotations} is empty: unpack the archive again")
+    paths = [str(folder / "images" / row[0]) for row in rows]
+    return FileImages(paths, [index[row[1]] for row in rows], classes)
+
+
+def read_folder(path: Path, train_split: str, val_split: str) -> tuple[FileImages, FileImages]:
+    """Find the training and the evaluation images of a folder of class folders, or of Tiny-ImageNet.
+
+    Args:
+        path: holds train/ and val/ (or `val_split`, validation/, test/), each with one folder per class; or
+            is or contains Tiny-ImageNet, whose val/ has one folder of images and val_annotations.txt.
+        train_split: name of the training folder.
+        val_split: name of the evaluation folder that is tried first.
+
+    Raises:
+        EwavitError: a split is missing, has fewer than two classes or an empty one, or the classes differ.
+    """
+    tiny = path / "tiny-imagenet-200"
+    path = tiny if tiny.is_dir() else path
+    val_folders = [path / name for name in (val_split, "val", "validation", "test") if (path / name).is_dir()]
+    train_folder = path / train_split
+    if not train_folder.is_dir() or not val_folders:
+        missing = f"{train_split}/" if not train_folder.is_dir() else "val/"
+        raise EwavitError(
+            f"{path} has no {missing}: it must hold train/ and val/, each with one folder per class"
+        )
+    train = _read_class_folders(train_folder)
+    val_folder = val_folders[0]
+    if (val_folder / "val_annotations.txt").is_file() and (val_folder / "images").is_dir():
+        return train, _read_tiny_imagenet_val(val_folder, train.classes)
+    val = _read_class_folders(val_folder)
+    check_same_classes(train.classes, val.classes, str(path))
+    return train, val
+
+
+def check_same_classes(train: tuple[str, ...], val: tuple[str, ...], where: str) -> None:
+    """Raise an EwavitError that names what differs unless both splits have the same classes."""
+    if train == val:
+        return
+    parts = []
+    for split, names in (("train", sorted(set(train) - set(val))), ("val", sorted(set(val) - set(train)))):
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            parts.append(f"only in {split}: {', '.join(names[:5])}{more}")
+    raise EwavitError(
+        f"{where} has {len(train)} classes to train on and {len(val)} to evaluate ({'; '.join(parts)}): "
+        "make them the same"
+    )
+
+
+def open_timm(spec: str, data_dir: str | None, split: str, **options: Any) -> Any:
+    """Call timm's create_dataset; nothing is downloaded for torch/, hfds/ resolves as `datasets` does.
+
+    Args:
+        spec: "torch/...", "hfds/...", "hfids/...", "wds/..." or "tfds/...".
+        data_dir: timm's root.
+        split: name of the split in the set's own terms.
+        options: further arguments of create_dataset.
+
+    Raises:
+        EwavitError: the package that reads it is not installed, or the set cannot be opened.
+    """
+    package = TIMM_PREFIXES[spec.split("/")[0].lower()]
+    if importlib.util.find_spec(package) is None:
+        raise EwavitError(f"{spec} needs the package {package}: install it with pip install {package}")
+    try:
+        return create_dataset(spec, root=data_dir, split=split, download=False, **options)
+    except Exception as error:  # timm, torchvision and datasets each raise their own
+        raise EwavitError(
+            f"cannot open {spec}, split {split}, in {data_dir or 'no --data-dir'} ({_line(error)}): "
+            "check the name, --data-dir and the split"
+        ) from error
+
+
+def is_streamed(spec: str) -> bool:
+    """Whether timm reads `spec` as a stream, without random access."""
+    return spec.split("/")[0].lower() in ("hfids", "wds", "tfds")
+
+
+def read_timm(
+    spec: str, data_dir: str | None, train_split: str, val_split: str
+) -> tuple[TimmImages, TimmImages]:
+    """Open both splits of a map-style set of timm's.
+
+    Raises:
+        EwavitError: it cannot be opened, has one class only, or other classes in the evaluation split.
+    """
+    train, val = (TimmImages(open_timm(spec, data_dir, split), spec) for split in (train_split, val_split))
+    if not train.classes:  # unnamed: count them
+        train.classes = val.classes = tuple(str(i) for i in range(int(train.labels().max()) + 1))
+    if len(train.classes) < 2:
+        raise EwavitError(f"{spec} has one class only: give a set with at least two")
+    check_same_classes(train.classes, val.classes, spec)
+    return train, val

@@ -1,0 +1,256 @@
+"""Properties of whole runs: exact resumption, what a run leaves behind, evaluation, export, two processes."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from accelerate.state import AcceleratorState, PartialState
+from safetensors.torch import load_file
+
+from ewavit import EwavitError
+from ewavit.training import loop
+from ewavit.training.checkpoint import load_checkpoint
+from ewavit.training.export import evaluate, export, load_collapsed
+from ewavit.training.loop import Interrupted, resume, train
+from ewavit.training.recipe import Recipe
+
+TINY = {
+    "model": "vit_tiny_patch16_224",
+    "model_kwargs": "patch_size=7,embed_dim=32,depth=2,num_heads=2",
+    "limit": 256,
+    "batch_size": 32,
+    "epochs": 2,
+    "warmup_epochs": 1,
+}
+EVERYTHING = {"mixup": 0.8, "cutmix": 1.0, "reprob": 0.25, "drop_path": 0.1, "model_ema": True, "model_ema_decay": 0.9}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """accelerate keeps its precision for the life of a process; a test may need another."""
+    yield
+    AcceleratorState._reset_state()
+    PartialState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One finished run, for tests that only look at it."""
+    return train(Recipe(**TINY, output=str(tmp_path_factory.mktemp("runs")), name="finished"))
+
+
+def recipe(tmp_path, name, **settings):
+    return Recipe(**{**TINY, **settings}, output=str(tmp_path), name=name)
+
+
+def stop_after(monkeypatch, updates, signal_number=signal.SIGTERM):
+    """Send this process a signal in the midst of the given optimizer step."""
+    original = loop._Run._update
+
+    def update(run):
+        original(run)
+        if run.progress.update == updates:
+            os.kill(os.getpid(), signal_number)
+
+    monkeypatch.setattr(loop._Run, "_update", update)
+
+
+def assert_same_end(one: Path, other: Path):
+    for file in ("model.safetensors", "checkpoint/model.safetensors", "checkpoint/training.safetensors"):
+        first, second = load_file(one / file), load_file(other / file)
+        assert list(first) == list(second)
+        for name, tensor in first.items():
+            assert torch.equal(tensor, second[name]), f"{file}: {name}"
+    rows = [list(csv.DictReader((run / "summary.csv").open())) for run in (one, other)]
+    for first, second in zip(*rows, strict=True):
+        assert {**first, "images_per_second": 0} == {**second, "images_per_second": 0}
+
+
+@pytest.mark.parametrize("updates", [3, 8, 11], ids=["mid-epoch", "epoch end", "second epoch"])
+def test_interrupted_and_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch, updates):
+    settings = {**EVERYTHING, "opt": "adamw", "clip_grad": 1.0}
+    whole = train(recipe(tmp_path, "whole", **settings)).run
+    with monkeypatch.context() as patch:
+        stop_after(patch, updates)
+        with pytest.raises(Interrupted) as stopped:
+            train(recipe(tmp_path, "parts", **settings))
+    assert stopped.value.exit_status == 128 + signal.SIGTERM
+    assert not (tmp_path / "parts" / "model.safetensors").exists()
+    resume(tmp_path / "parts")
+    assert_same_end(whole, tmp_path / "parts")
+
+
+def test_resume_is_exact_with_gradient_accumulation_sgd_and_augmentation(tmp_path, monkeypatch):
+    settings = {"grad_accum_steps": 2, "opt": "sgd", "lr": 0.05, "aa": "rand-m9", "every_setting": None}
+    settings.pop("every_setting")
+    whole = train(recipe(tmp_path, "whole", **settings)).run
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(Interrupted):
+            train(recipe(tmp_path, "parts", **settings))
+    resume(tmp_path / "parts")
+    assert_same_end(whole, tmp_path / "parts")
+
+
+def test_killed_run_goes_on_from_its_recovery_checkpoint(tmp_path, monkeypatch):
+    whole = train(recipe(tmp_path, "whole")).run
+    original = loop._Run._update
+
+    def update(run):
+        original(run)
+        if run.progress.update == 7:
+            raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run, "_update", update)
+        with pytest.raises(MemoryError):
+            train(recipe(tmp_path, "parts", recovery_interval=5))
+    assert load_checkpoint(tmp_path / "parts").facts["progress"]["update"] == 5
+    resume(tmp_path / "parts")
+    assert_same_end(whole, tmp_path / "parts")
+
+
+def test_dense_and_expanded_runs_see_the_same_images(tmp_path, monkeypatch):
+    seen = {}
+
+    def watch(name):
+        original = loop._Run._forward_backward
+
+        def recorded(batches):
+            for batch in batches:
+                seen.setdefault(name, []).append(batch[0].clone())
+                yield batch
+
+        return lambda run, batches: original(run, recorded(batches))
+
+    for name, experts in (("dense", 1), ("ewa", 4)):
+        with monkeypatch.context() as patch:
+            patch.setattr(loop._Run, "_forward_backward", watch(name))
+            train(recipe(tmp_path, name, experts=experts, epochs=1))
+    assert len(seen["dense"]) == 8
+    assert all(torch.equal(a, b) for a, b in zip(seen["dense"], seen["ewa"], strict=True))
+
+
+def test_one_expert_trains_the_dense_model(tmp_path):
+    result = train(recipe(tmp_path, "dense", experts=1))
+    assert load_checkpoint(result.run).facts["layers"] == []
+    assert result.row["expert_spread"] == result.row["share_rate"] == 0.0
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    names = {file.name for file in finished.run.iterdir()}
+    assert {"args.yaml", "summary.csv", "checkpoint", "model.safetensors", "curves.png"} <= names
+    rows = list(csv.DictReader((finished.run / "summary.csv").open()))
+    assert [row["epoch"] for row in rows] == ["0", "1"]
+    columns = {"train_loss", "eval_loss", "eval_top1", "eval_top5", "lr", "share_rate", "expert_spread"}
+    assert columns | {"images_per_second"} <= set(rows[0])
+    assert float(rows[0]["expert_spread"]) > 0
+    assert Recipe.from_dict(yaml.safe_load((finished.run / "args.yaml").read_text()), "args.yaml").limit == 256
+    assert not list(finished.run.rglob("*.partial"))
+
+
+def test_stock_timm_loads_the_model_without_ewavit(finished):
+    code = f"""
+import sys, timm, torch
+settings = dict(num_classes=10, in_chans=1, img_size=28, patch_size=7, embed_dim=32, depth=2, num_heads=2)
+model = timm.create_model("vit_tiny_patch16_224", checkpoint_path={str(finished.model_file)!r}, **settings).eval()
+torch.manual_seed(0)
+print(model(torch.randn(1, 1, 28, 28))[0, 0].item())
+assert "ewavit" not in sys.modules
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    model, _ = load_collapsed(finished.run)
+    torch.manual_seed(0)
+    assert float(said) == pytest.approx(model(torch.randn(1, 1, 28, 28))[0, 0].item(), abs=1e-6)
+
+
+def test_evaluate_finds_the_accuracy_that_the_run_reported(finished):
+    for source in (finished.run, finished.model_file, finished.run / "checkpoint"):
+        metrics = evaluate(source)
+        assert metrics.images == 2000
+        assert metrics.top1 == pytest.approx(finished.row["eval_top1"], abs=0.05)
+        assert metrics.loss == pytest.approx(finished.row["eval_loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "onnx"])
+def test_export_writes_a_file_with_the_runs_accuracy(finished, tmp_path, suffix):
+    file = tmp_path / f"plain.{suffix}"
+    said = export(finished.run / "checkpoint", file)
+    assert f"top-1 {finished.row['eval_top1']:.2f} %" in said
+    assert evaluate(file).top1 == pytest.approx(finished.row["eval_top1"], abs=0.1)
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]
+
+
+def test_export_that_computes_something_else_leaves_no_file(finished, tmp_path, monkeypatch):
+    from ewavit.training import export as room
+
+    spoiled = lambda tensors, path, metadata: room_save(  # noqa: E731
+        {name: tensor * 1.1 for name, tensor in tensors.items()}, path, metadata
+    )
+    room_save = room.save_tensors
+    monkeypatch.setattr(room, "save_tensors", spoiled)
+    with pytest.raises(EwavitError, match="differ"):
+        export(finished.run, tmp_path / "plain.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_moving_average_is_evaluated_and_written(tmp_path):
+    result = train(recipe(tmp_path, "ema", **EVERYTHING))
+    assert "ema_top1" in result.row
+    averaged, raw = (load_file(result.run / f"{name}.safetensors") for name in ("model-ema", "model"))
+    assert averaged.keys() == raw.keys()
+    assert any(not torch.equal(averaged[name], raw[name]) for name in raw)
+
+
+def test_fine_tuning_starts_from_the_files_weights_with_a_new_head(tmp_path):
+    kwargs = {"patch_size": 7, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    source = timm.create_model("vit_tiny_patch16_224", img_size=28, in_chans=1, num_classes=7, **kwargs)
+    file = tmp_path / "source.pth"
+    torch.save(source.state_dict(), file)
+    result = train(recipe(tmp_path, "tuned", initial_checkpoint=str(file), lr=1e-12, epochs=1))
+    tuned = load_file(result.model_file)
+    body = source.state_dict()["blocks.1.mlp.fc1.weight"]
+    assert torch.allclose(tuned["blocks.1.mlp.fc1.weight"], body, atol=1e-6)
+    assert tuned["head.weight"].shape == (10, 32)
+
+
+def test_bfloat16_autocast_and_layer_decay_train(tmp_path):
+    result = train(recipe(tmp_path, "amp", amp=True, layer_decay=0.75, epochs=1))
+    assert result.row["train_loss"] < 2.5
+
+
+def test_tensorboard_events_are_written_when_asked(tmp_path):
+    result = train(recipe(tmp_path, "events", tensorboard=True, epochs=1))
+    assert list(result.run.rglob("events.out.tfevents*"))
+
+
+@pytest.mark.slow
+def test_compiled_run_trains(tmp_path):
+    result = train(recipe(tmp_path, "compiled", compile=True, epochs=1, limit=128))
+    assert result.row["train_loss"] < 2.6
+    assert evaluate(result.run).top1 == pytest.approx(result.row["eval_top1"], abs=0.1)
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work_and_one_writes(tmp_path):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "ewavit.cli", "train"]
+    command += ["--model", TINY["model"], "--model-kwargs", TINY["model_kwargs"], "--limit", "256", "--epochs", "1"]
+    command += ["--batch-size", "32", "--output", str(tmp_path), "--name", "two"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("epoch 1/1") == 1
+    assert "on 2,000 test images" in done.stdout
+    run = tmp_path / "two"
+    assert len(list(csv.DictReader((run / "summary.csv").open()))) == 1
+    facts = load_checkpoint(run).facts["progress"]
+    assert facts["update"] == 256 // (2 * 32)
+    row = next(csv.DictReader((run / "summary.csv").open()))
+    assert evaluate(run).top1 == pytest.approx(float(row["eval_top1"]), abs=0.01)
