@@ -22,8 +22,14 @@ def write_record(name: str, settings: dict[str, Any], result: Any) -> Path:
     record = {
         "command": "python " + " ".join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if on_gpu else f"{processor()}, {torch.get_num_threads()} threads",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
+        "device": torch.cuda.get_device_name()
+        if on_gpu
+        else f"{processor()}, {torch.get_num_threads()} threads",
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+        },
         "settings": settings,
         "result": result,
     }

@@ -15,9 +15,9 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from records import interval_of_median, write_record
 
 import ewavit as ewa
+from records import interval_of_median, write_record
 
 
 def build(args: argparse.Namespace, experts: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
@@ -55,7 +55,9 @@ def step(model, optimizer, averaging, images, labels, synchronize) -> dict[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="vit_tiny_patch16_224")
     parser.add_argument("--img-size", type=int, default=64)
     parser.add_argument("--patch-size", type=int, default=8)

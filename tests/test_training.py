@@ -29,7 +29,14 @@ TINY = {
     "epochs": 2,
     "warmup_epochs": 1,
 }
-EVERYTHING = {"mixup": 0.8, "cutmix": 1.0, "reprob": 0.25, "drop_path": 0.1, "model_ema": True, "model_ema_decay": 0.9}
+EVERYTHING = {
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "reprob": 0.25,
+    "drop_path": 0.1,
+    "model_ema": True,
+    "model_ema_decay": 0.9,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -152,15 +159,18 @@ def test_a_run_leaves_what_it_promises(finished):
     columns = {"train_loss", "eval_loss", "eval_top1", "eval_top5", "lr", "share_rate", "expert_spread"}
     assert columns | {"images_per_second"} <= set(rows[0])
     assert float(rows[0]["expert_spread"]) > 0
-    assert Recipe.from_dict(yaml.safe_load((finished.run / "args.yaml").read_text()), "args.yaml").limit == 256
+    assert (
+        Recipe.from_dict(yaml.safe_load((finished.run / "args.yaml").read_text()), "args.yaml").limit == 256
+    )
     assert not list(finished.run.rglob("*.partial"))
 
 
 def test_stock_timm_loads_the_model_without_ewavit(finished):
     code = f"""
 import sys, timm, torch
+file = {str(finished.model_file)!r}
 settings = dict(num_classes=10, in_chans=1, img_size=28, patch_size=7, embed_dim=32, depth=2, num_heads=2)
-model = timm.create_model("vit_tiny_patch16_224", checkpoint_path={str(finished.model_file)!r}, **settings).eval()
+model = timm.create_model("vit_tiny_patch16_224", checkpoint_path=file, **settings).eval()
 torch.manual_seed(0)
 print(model(torch.randn(1, 1, 28, 28))[0, 0].item())
 assert "ewavit" not in sys.modules
@@ -241,8 +251,27 @@ def test_compiled_run_trains(tmp_path):
 @pytest.mark.slow
 def test_two_processes_share_the_work_and_one_writes(tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "ewavit.cli", "train"]
-    command += ["--model", TINY["model"], "--model-kwargs", TINY["model_kwargs"], "--limit", "256", "--epochs", "1"]
+    command += [
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "-m",
+        "ewavit.cli",
+        "train",
+    ]
+    command += [
+        "--model",
+        TINY["model"],
+        "--model-kwargs",
+        TINY["model_kwargs"],
+        "--limit",
+        "256",
+        "--epochs",
+        "1",
+    ]
     command += ["--batch-size", "32", "--output", str(tmp_path), "--name", "two"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     except EwavitError as problem:
         if os.environ.get("RANK", "0") == "0":
-            print(f"ewavit: {problem}", file=sys.stderr)
+            print(f"ewavit: {str(problem).splitlines()[0]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -178,7 +178,11 @@ def _plan(options: argparse.Namespace) -> int:
 
     recipe = _recipe(options)
     has_data = recipe.model is None or recipe.data != Recipe.data  # else the model's own image size
-    made = plan(recipe, open_recipe_data(recipe) if has_data else None)
+    try:
+        made = plan(recipe, open_recipe_data(recipe) if has_data else None)
+    except EwavitError as problem:
+        print(str(problem).partition("\n")[2], end="")  # the candidates and why each is refused
+        raise
     print(json.dumps(made.as_dict(), indent=2) if options.json else made)
     return 0
 

@@ -118,7 +118,7 @@ def _from_checkpoint(source: Path) -> tuple[nn.Module, ModelCard]:
 
 
 def predictor(source: Path) -> tuple[Callable[[Tensor], Tensor], ModelCard]:
-    """What maps normalised images (batch, channels, height, width) to logits (batch, classes), and its card."""
+    """What maps normalised images (batch, channels, height, width) to logits, and its card."""
     if source.suffix != ".onnx":
         model, card = load_collapsed(source)
         return model, card

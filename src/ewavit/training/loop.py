@@ -221,7 +221,7 @@ class _Run:
         self.model.train()
         batches = data.train_batches(progress.epoch, start=progress.batch)
         begun, first_batch = time.perf_counter(), progress.batch
-        losses: deque[Tensor] = deque()
+        losses: deque[tuple[int, Tensor]] = deque()  # with the step that each belongs to
         total = self.updates_per_epoch * recipe.grad_accum_steps
         title = f"epoch {progress.epoch + 1}/{recipe.epochs}"
         with report.progress_bar(title, total, progress.batch, self.accelerator.is_main_process) as advance:
@@ -229,20 +229,20 @@ class _Run:
                 for micro_batch in range(recipe.grad_accum_steps):
                     last = micro_batch == recipe.grad_accum_steps - 1
                     with nullcontext() if last else self.accelerator.no_sync(self.model):
-                        losses.append(self._forward_backward(batches))
+                        losses.append((progress.update + 1, self._forward_backward(batches)))
                     progress.batch += 1
                 self._update()
                 while len(losses) > recipe.grad_accum_steps:  # one step late, so that a GPU never waits
-                    advance(self._count(losses.popleft()))
+                    advance(self._count(*losses.popleft()))
                 due = recipe.recovery_interval and progress.update % recipe.recovery_interval == 0
                 if received or (due and progress.batch < total):
                     while losses:
-                        self._count(losses.popleft())
+                        self._count(*losses.popleft())
                     self._save()
                 if received:
                     raise Interrupted(self.folder, received[0])
             while losses:
-                advance(self._count(losses.popleft()))
+                advance(self._count(*losses.popleft()))
         seconds = time.perf_counter() - begun
         images = (total - first_batch) * recipe.batch_size * self.accelerator.num_processes
         spread = expert_spread(self.plain)
@@ -279,15 +279,15 @@ class _Run:
         if self.ema is not None:
             self.ema.update(self.plain, step=self.progress.update)
 
-    def _count(self, loss: Tensor) -> float:
+    def _count(self, step: int, loss: Tensor) -> float:
         """Add a batch's loss to the epoch's; stop if it is not finite."""
         value = float(loss)
         if not math.isfinite(value):
             has_checkpoint = (self.folder / "checkpoint").exists()
             kept = f"the last good checkpoint is in {self.folder}" if has_checkpoint else "no checkpoint yet"
             raise EwavitError(
-                f"the loss is {value} at or before step {self.progress.update} of epoch "
-                f"{self.progress.epoch + 1}: lower --lr, lengthen --warmup-epochs or set --clip-grad ({kept})"
+                f"the loss is {value} at step {step}, in epoch {self.progress.epoch + 1}: lower --lr, "
+                f"lengthen --warmup-epochs or set --clip-grad ({kept})"
             )
         self.progress.loss_sum += value
         self.progress.loss_count += 1

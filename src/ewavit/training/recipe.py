@@ -158,7 +158,8 @@ class Recipe:
 
 _LOWEST = {
     "limit": 1, "workers": 0, "experts": 1, "share_rate": 0.0, "epochs": 1, "batch_size": 1, "img_size": 1,
-    "grad_accum_steps": 1, "weight_decay": 0.0, "warmup_epochs": 0, "mixup": 0.0, "cutmix": 0.0, "clip_grad": 0.0,
+    "grad_accum_steps": 1, "weight_decay": 0.0, "warmup_epochs": 0, "mixup": 0.0, "cutmix": 0.0,
+    "clip_grad": 0.0,
     "recovery_interval": 0, "seed": 0, "drop_path": 0.0, "layer_decay": 0.0,
 }  # fmt: skip
 

@@ -1,0 +1,126 @@
+"""Checkpoints are whole or absent, and the one before is there when the last is damaged."""
+
+import errno
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ewavit import EwavitError
+from ewavit.training import checkpoint as room
+from ewavit.training.checkpoint import load_checkpoint, save_checkpoint, save_tensors
+
+plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+leaf = plain | st.lists(st.floats(width=32, allow_nan=False), min_size=1).map(torch.tensor)
+trees = st.recursive(
+    leaf,
+    lambda inner: (
+        st.lists(inner)
+        | st.lists(inner).map(tuple)
+        | st.dictionaries(st.integers(), inner)
+        | st.dictionaries(st.text(), inner)
+    ),
+    max_leaves=12,
+)
+
+
+def equal(one, other):
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        same = type(one) is type(other) and len(one) == len(other)
+        return same and all(equal(a, b) for a, b in zip(one, other, strict=True))
+    return type(one) is type(other) and one == other
+
+
+@given(trees)
+def test_training_state_survives_the_trip_through_json_and_tensors(tree):
+    tensors = {}
+    skeleton = json.loads(json.dumps(room._split(tree, "key", tensors)))
+    assert equal(room._join(skeleton, tensors), tree)
+
+
+def save(run, number):
+    save_checkpoint(
+        run, {"weight": torch.full((3,), float(number))}, {"step": torch.tensor(number)}, {"n": number}
+    )
+
+
+def test_a_new_checkpoint_replaces_the_old_and_keeps_it_as_previous(tmp_path):
+    for number in (1, 2, 3):
+        save(tmp_path, number)
+    assert load_checkpoint(tmp_path).facts == {"n": 3}
+    assert load_checkpoint(tmp_path / "checkpoint-previous").facts == {"n": 2}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "checkpoint-previous"]
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "training.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_damaged_checkpoint_is_passed_over_and_said(tmp_path, file, damage):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    damaged = tmp_path / "checkpoint" / file
+    if damage == "missing":
+        damaged.unlink()
+    else:
+        damaged.write_bytes(damaged.read_bytes()[:-5])
+    found = load_checkpoint(tmp_path)
+    assert found.facts == {"n": 1}
+    assert torch.equal(found.model["weight"], torch.ones(3))
+    assert "checkpoint-previous instead" in found.warning
+
+
+def test_no_whole_checkpoint_is_an_error(tmp_path):
+    with pytest.raises(EwavitError, match="no checkpoint in"):
+        load_checkpoint(tmp_path)
+    save(tmp_path, 1)
+    (tmp_path / "checkpoint" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(EwavitError, match="no whole checkpoint is left"):
+        load_checkpoint(tmp_path)
+
+
+def test_full_disk_keeps_the_last_checkpoint_and_leaves_nothing(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+
+    def full(tensors, file, metadata):
+        file.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(room, "save_file", full)
+    with pytest.raises(EwavitError, match="No space left on device"):
+        save(tmp_path, 2)
+    assert load_checkpoint(tmp_path).facts == {"n": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_crash_between_the_renames_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    original = room.os.replace
+
+    def crash(source, target):
+        if target == tmp_path / "checkpoint":
+            raise KeyboardInterrupt
+        original(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(room.os, "replace", crash)
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, 2)
+    assert load_checkpoint(tmp_path).facts == {"n": 1}
+    save(tmp_path, 3)
+    assert load_checkpoint(tmp_path).facts == {"n": 3}
+
+
+def test_tied_and_sliced_tensors_are_written_whole(tmp_path):
+    base = torch.arange(6.0)
+    save_tensors(
+        {"a": base, "b": base, "slice": base[2:4], "turned": base.view(2, 3).t()}, tmp_path / "x.safetensors"
+    )
+    found = room.load_file(tmp_path / "x.safetensors")
+    assert torch.equal(found["b"], base)
+    assert torch.equal(found["slice"], base[2:4])
+    assert torch.equal(found["turned"], base.view(2, 3).t())

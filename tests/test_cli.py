@@ -1,0 +1,303 @@
+"""The command line: what wrong input gets, where settings come from, what plan prints."""
+
+import json
+import resource
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ewavit.cli import main
+from ewavit.training import loop
+from ewavit.training.checkpoint import load_checkpoint
+from test_training import TINY, fresh_accelerator  # noqa: F401  (a fixture)
+
+SMALL = [
+    "--model",
+    TINY["model"],
+    "--model-kwargs",
+    TINY["model_kwargs"],
+    "--limit",
+    "128",
+    "--batch-size",
+    "32",
+]
+SMALL += ["--epochs", "2", "--warmup-epochs", "1", "--workers", "0"]
+
+
+def image_folder(root, classes=("cat", "dog"), each=20, side=28, val_classes=None):
+    generator = np.random.default_rng(0)
+    for split, names in (("train", classes), ("val", val_classes or classes)):
+        for name in names:
+            (root / split / name).mkdir(parents=True)
+            for number in range(each):
+                pixels = generator.integers(0, 256, (side, side, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{number}.png")
+    return root
+
+
+def refused(capsys, tmp_path, *arguments):
+    """Run a command that must be refused; return its one line."""
+    capsys.readouterr()
+    new_run = arguments[0] == "train" and "--resume" not in arguments
+    status = main([*arguments, "--output", str(tmp_path / "runs")] if new_run else list(arguments))
+    said = capsys.readouterr()
+    assert status == 2
+    assert said.err.count("\n") == 1, said.err
+    assert "Traceback" not in said.err
+    assert not (tmp_path / "runs").exists()
+    return said.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["--model", "vit_tinny_patch16_224"],
+            ["vit_tinny_patch16_224", "did you mean vit_tiny_patch16_224"],
+        ),
+        (["--data", "fashion-mnist-maxi"], ["fashion-mnist-maxi", "fashion-mnist-mini"]),
+        ([*SMALL, "--share-rate", "0.9"], ["0.9", "4 experts", "0.75"]),
+        ([*SMALL, "--share-rate", "-0.1"], ["-0.1"]),
+        ([*SMALL, "--experts", "600"], ["600", "--batch-size"]),
+        (["--model", "resnet18"], ["no FFN"]),
+        ([*SMALL, "--select", "blocks.7"], ["blocks.7"]),
+        (["--model", "vit_tiny_patch16_224"], ["patch size 16", "too large", "patch_size=N"]),
+        (["--model-kwargs", "patch_size=5"], ["patch size 5", "does not divide"]),
+        (["--model-kwargs", "patch_size=1", "--img-size", "80"], ["patch size 1", "too small"]),
+        (["--model-kwargs", "patch_size"], ["'patch_size'", "key=value"]),
+        (["--model-kwargs", "no_such=1"], ["no_such"]),
+        ([*SMALL, "--opt", "adamwwww"], ["adamwwww"]),
+        ([*SMALL, "--epochs", "many"], ["--epochs", "many"]),
+        ([*SMALL, "--epochs", "0"], ["--epochs 0"]),
+        ([*SMALL, "--batch-size", "129"], ["128 training images", "--batch-size"]),
+        ([*SMALL, "--batch-size", "33", "--mixup", "0.5"], ["33", "even"]),
+        ([*SMALL, "--no-such-flag"], ["--no-such-flag"]),
+        ([*SMALL, "--sched", "cosin"], ["cosin", "cosine"]),
+        ([*SMALL, "--initial-checkpoint", "nowhere.pth"], ["nowhere.pth"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+    ],
+    ids=lambda value: None if isinstance(value, list) and not value else " ".join(value)[-40:],
+)
+def test_wrong_input_gets_one_line_and_status_two(capsys, tmp_path, arguments, said):
+    line = refused(capsys, tmp_path, "train", *arguments)
+    for part in said:
+        assert part in line
+
+
+def test_wrong_folders_are_named(capsys, tmp_path):
+    (tmp_path / "empty").mkdir()
+    image_folder(tmp_path / "one", classes=("cat",))
+    image_folder(tmp_path / "differ", val_classes=("cat", "cow"))
+    for folder, said in (("empty", "train/"), ("one", "one class"), ("differ", "cow")):
+        line = refused(
+            capsys, tmp_path, "train", "--data", str(tmp_path / folder), "--model-kwargs", "patch_size=7"
+        )
+        assert said in line
+        assert folder in line
+
+
+def test_corrupt_image_is_named_or_skipped_and_counted(capsys, tmp_path):
+    folder = image_folder(tmp_path / "data")
+    bad = folder / "train" / "cat" / "3.png"
+    bad.write_bytes(bad.read_bytes()[:50])
+    arguments = [
+        "train",
+        "--data",
+        str(folder),
+        "--model",
+        TINY["model"],
+        "--model-kwargs",
+        TINY["model_kwargs"],
+    ]
+    arguments += [
+        "--batch-size",
+        "8",
+        "--epochs",
+        "1",
+        "--workers",
+        "1",
+        "--output",
+        str(tmp_path / "runs"),
+        "--name",
+    ]
+    assert main([*arguments, "stops"]) == 2
+    said = capsys.readouterr().err
+    assert "cat/3.png" in said
+    assert "--skip-bad-images" in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "runs" / "stops" / "model.safetensors").exists()
+    assert main([*arguments, "goes-on", "--skip-bad-images"]) == 0
+    assert "1 unreadable image" in capsys.readouterr().out
+    assert main(["evaluate", str(tmp_path / "runs" / "goes-on"), "--workers", "0"]) == 0
+    assert "on 40 images" in capsys.readouterr().out
+
+
+def test_existing_run_is_not_overwritten(capsys, tmp_path):
+    arguments = ["train", *SMALL, "--output", str(tmp_path), "--name", "run"]
+    assert main(arguments) == 0
+    before = (tmp_path / "run" / "model.safetensors").read_bytes()
+    assert main(arguments) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 2
+    assert "finished" in capsys.readouterr().err
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+
+
+def test_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_checkpoint(capsys, tmp_path, monkeypatch):
+    original = loop._Run._update
+
+    def poison(run):
+        original(run)
+        if run.progress.update == 6:  # the second step of the second epoch
+            next(run.plain.parameters()).data.fill_(float("nan"))
+
+    monkeypatch.setattr(loop._Run, "_update", poison)
+    assert main(["train", *SMALL, "--output", str(tmp_path), "--name", "run"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "step 7" in said
+    assert "last good checkpoint" in said
+    found = load_checkpoint(tmp_path / "run")
+    assert found.facts["progress"]["epoch"] == 1
+    assert all(torch.isfinite(tensor).all() for tensor in found.model.values())
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_checkpoint_of_another_model_is_refused(capsys, tmp_path):
+    for name, more in (("one", []), ("other", ["--experts", "2"])):
+        assert main(["train", *SMALL, "--output", str(tmp_path), "--name", name, *more, "--epochs", "1"]) == 0
+    state = json.loads((tmp_path / "one" / "checkpoint" / "state.json").read_text())
+    state["facts"]["recipe"] |= {"experts": 2, "epochs": 3}
+    (tmp_path / "one" / "checkpoint" / "state.json").write_text(json.dumps(state))
+    capsys.readouterr()
+    assert main(["train", "--resume", str(tmp_path / "one")]) == 2
+    said = capsys.readouterr().err
+    assert "another model" in said
+    assert said.count("\n") == 1
+
+
+def test_truncated_checkpoint_falls_back_to_the_one_before_and_says_so(capsys, tmp_path, monkeypatch):
+    original = loop._Run._update
+
+    def crash(run):
+        original(run)
+        if run.progress.update == 10:
+            raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run, "_update", crash)
+        with pytest.raises(MemoryError):
+            main(["train", *SMALL, "--epochs", "3", "--output", str(tmp_path), "--name", "run"])
+    file = tmp_path / "run" / "checkpoint" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert "damaged" in said
+    assert "resumed at epoch 2" in said
+
+
+def test_full_disk_is_said_in_one_line(tmp_path):
+    def small_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    command = [
+        sys.executable,
+        "-m",
+        "ewavit.cli",
+        "train",
+        *SMALL,
+        "--output",
+        str(tmp_path),
+        "--name",
+        "run",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=small_files)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "could not be written" in done.stderr
+    assert not list((tmp_path / "run").glob("checkpoint*"))
+
+
+def test_command_line_over_yaml_over_defaults(tmp_path):
+    from ewavit.cli import _parser, _recipe
+
+    file = tmp_path / "recipe.yaml"
+    file.write_text("epochs: 7\nlr: 5e-4\nmodel-kwargs: {patch_size: 7, depth: 2}\namp: true\nhflip: 0\n")
+    recipe = _recipe(_parser().parse_args(["train", "--config", str(file), "--epochs", "3", "--no-amp"]))
+    assert (recipe.epochs, recipe.lr, recipe.amp, recipe.hflip, recipe.batch_size) == (
+        3,
+        5e-4,
+        False,
+        0.0,
+        128,
+    )
+    assert recipe.parsed_model_kwargs() == {"patch_size": 7, "depth": 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("epochz: 3", "epochz"), ("epochs: lots", "lots"), ("- 3", "no settings"), ("a: [", "YAML")],
+)
+def test_wrong_yaml_is_named(capsys, tmp_path, text, said):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    assert said in refused(capsys, tmp_path, "train", "--config", str(file))
+
+
+def test_model_kwargs_may_hold_tuples():
+    from ewavit.training.recipe import Recipe
+
+    found = Recipe(model_kwargs="depths=(2,4),window_size=7,name=x").parsed_model_kwargs()
+    assert found == {"depths": (2, 4), "window_size": 7, "name": "x"}
+
+
+def test_plan_shows_what_becomes_a_mixture_and_its_cost(capsys):
+    assert main(["plan", "--model", "vit_tiny_patch16_224", "--experts", "4", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    chosen = [row["name"] for row in plan["candidates"] if "becomes" in row["verdict"]]
+    assert chosen == [f"blocks.{number}.mlp" for number in (1, 3, 5, 7, 9, 11)]
+    ffn = 192 * 768 * 2 + 768 + 192
+    assert plan["training_parameters"] - plan["dense_parameters"] == 3 * 6 * ffn
+    assert plan["training_optimizer_bytes"] == 8 * plan["training_parameters"]
+    assert 2.4e9 < plan["forward_flops_per_image"] < 2.6e9  # 1.26 G multiply-adds, by timm's tables
+    assert 1.0 < plan["expected_step_ratio"] < 1.5
+    assert main(["plan", "--model", "vit_tiny_patch16_224"]) == 0
+    assert "blocks.11.mlp" in capsys.readouterr().out
+
+
+def test_plan_names_why_candidates_are_refused(capsys):
+    assert main(["plan", "--model", "levit_128s"]) == 2
+    said = capsys.readouterr()
+    assert "BatchNorm" in said.out
+    assert said.err.count("\n") == 1
+
+
+def test_evaluate_and_export_refuse_what_is_not_theirs(capsys, tmp_path):
+    (tmp_path / "broken.safetensors").write_bytes(b"xx")
+    (tmp_path / "folder").mkdir()
+    for arguments, said in (
+        (["evaluate", str(tmp_path / "missing")], "missing"),
+        (["train", "--resume", str(tmp_path / "missing")], "no checkpoint"),
+        (["evaluate", str(tmp_path / "broken.safetensors")], "broken.safetensors"),
+        (["export", str(tmp_path / "folder"), "--to", str(tmp_path / "x.onnx")], "no checkpoint"),
+        (["export", str(tmp_path / "folder"), "--to", str(tmp_path / "x.pt")], ".pt"),
+    ):
+        assert said in refused(capsys, tmp_path, *arguments)
+
+
+def test_help_names_every_setting(capsys):
+    assert main(["train", "--help"]) == 0
+    said = capsys.readouterr().out
+    for name in (
+        "--share-rate",
+        "--model-ema",
+        "--grad-accum-steps",
+        "--resume",
+        "--config",
+        "--layer-decay",
+    ):
+        assert name in said
