@@ -51,7 +51,7 @@ class CosineRamp:
 
     def __call__(self, step: int) -> float:
         done = min(1.0, step / self.steps) if self.steps > 0 else 1.0
-        return self.rate * 0.5 * (1.0 - math.cos(math.pi * done))
+        return self.rate * (0.5 - 0.5 * math.cos(math.pi * done))
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,10 @@ def average_experts_(model: nn.Module, share_rate: float) -> None:
     Raises:
         EwavitError: the model has no MoE, or the share rate is out of range.
     """
-    for num_experts, experts in _expert_tensors(model):
-        if num_experts == 1 or check_share_rate(share_rate, num_experts) == 0.0:
-            continue
+    groups = [group for group in _expert_tensors(model) if group[0] > 1]
+    for num_experts, _ in groups:
+        check_share_rate(share_rate, num_experts)
+    for num_experts, experts in groups if share_rate else ():
         weight = min(1.0, share_rate * num_experts / (num_experts - 1))
         half = experts[0][0].dtype in (torch.bfloat16, torch.float16)
         work = [[tensor.float() for tensor in expert] for expert in experts] if half else experts
@@ -173,7 +174,8 @@ class ExpertAveraging:
             self.schedule: Schedule = share_rate
         else:
             for moe in layers.values():
-                check_share_rate(share_rate, moe.num_experts)
+                if moe.num_experts > 1:  # a single expert has nobody to share with, whatever the rate
+                    check_share_rate(share_rate, moe.num_experts)
             self.schedule = LinearRamp(share_rate, ramp_steps) if ramp_steps else Constant(share_rate)
         self.model = model
         self.every = every
@@ -198,6 +200,7 @@ class ExpertAveraging:
         while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
             optimizer = inner
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        half: dict[str, torch.dtype] = {}
         for layer, moe in moe_layers(self.model).items():
             for name, parameter in moe.experts.named_parameters():
                 if parameter.requires_grad and id(parameter) not in held:
@@ -206,11 +209,13 @@ class ExpertAveraging:
                         "build the optimizer after ewavit.expand(model)"
                     )
                 if parameter.dtype in (torch.bfloat16, torch.float16):
-                    warnings.warn(
-                        f"{layer} has {parameter.dtype} weights, where a small pull rounds to nothing: "
-                        "keep float32 weights and use autocast",
-                        stacklevel=2,
-                    )
+                    half[layer] = parameter.dtype
+        for layer, dtype in half.items():
+            warnings.warn(
+                f"{layer} has {dtype} weights, where a small pull rounds to nothing: "
+                "keep float32 weights and use autocast",
+                stacklevel=2,
+            )
         self._hook = optimizer.register_step_post_hook(self._after_step)
         return self
 

@@ -7,7 +7,7 @@ dimension, so the FFN's own `forward` runs unchanged on (experts, ..., tokens, d
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any, cast
 
 import torch
@@ -97,15 +97,21 @@ class ExpertNorm(ExpertLeaf):
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape out as in; (experts, ..., dim) in training, (..., dim) in eval."""
+        weight, bias = self._parameters[self.scale_name], self._parameters.get("bias")
+        if self.merged:  # in one call, so that one expert computes bit for bit what the original layer does
+            scale, shift = (p if p is None else p.mean(0) for p in (weight, bias))
+            if self.kind == "layer":
+                return F.layer_norm(x, x.shape[-1:], scale, shift, cast(float, self.eps))
+            if self.kind == "rms":
+                return F.rms_norm(x, x.shape[-1:], scale, self.eps)
+            return x * cast(Tensor, scale)
         if self.kind == "layer":
             x = F.layer_norm(x, x.shape[-1:], eps=cast(float, self.eps))
         elif self.kind == "rms":
             x = F.rms_norm(x, x.shape[-1:], eps=self.eps)
-        scale, bias = self._parameters[self.scale_name], self._parameters.get("bias")
-        for parameter, operation in ((scale, torch.mul), (bias, torch.add)):
+        for parameter, operation in ((weight, torch.mul), (bias, torch.add)):
             if parameter is not None:
-                per_expert = parameter.view(self.num_experts, *(1,) * (x.ndim - 2), -1)
-                x = operation(x, parameter.mean(0) if self.merged else per_expert)
+                x = operation(x, parameter.view(self.num_experts, *(1,) * (x.ndim - 2), -1))
         return x
 
 
@@ -120,7 +126,7 @@ def _norm_kind(leaf: nn.Module) -> str | None:
     name = type(leaf).__name__.lower()
     if isinstance(leaf, nn.LayerNorm):
         return "layer"
-    if isinstance(leaf, nn.RMSNorm) or "rmsnorm" in name:
+    if (isinstance(leaf, nn.RMSNorm) or "rmsnorm" in name) and hasattr(leaf, "eps"):  # named otherwise: lost
         return "rms"
     return "scale" if "layerscale" in name and len(leaf._parameters) == 1 else None
 
@@ -161,14 +167,14 @@ class Experts(nn.Module):
         raise NotImplementedError
 
     @torch.no_grad()
-    def fill_(self, ffn: nn.Module) -> None:
-        """Set every expert to the parameters and buffers of a dense FFN of the original class."""
+    def fill_(self, ffn: nn.Module, keep: Container[str] = ()) -> None:
+        """Set every expert to the parameters and buffers of a dense FFN, except for those named in `keep`."""
         dense = dict(ffn.named_parameters())
         for name, values in self.families():
-            for value in values:
+            for value in values if name not in keep else ():
                 value.copy_(dense[name])
         for name, buffer in ffn.named_buffers():
-            for replica in self.replicas():
+            for replica in self.replicas() if name not in keep else ():
                 replica.get_buffer(name).copy_(buffer)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -13,20 +13,21 @@ from torch import Tensor, nn
 from .experts import ExpertLeaf, SeparateExperts, StackedExperts
 from .moe import MoE, Unit
 
-_NAMES = re.compile(r"(mlp|ffn)\d*|mlp_(channels|tokens|in|out)|channel_mixer|feed_?forward|ff")
+_NAMES = re.compile(r"(mlp|ffn)\d*|mlp_(layer|channels|tokens|in)|channel_mixer|feed_?forward|ff")
 _CLASSES = re.compile(r"mlp|ffn|feed_?forward|swiglu|geglu", re.IGNORECASE)
 _NOT_FFNS = (  # a component of the module's name, and what such a module is
-    (re.compile(r"(\w*_)?attn(_\w+)?|(self_)?attention|rel_pos\w*|cpb_mlp"), "part of attention, not an FFN"),
-    (
-        re.compile(r"(attn_|map_)?pool\w*|\w*head\w*|pre_logits|projector|visual_projection"),
-        "part of the head",
-    ),
-    (
-        re.compile(r"mlp_tokens|token_mixer|mlp_scale|mlp_add|se|conv"),
-        "mixes positions by design, not an FFN",
-    ),
+    (re.compile(r"(self_|cross_)?attn\d*|(self_|cross_)?attention"), "part of attention, not an FFN"),
+    (re.compile(r"(shared_)?rel_pos\w*"), "computes a position bias, not an FFN"),
+    (re.compile(r"se|mlp_(scale|add)"), "part of channel attention, not an FFN"),
+    (re.compile(r"mlp_tokens|token_mixer"), "mixes tokens by design, not an FFN"),
+    (re.compile(r"(\w+_)?(heads?|pool(er)?|projector)|pre_logits"), "part of the head, not an FFN"),
 )
-_SPLIT = "its FFN is split over `{}` and `{}`, which no single module computes; not supported"
+_SPLIT = (  # layers of an FFN that some blocks have as their own children
+    ("intermediate", "output"),
+    ("linear1", "linear2"),
+    ("fc1", "fc2"),
+    ("in_proj", "mlp_drop"),  # timm's ParallelScalingBlock: fused with attention
+)
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,9 @@ class FFN:
 def find_ffns(model: nn.Module, names: list[str] | None = None) -> list[FFN]:
     """The FFNs of a model and what was mistaken for one, in module order; a shared FFN is listed once.
 
-    Candidates are recognised by attribute and class name, then run on random inputs with random weights: one
-    token is changed, and the FFN is token-wise when no other token moves. The model is not changed.
+    Candidates are recognised by attribute and class name; a copy with random weights is then run on random
+    tokens, and the FFN is token-wise when a change of one token and of their order moves no other token's
+    output. The model and the random generators are left alone.
 
     Args:
         model: any module.
@@ -63,55 +65,60 @@ def find_ffns(model: nn.Module, names: list[str] | None = None) -> list[FFN]:
         KeyError: a name that the model does not have.
     """
     modules = dict(model.named_modules())
-    found = [(name, modules[name]) for name in names] if names is not None else list(_candidates(model))
-    known: dict[str, FFN] = {}  # by everything that the result depends on: blocks of a ViT are alike
+    known: dict[str, FFN] = {}  # blocks of a ViT are alike: each kind of FFN is examined once
     result = []
-    for name, module in found:
-        reason = "" if names is not None else _false_friend(name)
+    for name in _candidates(modules) if names is None else names:
+        module = modules[name]
+        friend = _false_friend(name) if names is None else ""
         if isinstance(module, MoE):
             result.append(FFN(name, module, None, "is expanded already"))
-        elif reason:
-            result.append(FFN(name, module, None, reason))
+        elif friend:
+            result.append(FFN(name, module, None, friend))
         else:
-            signature = f"{type(module)} {module!r} {next(module.parameters(), torch.empty(0)).dtype}"
+            signature = _signature(module)
             if signature not in known:
                 known[signature] = _examine(name, module)
-            like = known[signature]
-            result.append(FFN(name, module, like.unit, like.reason, like.channels_first, like.stackable))
+            result.append(replace(known[signature], name=name, module=module))
     return result
 
 
-def _candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    looks_right = {
-        name: module
-        for name, module in model.named_modules()
-        if name
-        and not isinstance(module, nn.Identity)
-        and any(True for _ in module.parameters())
-        and (_NAMES.fullmatch(name.rpartition(".")[2]) or (_CLASSES.search(type(module).__name__)))
-        and (any(True for _ in module.children()))
-    }
-    split = dict(_split_ffns(model))
-    for name, module in model.named_modules():
-        if name in split:
-            yield name, module
-        elif name in looks_right:
-            inside = any(other.startswith(f"{name}.") for other in looks_right)
-            if not inside and not isinstance(module, ExpertLeaf) and not _within_moe(name, model):
-                yield name, module
+def _candidates(modules: dict[str, nn.Module]) -> list[str]:
+    """Names of the innermost modules that look like FFNs, and of blocks whose FFN is no module of its own."""
+    mixtures = tuple(f"{name}." for name, module in modules.items() if isinstance(module, MoE))
+    likely = [
+        name
+        for name, module in modules.items()
+        if name and not name.startswith(mixtures) and (_looks_like_ffn(name, module) or _split(module))
+    ]
+    return [
+        name
+        for name in likely
+        if _split(modules[name]) or not any(other.startswith(f"{name}.") for other in likely)
+    ]
 
 
-def _within_moe(name: str, model: nn.Module) -> bool:
-    parts = name.split(".")
-    return any(isinstance(model.get_submodule(".".join(parts[:i])), MoE) for i in range(1, len(parts)))
+def _looks_like_ffn(name: str, module: nn.Module) -> bool:
+    named = _NAMES.fullmatch(name.rpartition(".")[2]) or _CLASSES.search(type(module).__name__)
+    return bool(named and module._modules and next(module.parameters(), None) is not None)
 
 
-def _split_ffns(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Blocks that compute their FFN in several modules, with the reason to refuse them."""
-    for name, module in model.named_modules():
-        for first, second in (("intermediate", "output"), ("linear1", "linear2")):
-            if all(isinstance(getattr(module, child, None), nn.Module) for child in (first, second)):
-                yield name, _SPLIT.format(first, second)
+def _split(block: nn.Module) -> tuple[str, str] | None:
+    """The two layers of the FFN that a block computes by itself, besides its attention."""
+    children = {name for name, child in block._modules.items() if child is not None}
+    if any("attn" in name or "attention" in name for name in children):
+        return next((pair for pair in _SPLIT if children.issuperset(pair)), None)
+    return None
+
+
+def _signature(module: nn.Module) -> str:
+    """All that `_examine` depends on: structure, plain attributes, shapes, dtypes and devices."""
+    plain = (bool, int, float, str, tuple)
+    parts = [
+        (type(part), [(key, value) for key, value in vars(part).items() if isinstance(value, plain)])
+        for part in module.modules()
+    ]
+    tensors = [(name, value.shape, value.dtype, value.device) for name, value in module.named_parameters()]
+    return f"{module!r} {parts} {tensors}"
 
 
 def _false_friend(name: str) -> str:
@@ -128,38 +135,51 @@ def _examine(name: str, module: nn.Module) -> FFN:
     def refused(reason: str) -> FFN:
         return FFN(name, module, None, reason)
 
-    for _, reason in _split_ffns(module):
-        return refused(reason)
+    if pair := _split(module):
+        return refused(f"the block computes its FFN itself ({' and '.join(pair)}), no module of its own does")
     for part in module.modules():
         if "batchnorm" in type(part).__name__.lower():
             return refused(f"{type(part).__name__} inside: its statistics would differ from expert to expert")
-    if any(parameter.is_meta for parameter in module.parameters()):
-        return refused("its parameters are on the meta device: give them memory first")
+    for parameter in module.parameters():
+        if parameter.is_meta:
+            return refused("its parameters are on the meta device: give them memory first")
+        if not parameter.is_floating_point():
+            return refused(f"its weights are {parameter.dtype}: averaging needs floating point")
     inputs = list(_probe_inputs(module))
     if not inputs:
-        return refused("no linear layer or convolution inside")
+        return refused("no Linear or Conv2d inside")
     spatial = next((m for m in module.modules() if isinstance(m, nn.Conv2d) and max(m.kernel_size) > 1), None)
     if spatial is not None:
         mixes = f"mixes tokens ({'x'.join(map(str, spatial.kernel_size))} convolution inside)"
         return FFN(name, module, "image", f'{mixes}: needs partition="image"')
-    trial = _with_random_weights(module)
-    error = "it does not keep the number of tokens"
+    try:
+        trial = _with_random_weights(module)
+    except Exception as problem:
+        return refused(f"cannot be copied: {_short(problem)}")
+    errors = []
     for x, channel_dim in inputs:
         try:
             with torch.no_grad():
                 moved = _moved_tokens(trial, x, channel_dim)
         except Exception as problem:
             # Any failure of a stranger's forward means the same here: not callable in this way.
-            error = f"could not be run on {tuple(x.shape)}: {repr(problem)[:160]}"
+            errors.append(f"cannot be run on {tuple(x.shape)}: {_short(problem)}")
             continue
         if moved is None:
-            continue
-        if moved[1:].any():
+            errors.append("does not give one output per token")
+        elif moved[1:].any():
             return refused("mixes the images of a batch")
-        if moved.sum() > 1:
-            return FFN(name, module, "image", 'mixes tokens: needs partition="image"')
-        return FFN(name, module, "token", "", channel_dim == 1, _stacks(trial, x))
-    return refused(error)
+        elif moved.sum() > 1:
+            return FFN(name, module, "image", 'mixes tokens, or tells them apart: needs partition="image"')
+        elif not moved[0, 0]:
+            errors.append("its output does not follow its input")
+        else:
+            return FFN(name, module, "token", "", channel_dim == 1, _stacks(trial, x))
+    return refused(errors[0])
+
+
+def _short(problem: Exception) -> str:
+    return f"{type(problem).__name__}: {str(problem)[:120]}"
 
 
 def _probe_inputs(module: nn.Module) -> Iterator[tuple[Tensor, int]]:
@@ -183,20 +203,31 @@ def _with_random_weights(module: nn.Module) -> nn.Module:
     trial = copy.deepcopy(module).eval()
     with torch.no_grad():
         for parameter in trial.parameters():
-            scale = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 1.0
+            scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 1.0
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
     return trial
 
 
 def _moved_tokens(trial: nn.Module, x: Tensor, channel_dim: int) -> Tensor | None:
-    """(images, tokens) of the output that move when the first token is changed; None if tokens are lost."""
-    changed = x.movedim(channel_dim, -1).clone()
-    changed[(0,) * (changed.ndim - 1)] += 1.0
-    before, after = (trial(v).movedim(channel_dim, -1) for v in (x, changed.movedim(-1, channel_dim)))
-    if before.shape[:-1] != changed.shape[:-1]:
+    """Which tokens of the output, (images, tokens), move when the first image is given in another way.
+
+    Its tokens are put in reverse order and the first one is replaced; a token-wise FFN moves that one alone.
+    None if the output has not one token per token.
+    """
+
+    def run(rows: Tensor) -> Tensor:
+        output: Tensor = trial(rows.view_as(last).movedim(-1, channel_dim)).movedim(channel_dim, -1)
+        return output.flatten(1, -2)
+
+    last = x.movedim(channel_dim, -1).contiguous()
+    rows = last.flatten(1, -2)
+    changed = torch.cat([rows[:1].flip(1), rows[1:]])
+    changed[0, -1] = torch.randn(rows.shape[-1], generator=torch.Generator().manual_seed(2))
+    before, after = run(rows), run(changed)
+    if before.shape[:2] != rows.shape[:2]:
         return None
-    moved: Tensor = (after - before).abs().amax(-1) > 1e-3 * before.abs().amax()
-    return moved.flatten(1)
+    after = torch.cat([after[:1].flip(1), after[1:]])
+    return ~((after - before).abs().amax(-1) <= 1e-3 * before.abs().amax())  # so that NaN counts as moved
 
 
 def _stacks(trial: nn.Module, x: Tensor) -> bool:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -72,11 +73,13 @@ def expand(
     _refuse_wrapped(model)
     if moe_layers(model):
         raise EwavitError("the model is expanded already: call ewavit.collapse(model) first")
-    for ffn in select_ffns(model, select, partition):
+    chosen = select_ffns(model, select, partition)
+    for ffn in chosen:
         if experts == "stacked" and not ffn.stackable:
             raise EwavitError(
                 f'{ffn.name} ({ffn.class_name}) cannot be stacked: use experts="separate" or "auto"'
             )
+    for ffn in chosen:
         kind = SeparateExperts if experts == "separate" or not ffn.stackable else StackedExperts
         made = kind(ffn.module, num_experts)
         _initialise_(made, init, noise)
@@ -94,6 +97,8 @@ def select_ffns(model: nn.Module, select: Select = "alternate", partition: Unit 
     elif not callable(select):
         select = list(select)
     if isinstance(select, list):
+        if not select:
+            raise _nothing("select=[] names no module", find_ffns(model))
         modules = dict(model.named_modules())
         if unknown := [name for name in select if not name or name not in modules]:
             raise _nothing(f"the model has no module {', '.join(map(repr, unknown))}", find_ffns(model))
@@ -261,13 +266,16 @@ def load_dense_state_dict(model: nn.Module, state_dict: dict[str, Any], strict: 
 
     Args:
         model: an expanded model.
-        state_dict: with the dense model's keys.
+        state_dict: with the dense model's keys; where it lacks one (`strict=False`) experts stay as they are.
         strict: as in `torch.nn.Module.load_state_dict`, whose result is returned.
     """
+    names = {moe: f"{name}." for name, moe in moe_layers(model).items()}
     with collapsed(model) as swapped:
         result = model.load_state_dict(state_dict, strict=strict)
         for moe, ffn in swapped:
-            moe.experts.fill_(ffn)
+            prefix = names[moe]
+            absent = {key.removeprefix(prefix) for key in result.missing_keys if key.startswith(prefix)}
+            moe.experts.fill_(ffn, keep=absent)
     return result
 
 
@@ -325,7 +333,8 @@ def param_groups(
     Args:
         model: a model, expanded or not.
         weight_decay: of all other parameters.
-        no_weight_decay: further names without decay, beside those of `model.no_weight_decay()`.
+        no_weight_decay: further names without decay, beside those of `model.no_weight_decay()`; as in timm
+            they may hold wildcards (`pos_embed.*`).
 
     Returns:
         Two groups for any torch optimizer, without decay first.
@@ -337,5 +346,6 @@ def param_groups(
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_vector = parameter.ndim <= 1 or name.endswith(".bias") or id(parameter) in vectors
-            (no_decay if is_vector or name in listed else decay).append(parameter)
+            is_listed = any(fnmatchcase(name, pattern) for pattern in listed)
+            (no_decay if is_vector or is_listed else decay).append(parameter)
     return [{"params": no_decay, "weight_decay": 0.0}, {"params": decay, "weight_decay": weight_decay}]
