@@ -203,6 +203,7 @@ class StackedExperts(Experts):
                 )
             memo[id(module)] = leaf
         self.ffn: nn.Module = copy.deepcopy(ffn, memo)
+        self.training = ffn.training
 
     def replicas(self) -> list[nn.Module]:
         return [self.ffn]
@@ -233,6 +234,7 @@ class SeparateExperts(Experts):
         super().__init__()
         self.num_experts = num_experts
         self.copies = nn.ModuleList(copy.deepcopy(ffn) for _ in range(num_experts))
+        self.training = self.copies.training = ffn.training
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return torch.stack([ffn(part, *args, **kwargs) for ffn, part in zip(self.copies, x, strict=True)])

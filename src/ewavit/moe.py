@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from .errors import EwavitError
 from .experts import ExpertLeaf, Experts
 from .partition import RandomPartition
 
@@ -36,6 +37,7 @@ class MoE(nn.Module):
         self.partition = partition
         self.channels_first = channels_first
         self.dispatcher = dispatcher or RandomPartition(experts.num_experts)
+        self.training = self.dispatcher.training = experts.training
 
     @property
     def num_experts(self) -> int:
@@ -64,7 +66,9 @@ class MoE(nn.Module):
         block, state = self.dispatcher.dispatch(last.flatten(0, -2))
         experts, capacity, dim = block.shape
         # Each expert gets one "image" of `capacity` tokens, of the rank that the FFN is used to.
-        image = {2: (capacity,), 3: (1, capacity), 4: (1, capacity, 1)}[x.ndim]
+        image = {2: (capacity,), 3: (1, capacity), 4: (1, capacity, 1)}.get(x.ndim)
+        if image is None:
+            raise EwavitError(f"an FFN got {x.ndim}-D input {tuple(x.shape)}: reshape it to 2-D, 3-D or 4-D")
         block = block.view(experts, *image, dim)
         if not self.channels_first:
             y = self.experts(block, *args, **kwargs)
@@ -76,7 +80,7 @@ class MoE(nn.Module):
 
     def collapse(self) -> nn.Module:
         """A new FFN of the original class whose parameters are the experts' mean."""
-        return self.experts.collapse().train(self.training)
+        return self.experts.collapse()
 
     def extra_repr(self) -> str:
         return f"partition={self.partition!r}" + (", channels_first=True" if self.channels_first else "")

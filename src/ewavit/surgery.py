@@ -83,8 +83,7 @@ def expand(
         kind = SeparateExperts if experts == "separate" or not ffn.stackable else StackedExperts
         made = kind(ffn.module, num_experts)
         _initialise_(made, init, noise)
-        moe = MoE(made, partition, ffn.channels_first).train(ffn.module.training)
-        _replace(model, ffn.module, moe)
+        _replace(model, ffn.module, MoE(made, partition, ffn.channels_first))
     _exempt_norms_from_decay(model)
     return model
 
