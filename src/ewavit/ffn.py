@@ -138,8 +138,11 @@ def _examine(name: str, module: nn.Module) -> FFN:
     if pair := _split(module):
         return refused(f"the block computes its FFN itself ({' and '.join(pair)}), no module of its own does")
     for part in module.modules():
-        if "batchnorm" in type(part).__name__.lower():
-            return refused(f"{type(part).__name__} inside: its statistics would differ from expert to expert")
+        kind = type(part).__name__
+        if "batchnorm" in kind.lower():
+            return refused(f"{kind} inside: its statistics would differ from expert to expert")
+        if kind in ("DropPath", "StochasticDepth"):
+            return FFN(name, module, "image", f'drops whole images ({kind} inside): needs partition="image"')
     for parameter in module.parameters():
         if parameter.is_meta:
             return refused("its parameters are on the meta device: give them memory first")

@@ -78,8 +78,8 @@ def train(recipe: Recipe) -> Result:
         EwavitError: wrong input, a loss that is not finite, or a disk that is full.
         Interrupted: SIGINT or SIGTERM; the checkpoint is written.
     """
-    accelerator = _accelerator(recipe)
     run = _run_folder(recipe)
+    accelerator = _accelerator(recipe, run)
     return _Run(recipe, run, accelerator).train()
 
 
@@ -97,7 +97,7 @@ def resume(run: Path, **changes: Any) -> Result:
     recipe = replace(Recipe.from_dict(checkpoint.facts["recipe"], str(checkpoint.path)), **changes)
     if checkpoint.facts["progress"]["epoch"] >= recipe.epochs and (run / "model.safetensors").exists():
         raise EwavitError(f"{run} is finished after {recipe.epochs} epochs: there is nothing to resume")
-    accelerator = _accelerator(recipe)
+    accelerator = _accelerator(recipe, run)
     if checkpoint.warning and accelerator.is_main_process:
         report.say(f"warning: {checkpoint.warning}")
     return _Run(recipe, run, accelerator, checkpoint).train()
@@ -200,7 +200,6 @@ class _Run:
             recipe.save(self.folder / "args.yaml")
             report.say(self._opening())
         if recipe.tensorboard:
-            self.accelerator.project_configuration.logging_dir = str(self.folder)
             self.accelerator.init_trackers("tensorboard")
         with self._signals() as received:
             while progress.epoch < recipe.epochs:
@@ -433,11 +432,14 @@ def open_recipe_data(recipe: Recipe, accelerator: Accelerator | None = None) -> 
     )
 
 
-def _accelerator(recipe: Recipe) -> Accelerator:
+def _accelerator(recipe: Recipe, run: Path) -> Accelerator:
     precision = {"bfloat16": "bf16", "float16": "fp16"}[recipe.amp_dtype] if recipe.amp else "no"
+    log_with = "tensorboard" if recipe.tensorboard else None
     try:
-        return Accelerator(mixed_precision=precision, log_with="tensorboard" if recipe.tensorboard else None)
+        return Accelerator(mixed_precision=precision, log_with=log_with, project_dir=str(run))
     except ValueError as problem:
+        if not recipe.amp:
+            raise
         raise EwavitError(f"--amp-dtype {recipe.amp_dtype} does not work here ({problem})") from None
 
 

@@ -1,0 +1,75 @@
+"""EWA against dense training, same budget, paired by seed: same first weights, same images in the same order.
+
+    python benchmarks/dense_vs_ewa.py --config recipes/demo.yaml --seeds 42,43,44
+
+Runs are `ewavit train` processes; finished ones are not repeated. Prints and writes to
+records/dense_vs_ewa.json each top-1, the mean paired difference, and its 95 % interval by Student's t.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import yaml
+from scipy import stats
+
+from records import write_record
+
+
+def last_row(run: Path) -> dict[str, float]:
+    """The last epoch of a finished run."""
+    rows = list(csv.DictReader((run / "summary.csv").open()))
+    return {key: float(value) for key, value in rows[-1].items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, default=Path("recipes/demo.yaml"))
+    parser.add_argument("--seeds", default="42,43,44")
+    parser.add_argument("--experts", type=int, default=4)
+    parser.add_argument("--output", type=Path, default=Path("runs/dense_vs_ewa"))
+    args = parser.parse_args()
+    seeds = [int(seed) for seed in args.seeds.split(",")]
+
+    arms = {"dense": 1, "ewa": args.experts}
+    rows: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
+    for seed in seeds:
+        for name, experts in arms.items():
+            run = args.output / f"{name}-{seed}"
+            if not (run / "model.safetensors").exists():
+                command = [sys.executable, "-m", "ewavit.cli", "train"]
+                if (run / "checkpoint").exists():
+                    command += ["--resume", str(run)]
+                else:
+                    command += ["--config", str(args.config)]
+                    command += ["--experts", str(experts), "--seed", str(seed)]
+                    command += ["--output", str(args.output), "--name", run.name]
+                subprocess.run(command, check=True)
+            rows[name].append(last_row(run))
+
+    top1 = {name: np.array([row["eval_top1"] for row in found]) for name, found in rows.items()}
+    difference = top1["ewa"] - top1["dense"]
+    mean = float(difference.mean())
+    half = float(stats.t.ppf(0.975, len(seeds) - 1) * difference.std(ddof=1) / len(seeds) ** 0.5)
+    for name, values in top1.items():
+        print(f"{name:6} top-1 {values.mean():.2f} % ({', '.join(f'{value:.2f}' for value in values)})")
+    print(f"EWA - dense: {mean:+.2f} points, 95 % interval [{mean - half:+.2f}, {mean + half:+.2f}]")
+    result = {
+        "seeds": seeds,
+        "top1": {name: values.tolist() for name, values in top1.items()},
+        "last_rows": rows,
+        "mean_difference": mean,
+        "interval": [mean - half, mean + half],
+    }
+    write_record("dense_vs_ewa", {"recipe": yaml.safe_load(args.config.read_text()), **vars(args)}, result)
+
+
+if __name__ == "__main__":
+    main()
