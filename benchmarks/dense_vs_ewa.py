@@ -2,14 +2,16 @@
 
     python benchmarks/dense_vs_ewa.py --config recipes/demo.yaml --seeds 42,43,44
 
-Runs are `ewavit train` processes; finished ones are not repeated. Prints and writes to
-records/dense_vs_ewa.json each top-1, the mean paired difference, and its 95 % interval by Student's t.
+Runs are `ewavit train` processes of one thread, both arms of a seed at once; finished ones are not repeated.
+Prints and writes to records/dense_vs_ewa.json each top-1, the mean paired difference, and its 95 % interval by
+Student's t.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +29,23 @@ def last_row(run: Path) -> dict[str, float]:
     return {key: float(value) for key, value in rows[-1].items()}
 
 
+def finished(run: Path) -> bool:
+    return (run / "model.safetensors").exists()
+
+
+def start(args: argparse.Namespace, run: Path, experts: int, seed: int) -> subprocess.Popen[bytes]:
+    """Start or resume one run as a process with one thread, its lines in a log beside it."""
+    command = [sys.executable, "-m", "ewavit.cli", "train"]
+    if (run / "checkpoint").exists():
+        command += ["--resume", str(run)]
+    else:
+        command += ["--config", str(args.config), "--experts", str(experts), "--seed", str(seed)]
+        command += ["--output", str(args.output), "--name", run.name]
+    args.output.mkdir(parents=True, exist_ok=True)
+    with run.with_suffix(".log").open("ab") as log:
+        return subprocess.Popen(command, stdout=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -41,17 +60,11 @@ def main() -> None:
     arms = {"dense": 1, "ewa": args.experts}
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
     for seed in seeds:
-        for name, experts in arms.items():
-            run = args.output / f"{name}-{seed}"
-            if not (run / "model.safetensors").exists():
-                command = [sys.executable, "-m", "ewavit.cli", "train"]
-                if (run / "checkpoint").exists():
-                    command += ["--resume", str(run)]
-                else:
-                    command += ["--config", str(args.config)]
-                    command += ["--experts", str(experts), "--seed", str(seed)]
-                    command += ["--output", str(args.output), "--name", run.name]
-                subprocess.run(command, check=True)
+        runs = {name: args.output / f"{name}-{seed}" for name in arms}
+        started = [start(args, run, arms[name], seed) for name, run in runs.items() if not finished(run)]
+        if any(process.wait() for process in started):
+            raise SystemExit(f"a run of seed {seed} failed")
+        for name, run in runs.items():
             rows[name].append(last_row(run))
 
     top1 = {name: np.array([row["eval_top1"] for row in found]) for name, found in rows.items()}
