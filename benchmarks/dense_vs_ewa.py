@@ -2,9 +2,9 @@
 
     python benchmarks/dense_vs_ewa.py --config recipes/demo.yaml --seeds 42,43,44
 
-Runs are `ewavit train` processes of one thread, both arms of a seed at once; finished ones are not repeated.
-Prints and writes to records/dense_vs_ewa.json each top-1, the mean paired difference, and its 95 % interval by
-Student's t.
+Runs are `ewavit train` processes of one thread, both arms of a seed at once; finished runs stay.
+Prints each top-1, the mean paired difference and its 95 % interval by Student's t, and writes them to
+records/dense_vs_ewa.json.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 import ewavit as ewa
-from records import write_record
+from records import add_model_arguments, write_record
 
 BYTES_PER_PARAMETER = 16
 
@@ -78,15 +78,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="vit_tiny_patch16_224")
-    parser.add_argument("--img-size", type=int, default=64)
-    parser.add_argument("--patch-size", type=int, default=8)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--experts", type=int, default=4)
+    add_model_arguments(parser)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--arm", action="store_true", help="measure this process only and print JSON")
     args = parser.parse_args()
     if args.arm:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import sys
@@ -14,6 +15,17 @@ import timm
 import torch
 
 FOLDER = Path(__file__).parent.parent / "records"
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of benchmarks that build one model; ViT-Tiny at 64x64/8, batch 64, N = 4 by default."""
+    parser.add_argument("--model", default="vit_tiny_patch16_224")
+    parser.add_argument("--img-size", type=int, default=64)
+    parser.add_argument("--patch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--experts", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def write_record(name: str, settings: dict[str, Any], result: Any) -> Path:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import ewavit as ewa
-from records import interval_of_median, write_record
+from records import add_model_arguments, interval_of_median, write_record
 
 
 def build(args: argparse.Namespace, experts: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
@@ -58,17 +58,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="vit_tiny_patch16_224")
-    parser.add_argument("--img-size", type=int, default=64)
-    parser.add_argument("--patch-size", type=int, default=8)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--experts", type=int, default=4)
+    add_model_arguments(parser)
     parser.add_argument("--select", default="alternate")
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--warm-up", type=int, default=5)
     parser.add_argument("--no-fused", dest="fused", action="store_false", help="AdamW tensor by tensor")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     synchronize = torch.cuda.synchronize if args.device == "cuda" else lambda: None

@@ -101,13 +101,14 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         "--config", metavar="FILE.yaml", help="settings from YAML; the command line overrides them"
     )
     for setting in settings():
-        kind = next(t for t in (*get_args(types[setting.name]), types[setting.name]) if t is not type(None))
+        choices = setting.metadata["choices"]
+        accepted = (str,) if choices else (*get_args(types[setting.name]), types[setting.name])
+        kind = next(t for t in accepted if t is not type(None))
         default = "" if setting.default in (None, "") else f" (default: {setting.default})"
         options: dict[str, Any] = {"help": setting.metadata["help"].replace("%", "%%") + default}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            choices = setting.metadata["choices"]
             options |= {
                 "type": kind,
                 "choices": choices,

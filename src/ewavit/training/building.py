@@ -98,16 +98,19 @@ def expand_by_recipe(model: nn.Module, recipe: Recipe, sample: Tensor | None = N
                     f"--experts {recipe.experts} is more than the {per_image * recipe.batch_size} "
                     f"{recipe.partition}s of a batch in {name}: take fewer experts or a larger --batch-size"
                 )
-    return expand(model, recipe.experts, select=recipe.select, partition=recipe.partition)  # type: ignore[arg-type]
+    return expand(model, recipe.experts, select=recipe.select, partition=recipe.partition)
 
 
 def ffn_input_shapes(model: nn.Module, recipe: Recipe, sample: Tensor) -> dict[str, torch.Size]:
     """For each FFN that the recipe selects, the shape of its input for one image."""
     shapes: dict[str, torch.Size] = {}
     handles = []
-    for ffn in select_ffns(model, recipe.select, recipe.partition):  # type: ignore[arg-type]
-        hook = lambda module, args, name=ffn.name: shapes.__setitem__(name, args[0].shape)  # noqa: E731
-        handles.append(ffn.module.register_forward_pre_hook(hook))
+    for ffn in select_ffns(model, recipe.select, recipe.partition):
+
+        def note(module: nn.Module, inputs: tuple[Tensor, ...], name: str = ffn.name) -> None:
+            shapes[name] = inputs[0].shape
+
+        handles.append(ffn.module.register_forward_pre_hook(note))
     training = model.training
     with torch.no_grad():
         model.eval()(sample)

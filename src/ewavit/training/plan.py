@@ -80,7 +80,7 @@ def plan(recipe: Recipe, data: Data | None = None) -> Plan:
     chosen: set[str] = set()
     moved = 0
     if recipe.experts > 1:
-        chosen = {ffn.name for ffn in select_ffns(model, recipe.select, recipe.partition)}  # type: ignore[arg-type]
+        chosen = {ffn.name for ffn in select_ffns(model, recipe.select, recipe.partition)}
         moved = sum(shape.numel() for shape in ffn_input_shapes(model, recipe, sample).values())
     candidates = tuple(
         {"name": ffn.name, "class": ffn.class_name, "verdict": _verdict(ffn.name in chosen, ffn.reason)}

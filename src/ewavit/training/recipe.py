@@ -11,6 +11,7 @@ import yaml
 
 from ewavit.averaging import check_share_rate
 from ewavit.errors import EwavitError
+from ewavit.moe import Unit
 
 
 def _option(default: Any, help_text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -47,7 +48,7 @@ class Recipe:
     select: str = _option(
         "alternate", "which FFNs: alternate, all, last_half, a name or a regular expression"
     )
-    partition: str = _option("token", "what is dealt to the experts", ("token", "image"))
+    partition: Unit = _option("token", "what is dealt to the experts", ("token", "image"))
 
     epochs: int = _option(300, "passes over the training images")
     batch_size: int = _option(128, "images per batch and process")
