@@ -55,7 +55,8 @@ def write_record(name: str, settings: dict[str, Any], result: Any) -> Path:
 def processor() -> str:
     """The CPU's name."""
     info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
     return names[0] if names else platform.machine()
 
 

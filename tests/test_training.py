@@ -250,7 +250,7 @@ def test_compiled_run_trains(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_share_the_work_and_one_writes(tmp_path):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     command += [
         "--num_machines",
         "1",

@@ -435,8 +435,9 @@ def open_recipe_data(recipe: Recipe, accelerator: Accelerator | None = None) -> 
 def _accelerator(recipe: Recipe, run: Path) -> Accelerator:
     precision = {"bfloat16": "bf16", "float16": "fp16"}[recipe.amp_dtype] if recipe.amp else "no"
     log_with = "tensorboard" if recipe.tensorboard else None
+    cpu = not torch.accelerator.is_available()  # said, or accelerate leaves launched CPU processes on their own
     try:
-        return Accelerator(mixed_precision=precision, log_with=log_with, project_dir=str(run))
+        return Accelerator(cpu=cpu, mixed_precision=precision, log_with=log_with, project_dir=str(run))
     except ValueError as problem:
         if not recipe.amp:
             raise
