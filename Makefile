@@ -24,6 +24,8 @@ lint: install
 	$(BIN)/mypy
 
 bench: install
+	$(BIN)/python benchmarks/device_check.py
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/data_rate.py
+	$(BIN)/python benchmarks/demo.py

@@ -3,14 +3,10 @@
     python benchmarks/data_rate.py --seconds 5
 
 (a) the bundled set, in memory, with the default augmentation and with RandAugment; (b) a generated folder of
-64x64 JPEGs through timm's transforms, in this process and with workers. Writes records/data_rate.json.
+64x64 JPEGs through timm's transforms, in this process and with workers. Writes records/data_rate-DEVICE.json.
 """
 
 import argparse
-import datetime
-import json
-import os
-import platform
 import tempfile
 import time
 from pathlib import Path
@@ -21,8 +17,7 @@ from PIL import Image
 
 from ewavit.training.batches import Data
 from ewavit.training.data import Augmentation, open_data
-
-RECORD = Path(__file__).parent.parent / "records" / "data_rate.json"
+from records import write_record
 
 
 def images_per_second(data: Data, seconds: float) -> float:
@@ -60,12 +55,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="per measurement")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--output", type=Path, default=RECORD)
+    parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    load = os.getloadavg()[0]
 
     rates = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -85,18 +78,7 @@ def main() -> None:
             )
             rates[label] = round(images_per_second(data, args.seconds))
             print(f"{label:<32}{rates[label]:>9,} images/s", flush=True)
-    record = {
-        "date": datetime.date.today().isoformat(),
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine() + " CPU",
-        "cores": os.cpu_count(),
-        "threads": args.threads,
-        "load_average_before": round(load, 2),
-        "batch_size": args.batch_size,
-        "seconds": args.seconds,
-        "images_per_second": rates,
-    }
-    args.output.write_text(json.dumps(record, indent=2) + "\n")
+    write_record(f"data_rate-{args.device}", vars(args), {"images_per_second": rates})
 
 
 if __name__ == "__main__":
