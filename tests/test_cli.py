@@ -64,6 +64,7 @@ def refused(capsys, tmp_path, *arguments):
         ([*SMALL, "--share-rate", "-0.1"], ["-0.1"]),
         ([*SMALL, "--experts", "600"], ["600", "--batch-size"]),
         (["--model", "resnet18"], ["no FFN"]),
+        (["--model", "levit_128s", "--img-size", "224", "--limit", "128"], ["no FFN", "BatchNorm"]),
         ([*SMALL, "--select", "blocks.7"], ["blocks.7"]),
         (["--model", "vit_tiny_patch16_224"], ["patch size 16", "too large", "patch_size=N"]),
         (["--model-kwargs", "patch_size=5"], ["patch size 5", "does not divide"]),
@@ -73,6 +74,13 @@ def refused(capsys, tmp_path, *arguments):
         ([*SMALL, "--opt", "adamwwww"], ["adamwwww"]),
         ([*SMALL, "--epochs", "many"], ["--epochs", "many"]),
         ([*SMALL, "--epochs", "0"], ["--epochs 0"]),
+        ([*SMALL, "--drop-path", "1.5"], ["--drop-path 1.5"]),
+        ([*SMALL, "--min-lr", "-1"], ["--min-lr -1"]),
+        ([*SMALL, "--lr", "inf"], ["--lr inf"]),
+        ([*SMALL, "--clip-grad", "0"], ["--clip-grad 0"]),
+        ([*SMALL, "--model-ema", "--model-ema-decay", "2"], ["--model-ema-decay 2"]),
+        ([*SMALL, "--crop-padding", "40"], ["crop_padding 40", "28"]),
+        ([*SMALL, "--name", "../elsewhere"], ["../elsewhere", "--output"]),
         ([*SMALL, "--batch-size", "129"], ["128 training images", "--batch-size"]),
         ([*SMALL, "--batch-size", "33", "--mixup", "0.5"], ["33", "even"]),
         ([*SMALL, "--no-such-flag"], ["--no-such-flag"]),
@@ -227,20 +235,23 @@ def test_command_line_over_yaml_over_defaults(tmp_path):
 
     file = tmp_path / "recipe.yaml"
     file.write_text("epochs: 7\nlr: 5e-4\nmodel-kwargs: {patch_size: 7, depth: 2}\namp: true\nhflip: 0\n")
-    recipe = _recipe(_parser().parse_args(["train", "--config", str(file), "--epochs", "3", "--no-amp"]))
-    assert (recipe.epochs, recipe.lr, recipe.amp, recipe.hflip, recipe.batch_size) == (
-        3,
-        5e-4,
-        False,
-        0.0,
-        128,
-    )
+    options = _parser().parse_args(["train", "--config", str(file), "--epochs", "3", "--no-amp"])
+    recipe, given = _recipe(options)
+    assert given == {"epochs", "lr", "model_kwargs", "amp", "hflip"}
+    assert (recipe.epochs, recipe.lr, recipe.amp) == (3, 5e-4, False)
+    assert (recipe.hflip, recipe.batch_size) == (0.0, 128)
     assert recipe.parsed_model_kwargs() == {"patch_size": 7, "depth": 2}
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("epochz: 3", "epochz"), ("epochs: lots", "lots"), ("- 3", "no settings"), ("a: [", "YAML")],
+    [
+        ("epochz: 3", "epochz"),
+        ("epochs: lots", "lots"),
+        ("epochs: lots", "recipe.yaml"),
+        ("- 3", "no settings"),
+        ("a: [", "YAML"),
+    ],
 )
 def test_wrong_yaml_is_named(capsys, tmp_path, text, said):
     file = tmp_path / "recipe.yaml"
@@ -267,6 +278,14 @@ def test_plan_shows_what_becomes_a_mixture_and_its_cost(capsys):
     assert 1.0 < plan["expected_step_ratio"] < 1.5
     assert main(["plan", "--model", "vit_tiny_patch16_224"]) == 0
     assert "blocks.11.mlp" in capsys.readouterr().out
+
+
+def test_plan_follows_the_data_when_it_is_given(capsys):
+    arguments = ["plan", "--model", TINY["model"], "--model-kwargs", TINY["model_kwargs"]]
+    assert main(arguments) == 0
+    assert "224x224x3 images, 1000 classes" in capsys.readouterr().out
+    assert main([*arguments, "--data", "fashion-mnist-mini"]) == 0
+    assert "28x28x1 images, 10 classes" in capsys.readouterr().out
 
 
 def test_plan_names_why_candidates_are_refused(capsys):

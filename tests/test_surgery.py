@@ -526,3 +526,11 @@ def test_a_vit_is_expanded_trained_and_collapsed():
     fresh = tiny_vit().eval()
     fresh.load_state_dict(model.state_dict(), strict=True)
     assert torch.equal(fresh(x), model(x))
+
+
+@pytest.mark.parametrize("averaged", [torch.optim.swa_utils.AveragedModel, timm.utils.ModelEmaV3])
+def test_dense_state_dict_of_a_moving_average_has_the_original_keys(averaged):
+    model = tiny_vit()
+    keys = list(model.state_dict())
+    ewa.expand(model, 2)
+    assert list(ewa.dense_state_dict(averaged(model))) == keys

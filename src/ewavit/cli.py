@@ -50,9 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(name: str = "ewavit") -> argparse.ArgumentParser:
     parser = _Parser(
-        "ewavit", description="Train a Vision Transformer as averaged experts, deploy the plain model."
+        name, description="Train a Vision Transformer as averaged experts, deploy the plain model."
     )
     parser.add_argument("--version", action="version", version=f"ewavit {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
@@ -124,13 +124,14 @@ def _given(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(options).items() if name in names}
 
 
-def _recipe(options: argparse.Namespace) -> Recipe:
-    """Defaults, under the YAML file, under the command line."""
-    from_file = (
-        vars(_parser().parse_args(["train", *_yaml_arguments(options.config)])) if options.config else {}
-    )
-    names = {setting.name for setting in settings()}
-    return Recipe(**{name: value for name, value in from_file.items() if name in names} | _given(options))
+def _recipe(options: argparse.Namespace) -> tuple[Recipe, set[str]]:
+    """Defaults, under the YAML file, under the command line; and which settings were given at all."""
+    from_file = {}
+    if options.config:
+        parser = _parser(f"ewavit: --config {options.config}:")
+        from_file = _given(parser.parse_args(["train", *_yaml_arguments(options.config)]))
+    given = from_file | _given(options)
+    return Recipe(**given), set(given)
 
 
 def _yaml_arguments(path: str) -> list[str]:
@@ -162,7 +163,7 @@ def _train(options: argparse.Namespace) -> int:
 
     try:
         if options.resume is None:
-            train(_recipe(options))
+            train(_recipe(options)[0])
             return 0
         given = _given(options)
         harmless = {"data", "data_dir", "workers", "tensorboard"}
@@ -180,12 +181,14 @@ def _plan(options: argparse.Namespace) -> int:
     from ewavit.training.loop import open_recipe_data
     from ewavit.training.plan import plan
 
-    recipe = _recipe(options)
-    has_data = recipe.model is None or recipe.data != Recipe.data  # else the model's own image size
+    recipe, given = _recipe(options)
+    has_data = recipe.model is None or "data" in given  # else the images that timm's weights are for
     try:
         made = plan(recipe, open_recipe_data(recipe) if has_data else None)
     except EwavitError as problem:
-        print(str(problem).partition("\n")[2], end="")  # the candidates and why each is refused
+        table = str(problem).partition("\n")[2]  # the candidates and why each is refused
+        if table and not options.json:
+            print(table, flush=True)
         raise
     print(json.dumps(made.as_dict(), indent=2) if options.json else made)
     return 0

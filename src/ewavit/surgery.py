@@ -137,7 +137,10 @@ def _usable(ffn: FFN, partition: Unit) -> bool:
 def _nothing(problem: str, found: list[FFN]) -> EwavitError:
     if not found:
         return EwavitError(f"{problem}: no module looks like one; name yours in select=[...]")
-    return EwavitError(f"{problem}; the candidates are\n{candidate_table(found)}")
+    usable = [ffn.name for ffn in found if ffn.unit]
+    hint = f"there are {', '.join(usable[:3])}" if usable else f"{found[0].name}: {found[0].reason}"
+    more = f" and {len(found) - 1} more candidates" if len(found) > 1 else ""
+    return EwavitError(f"{problem}; {hint}{more}\n{candidate_table(found)}")
 
 
 def candidate_table(found: list[FFN]) -> str:
@@ -246,18 +249,21 @@ def collapsed(model: nn.Module) -> Iterator[list[tuple[MoE, nn.Module]]]:
 def dense_state_dict(model: nn.Module) -> dict[str, Any]:
     """The state dict that the collapsed model would have, under the original keys; the model stays expanded.
 
-    Prefixes of wrappers (`module.`, `_orig_mod.`) are removed.
+    Prefixes of wrappers (`module.`, `_orig_mod.`) are removed, those of EMA models too.
     """
     with collapsed(model):
         state = model.state_dict()
     for key in list(state):
         plain = re.sub(r"(^|\.)(module\.|_orig_mod\.)+", r"\1", key) if _wrapped(model) else key
-        state[plain] = state.pop(key)
+        value = state.pop(key)
+        if plain != "n_averaged":  # torch's AveragedModel counts in a buffer of its own
+            state[plain] = value
     return state
 
 
 def _wrapped(model: nn.Module) -> bool:
-    return any(base.__name__ in _WRAPPERS for module in model.modules() for base in type(module).__mro__)
+    names = {*_WRAPPERS, "AveragedModel", "ModelEma", "ModelEmaV2", "ModelEmaV3"}
+    return any(base.__name__ in names for module in model.modules() for base in type(module).__mro__)
 
 
 def load_dense_state_dict(model: nn.Module, state_dict: dict[str, Any], strict: bool = True) -> Any:

@@ -174,6 +174,10 @@ class TensorAugmentation:
     ) -> None:
         self.hflip = options.hflip
         self.padding = options.crop_padding if options.crop_padding >= 0 else img_size // 8
+        if self.padding > img_size:
+            raise EwavitError(
+                f"crop_padding {self.padding} exceeds the images' {img_size} pixels: choose less"
+            )
         self.auto_augment = tensor_auto_augment(options.aa) if options.aa else None
         self.erase = (
             RandomErasing(options.reprob, mode=options.remode, device=device) if options.reprob else None

@@ -49,4 +49,4 @@ def evaluate_batches(
         for metric in accuracy.values():
             metric.update(logits, labels)
     values = [float(metric.compute()) for metric in (loss, accuracy[1], accuracy[5])]
-    return Metrics(values[0], 100 * values[1], 100 * values[2], int(count.compute()))
+    return Metrics(values[0], round(100 * values[1], 4), round(100 * values[2], 4), int(count.compute()))

@@ -70,9 +70,9 @@ class ModelCard:
         """Three lines of timm that load the file."""
         arguments = ", ".join(f"{key}={value!r}" for key, value in self.model_kwargs.items())
         return (
-            "    import timm\n"
-            f"    settings = dict({arguments})\n"
-            f'    model = timm.create_model("{self.model}", checkpoint_path="{file}", **settings).eval()'
+            "import timm\n"
+            f"settings = dict({arguments})\n"
+            f"model = timm.create_model({self.model!r}, checkpoint_path={str(file)!r}, **settings).eval()"
         )
 
 

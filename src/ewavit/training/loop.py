@@ -7,6 +7,7 @@ on exactly, and two runs that differ in the method alone see the same images.
 from __future__ import annotations
 
 import math
+import os
 import random
 import signal
 import time
@@ -68,6 +69,7 @@ class Progress:
     update: int = 0
     loss_sum: float = 0.0
     loss_count: int = 0
+    lr: float = 0.0  # of the latest step
     rows: list[report.Row] = field(default_factory=list)
 
 
@@ -178,18 +180,21 @@ class _Run:
         recipe = self.recipe
         if recipe.sched == "none":
             return None
-        scheduler, _ = create_scheduler_v2(
-            optimizer,
-            sched=recipe.sched,
-            num_epochs=recipe.epochs,
-            warmup_epochs=min(recipe.warmup_epochs, recipe.epochs // 2),
-            warmup_lr=recipe.warmup_lr,
-            min_lr=recipe.min_lr,
-            decay_epochs=recipe.decay_epochs,
-            decay_rate=recipe.decay_rate,
-            step_on_epochs=False,
-            updates_per_epoch=self.updates_per_epoch,
-        )
+        try:
+            scheduler, _ = create_scheduler_v2(
+                optimizer,
+                sched=recipe.sched,
+                num_epochs=recipe.epochs,
+                warmup_epochs=min(recipe.warmup_epochs, recipe.epochs // 2),
+                warmup_lr=recipe.warmup_lr,
+                min_lr=recipe.min_lr,
+                decay_epochs=recipe.decay_epochs,
+                decay_rate=recipe.decay_rate,
+                step_on_epochs=False,
+                updates_per_epoch=self.updates_per_epoch,
+            )
+        except (AssertionError, ValueError) as problem:
+            raise EwavitError(f"timm could not build the schedule {recipe.sched!r} ({problem})") from None
         return scheduler
 
     def train(self) -> Result:
@@ -213,6 +218,8 @@ class _Run:
                     report.write_summary(progress.rows, self.folder / "summary.csv")
                 self.accelerator.log(row, step=progress.epoch)
                 self._save()
+                if received and progress.epoch < recipe.epochs:
+                    raise Interrupted(self.folder, received[0])
         return self._finish()
 
     def _train_epoch(self, received: list[int]) -> report.Row:
@@ -249,7 +256,7 @@ class _Run:
         return {
             "epoch": progress.epoch,
             "train_loss": progress.loss_sum / max(progress.loss_count, 1),
-            "lr": max(group["lr"] for group in self.raw_optimizer.param_groups),
+            "lr": progress.lr,
             "share_rate": self.averaging.share_rate if self.averaging else 0.0,
             "expert_spread": sum(spread.values()) / len(spread) if spread else 0.0,
             "images_per_second": images / seconds,
@@ -270,6 +277,7 @@ class _Run:
     def _update(self) -> None:
         if self.recipe.clip_grad is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
+        self.progress.lr = max(group["lr"] for group in self.raw_optimizer.param_groups)
         self.optimizer.step()  # the averaging follows, in its hook
         self.optimizer.zero_grad()
         self.progress.update += 1
@@ -362,33 +370,35 @@ class _Run:
     def _finish(self) -> Result:
         row, model_file = self.progress.rows[-1], self.folder / "model.safetensors"
         if self.accelerator.is_main_process:
-            report.draw_curves(self.progress.rows, self.folder / "curves.png", f"{self.folder.name}")
+            title = f"{self.folder.name}: {self.card.model} on {self.data.name}"
+            report.draw_curves(self.progress.rows, self.folder / "curves.png", title)
             if self.ema is not None:
                 card = replace(self.card, top1=row["ema_top1"])
                 ema_file = self.folder / "model-ema.safetensors"
                 save_tensors(dense_state_dict(self.ema.module), ema_file, card.metadata())
             card = replace(self.card, top1=row["eval_top1"])
             save_tensors(dense_state_dict(self.plain), model_file, card.metadata())
-            report.say(
-                f"top-1 {row['eval_top1']:.2f} % on {self.data.num_eval:,} test images, {self._skipped()}"
-            )
+            skipped = f", {self.data.bad_images} unreadable images skipped" if self.data.bad_images else ""
+            report.say(f"top-1 {row['eval_top1']:.2f} % on {self.data.num_eval:,} test images{skipped}")
+            if self.ema is not None:
+                report.say(f"top-1 {row['ema_top1']:.2f} % of the moving average, {ema_file}")
             report.say(f"the plain model is {model_file}; load it with\n\n{card.loading_code(model_file)}\n")
+            mean, std = (", ".join(f"{value:.4f}" for value in values) for values in (card.mean, card.std))
+            report.say(f"and give it images in 0 to 1, less the mean {mean}, divided by {std}")
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         return Result(self.folder, row, model_file)
 
     def _opening(self) -> str:
         data, recipe, layers = self.data, self.recipe, moe_layers(self.plain)
-        method = f"{len(layers)} mixtures of {recipe.experts} experts" if layers else "dense"
+        mixtures = "1 mixture" if len(layers) == 1 else f"{len(layers)} mixtures"
+        method = f"{mixtures} of {recipe.experts} experts" if layers else "dense"
         resumed = f", resumed at epoch {self.progress.epoch + 1}, batch {self.progress.batch}"
         return (
             f"{self.folder}: {self.card.model} on {data.num_train:,} images of {data.name} "
             f"({data.img_size}x{data.img_size}x{data.in_chans}, {len(data.classes)} classes), {method}, "
             f"{self.accelerator.device}{resumed if self.progress.update else ''}"
         )
-
-    def _skipped(self) -> str:
-        return f"{self.data.bad_images} unreadable images skipped" if self.data.bad_images else "none skipped"
 
     @contextmanager
     def _signals(self) -> Iterator[list[int]]:
@@ -421,7 +431,7 @@ def open_recipe_data(recipe: Recipe, accelerator: Accelerator | None = None) -> 
         ),
         limit=recipe.limit,
         img_size=recipe.img_size,
-        workers=recipe.workers,
+        workers=min(recipe.workers, os.cpu_count() or 1),
         device=accelerator.device if accelerator else torch.device("cpu"),
         rank=accelerator.process_index if accelerator else 0,
         world_size=accelerator.num_processes if accelerator else 1,
@@ -435,7 +445,9 @@ def open_recipe_data(recipe: Recipe, accelerator: Accelerator | None = None) -> 
 def _accelerator(recipe: Recipe, run: Path) -> Accelerator:
     precision = {"bfloat16": "bf16", "float16": "fp16"}[recipe.amp_dtype] if recipe.amp else "no"
     log_with = "tensorboard" if recipe.tensorboard else None
-    cpu = not torch.accelerator.is_available()  # said, or accelerate leaves launched CPU processes on their own
+    cpu = (
+        not torch.accelerator.is_available()
+    )  # said, or accelerate leaves launched CPU processes on their own
     try:
         return Accelerator(cpu=cpu, mixed_precision=precision, log_with=log_with, project_dir=str(run))
     except ValueError as problem:

@@ -28,6 +28,7 @@ class Plan:
     """The plan of a run. FLOPs are of one image's forward pass, a multiply-add counted as two."""
 
     model: str
+    images: str  # what it is for: size, channels, classes
     num_experts: int
     candidates: tuple[dict[str, str], ...]  # name, class, verdict
     dense_parameters: int
@@ -43,7 +44,7 @@ class Plan:
 
     def __str__(self) -> str:
         width = {key: max((len(row[key]) for row in self.candidates), default=0) for key in ("name", "class")}
-        lines = [f"{self.model}, {self.num_experts} experts"]
+        lines = [f"{self.model} for {self.images}; experts per mixture: {self.num_experts}"]
         for row in self.candidates:
             columns = (row["name"].ljust(width["name"]), row["class"].ljust(width["class"]), row["verdict"])
             lines.append("  " + "  ".join(columns))
@@ -52,8 +53,8 @@ class Plan:
         lines += [
             f"parameters   {self.dense_parameters:>12,} dense  {self.training_parameters:>12,} in training",
             f"optimizer    {dense:>8,.1f} MiB dense  {training:>8,.1f} MiB in training (AdamW's two moments)",
-            f"forward      {flops:>12.3f} GFLOPs an image, in training and deployed",
-            f"step time    {self.expected_step_ratio:>12.3f} x dense, expected from this machine's rates",
+            f"forward      {flops:>12.3f} GFLOPs an image (a multiply-add is two), in training and deployed",
+            f"step time    {self.expected_step_ratio:>12.3f} x dense, estimated from this machine's rates",
         ]
         return "\n".join(lines)
 
@@ -97,9 +98,10 @@ def plan(recipe: Recipe, data: Data | None = None) -> Plan:
     )
     matmul, copy = _rates()
     seconds = 3 * flops * recipe.batch_size / matmul
+    images = f"{img_size}x{img_size}x{in_chans} images, {num_classes} classes"
     return Plan(
-        name, recipe.experts, candidates, dense, training, 2 * BYTES * dense, 2 * BYTES * training, flops,
-        1 + extra_bytes / copy / seconds,
+        name, images, recipe.experts, candidates, dense, training, 2 * BYTES * dense, 2 * BYTES * training,
+        flops, 1 + extra_bytes / copy / seconds,
     )  # fmt: skip
 
 

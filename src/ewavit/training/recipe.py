@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,8 @@ class Recipe:
         "fashion-mnist-mini", "bundled set, folder, CIFAR or Tiny-ImageNet path, or timm spec"
     )
     data_dir: str | None = _option(None, "root folder for timm's data specs (torch/..., hfds/..., wds/...)")
-    train_split: str = _option("train", "name of the training split of a timm data spec")
-    val_split: str = _option("validation", "name of the evaluation split of a timm data spec")
+    train_split: str = _option("train", "name of the training split of a timm data spec or folder")
+    val_split: str = _option("validation", "name of the evaluation split of a timm data spec or folder")
     img_size: int | None = _option(None, "image side in pixels; follows the data")
     limit: int | None = _option(None, "use the first N training images")
     workers: int = _option(4, "processes that read images; data kept in memory needs none")
@@ -58,7 +59,7 @@ class Recipe:
     weight_decay: float = _option(0.05, "weight decay; vectors and biases have none")
     momentum: float = _option(0.9, "momentum of SGD-like optimizers")
     sched: str = _option("cosine", "learning-rate schedule", ("cosine", "tanh", "step", "poly", "none"))
-    warmup_epochs: int = _option(5, "epochs of linear warm-up")
+    warmup_epochs: int = _option(5, "epochs of linear warm-up, at most half of all epochs")
     warmup_lr: float = _option(1e-5, "learning rate at the start of the warm-up")
     min_lr: float = _option(0.0, "learning rate at the end")
     decay_epochs: float = _option(90.0, "epochs between decays of the step schedule")
@@ -95,17 +96,27 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not value >= lowest:
                 raise EwavitError(f"--{flag(name)} {value} is too small: choose {lowest} or more")
-        for name in ("ramp", "hflip", "reprob", "smoothing"):
+        for name in ("ramp", "hflip", "reprob", "smoothing", "momentum", "model_ema_decay", "decay_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise EwavitError(f"--{flag(name)} {getattr(self, name)} is out of range: choose 0 to 1")
+        if self.drop_path is not None and not 0 <= self.drop_path < 1:
+            raise EwavitError(
+                f"--drop-path {self.drop_path} is out of range: choose 0 or more and less than 1"
+            )
+        for name in ("lr", "clip_grad", "decay_epochs"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise EwavitError(f"--{flag(name)} {value} does not work: choose a positive number")
+        if self.name is not None and self.name != Path(self.name).name:
+            raise EwavitError(
+                f"--name {self.name!r} is not the name of one folder: give its place with --output"
+            )
         for setting in fields(self):
             choices, value = setting.metadata["choices"], getattr(self, setting.name)
             if choices and value not in choices:
                 raise EwavitError(
                     f"--{flag(setting.name)} {value!r} is unknown: choose one of {', '.join(choices)}"
                 )
-        if not self.lr > 0:
-            raise EwavitError(f"--lr {self.lr} is not a learning rate: choose a positive number")
         if self.experts > 1:
             check_share_rate(self.share_rate, self.experts)
         if self.pretrained and self.initial_checkpoint:
@@ -160,8 +171,8 @@ class Recipe:
 _LOWEST = {
     "limit": 1, "workers": 0, "experts": 1, "share_rate": 0.0, "epochs": 1, "batch_size": 1, "img_size": 1,
     "grad_accum_steps": 1, "weight_decay": 0.0, "warmup_epochs": 0, "mixup": 0.0, "cutmix": 0.0,
-    "clip_grad": 0.0,
-    "recovery_interval": 0, "seed": 0, "drop_path": 0.0, "layer_decay": 0.0,
+    "min_lr": 0.0, "warmup_lr": 0.0, "crop_padding": -1,
+    "recovery_interval": 0, "seed": 0, "layer_decay": 0.0,
 }  # fmt: skip
 
 

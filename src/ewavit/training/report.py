@@ -38,9 +38,10 @@ def progress_bar(title: str, total: int, done: int, shown: bool) -> Iterator[Any
 def epoch_line(row: Row, epochs: int) -> str:
     """One epoch in one line."""
     width = len(str(epochs))
+    ema = f"EMA {row['ema_top1']:.2f} %  " if "ema_top1" in row else ""
     return (
         f"epoch {int(row['epoch']) + 1:>{width}}/{epochs}  train loss {row['train_loss']:.4f}  "
-        f"eval loss {row['eval_loss']:.4f}  top-1 {row['eval_top1']:.2f} %  lr {row['lr']:.2e}  "
+        f"eval loss {row['eval_loss']:.4f}  top-1 {row['eval_top1']:.2f} %  {ema}lr {row['lr']:.2e}  "
         f"share rate {row['share_rate']:.3f}  spread {row['expert_spread']:.4f}  "
         f"{row['images_per_second']:.0f} images/s"
     )
@@ -62,6 +63,7 @@ def draw_curves(rows: list[Row], path: Path, title: str) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
     epochs = [row["epoch"] + 1 for row in rows]
     panels: list[tuple[str, list[tuple[str, str]]]] = [
@@ -84,6 +86,7 @@ def draw_curves(rows: list[Row], path: Path, title: str) -> None:
             axis.plot(epochs, values, marker="o" if len(rows) < 15 else "", label=name)
         axis.set_title(label, loc="left", fontsize=10)
         axis.set_xlabel("epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
         if len(axis.lines) > 1:
