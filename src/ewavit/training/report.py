@@ -67,7 +67,10 @@ def draw_curves(rows: list[Row], path: Path, title: str) -> None:
 
     epochs = [row["epoch"] + 1 for row in rows]
     panels: list[tuple[str, list[tuple[str, str]]]] = [
-        ("cross-entropy", [("train_loss", "train"), ("eval_loss", "test")]),
+        (
+            "cross-entropy",
+            [("train_loss", "train, as optimised (smoothed, augmented)"), ("eval_loss", "test")],
+        ),
         ("top-1 on test images, %", [("eval_top1", "model"), ("ema_top1", "its EMA")]),
         (
             "share rate and learning rate, of their peak",
