@@ -103,12 +103,13 @@ def select_ffns(model: nn.Module, select: Select = "alternate", partition: Unit 
             raise _nothing(f"the model has no module {', '.join(map(repr, unknown))}", find_ffns(model))
         found = find_ffns(model, names=select)
         if bad := [ffn for ffn in found if not _usable(ffn, partition)]:
-            raise _nothing(f"{bad[0].name} cannot become a mixture of experts", found)
+            raise _nothing(f"{bad[0].name} cannot become a mixture of experts", found, bad[0])
         return found
     found = find_ffns(model)
     usable = [ffn for ffn in found if _usable(ffn, partition)]
     if not usable:
-        raise _nothing(f'no FFN found that can be dealt by partition="{partition}"', found)
+        problem = f'no FFN found that can be dealt by partition="{partition}"'
+        raise _nothing(problem, found, found[0] if found else None)
     if callable(select):
         chosen = [ffn for ffn in usable if select(ffn.name, ffn.module)]
     elif select == "all":
@@ -134,12 +135,13 @@ def _usable(ffn: FFN, partition: Unit) -> bool:
     return ffn.unit == "token" or (ffn.unit == "image" and partition == "image")
 
 
-def _nothing(problem: str, found: list[FFN]) -> EwavitError:
+def _nothing(problem: str, found: list[FFN], refused: FFN | None = None) -> EwavitError:
+    """The error with the table of candidates; its first line gives one reason, or names to choose from."""
     if not found:
         return EwavitError(f"{problem}: no module looks like one; name yours in select=[...]")
-    usable = [ffn.name for ffn in found if ffn.unit]
-    hint = f"there are {', '.join(usable[:3])}" if usable else f"{found[0].name}: {found[0].reason}"
-    more = f" and {len(found) - 1} more candidates" if len(found) > 1 else ""
+    names = [ffn.name for ffn in found if ffn.unit]
+    hint = f"{refused.name}: {refused.reason}" if refused else f"choose from {', '.join(names[:3])}"
+    more = f", {len(found)} candidates in all" if len(found) > 1 else ""
     return EwavitError(f"{problem}; {hint}{more}\n{candidate_table(found)}")
 
 
@@ -253,8 +255,8 @@ def dense_state_dict(model: nn.Module) -> dict[str, Any]:
     """
     with collapsed(model):
         state = model.state_dict()
-    for key in list(state):
-        plain = re.sub(r"(^|\.)(module\.|_orig_mod\.)+", r"\1", key) if _wrapped(model) else key
+    for key in list(state) if _wrapped(model) else ():
+        plain = re.sub(r"(^|\.)(module\.|_orig_mod\.)+", r"\1", key)
         value = state.pop(key)
         if plain != "n_averaged":  # torch's AveragedModel counts in a buffer of its own
             state[plain] = value
