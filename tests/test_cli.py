@@ -175,6 +175,21 @@ def test_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_checkpoint(ca
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
+def test_weights_that_are_not_finite_are_never_saved(capsys, tmp_path, monkeypatch):
+    original = loop._Run._update
+
+    def poison(run):
+        original(run)
+        if run.progress.update == 8:  # the last step: no loss comes after it
+            next(run.plain.parameters()).data.fill_(float("nan"))
+
+    monkeypatch.setattr(loop._Run, "_update", poison)
+    assert main(["train", *SMALL, "--output", str(tmp_path), "--name", "run"]) == 2
+    said = capsys.readouterr().err
+    assert "weights are not finite after step 8" in said
+    assert load_checkpoint(tmp_path / "run").facts["progress"]["epoch"] == 1
+
+
 def test_checkpoint_of_another_model_is_refused(capsys, tmp_path):
     for name, more in (("one", []), ("other", ["--experts", "2"])):
         assert main(["train", *SMALL, "--output", str(tmp_path), "--name", name, *more, "--epochs", "1"]) == 0

@@ -12,6 +12,7 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 from ewavit.errors import EwavitError
+from ewavit.ffn import FFN
 from ewavit.surgery import expand, select_ffns
 from ewavit.training.recipe import Recipe
 
@@ -90,22 +91,23 @@ def expand_by_recipe(model: nn.Module, recipe: Recipe, sample: Tensor | None = N
     """
     if recipe.experts == 1:
         return model
+    chosen = select_ffns(model, recipe.select, recipe.partition)
     if sample is not None:
-        for name, shape in ffn_input_shapes(model, recipe, sample).items():
+        for name, shape in ffn_input_shapes(model, chosen, sample).items():
             per_image = 1 if recipe.partition == "image" else units_per_image(model, name, shape)
             if recipe.experts > per_image * recipe.batch_size:
                 raise EwavitError(
                     f"--experts {recipe.experts} is more than the {per_image * recipe.batch_size} "
                     f"{recipe.partition}s of a batch in {name}: take fewer experts or a larger --batch-size"
                 )
-    return expand(model, recipe.experts, select=recipe.select, partition=recipe.partition)
+    return expand(model, recipe.experts, select=[ffn.name for ffn in chosen], partition=recipe.partition)
 
 
-def ffn_input_shapes(model: nn.Module, recipe: Recipe, sample: Tensor) -> dict[str, torch.Size]:
-    """For each FFN that the recipe selects, the shape of its input for one image."""
+def ffn_input_shapes(model: nn.Module, ffns: list[FFN], sample: Tensor) -> dict[str, torch.Size]:
+    """The shape of each FFN's input for one image (1, channels, height, width), by the FFN's name."""
     shapes: dict[str, torch.Size] = {}
     handles = []
-    for ffn in select_ffns(model, recipe.select, recipe.partition):
+    for ffn in ffns:
 
         def note(module: nn.Module, inputs: tuple[Tensor, ...], name: str = ffn.name) -> None:
             shapes[name] = inputs[0].shape

@@ -162,9 +162,9 @@ def _open_for(card: ModelCard, spec: str | None, batch_size: int, **options: Any
         std=card.std,
         **options,
     )
-    if data.in_chans != card.in_chans or len(data.classes) != len(card.classes):
+    if data.in_chans != card.in_chans or data.num_classes != len(card.classes):
         raise EwavitError(
-            f"{data.name} has {len(data.classes)} classes and {data.in_chans} channels, the model "
+            f"{data.name} has {data.num_classes} classes and {data.in_chans} channels, the model "
             f"{len(card.classes)} and {card.in_chans}: give the data that it was trained for"
         )
     return data

@@ -13,7 +13,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -28,6 +28,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from ewavit.averaging import ExpertAveraging
 from ewavit.diagnostics import expert_spread
@@ -35,6 +36,7 @@ from ewavit.errors import EwavitError
 from ewavit.moe import moe_layers
 from ewavit.surgery import dense_state_dict
 from ewavit.training import report
+from ewavit.training.batches import entropy
 from ewavit.training.building import build_model, expand_by_recipe, model_settings
 from ewavit.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, save_tensors
 from ewavit.training.data import Augmentation, Data, open_data
@@ -124,7 +126,7 @@ class _Run:
         name, kwargs = model_settings(recipe, self.data.img_size)
         dense, settings = build_model(
             name,
-            num_classes=len(self.data.classes),
+            num_classes=self.data.num_classes,
             in_chans=self.data.in_chans,
             img_size=self.data.img_size,
             pretrained=recipe.pretrained and checkpoint is None,
@@ -157,7 +159,7 @@ class _Run:
                 recipe.mixup,
                 recipe.cutmix,
                 label_smoothing=recipe.smoothing,
-                num_classes=len(self.data.classes),
+                num_classes=self.data.num_classes,
             )
 
     def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
@@ -242,13 +244,11 @@ class _Run:
                     advance(self._count(*losses.popleft()))
                 due = recipe.recovery_interval and progress.update % recipe.recovery_interval == 0
                 if received or (due and progress.batch < total):
-                    while losses:
-                        self._count(*losses.popleft())
+                    self._settle(losses)
                     self._save()
                 if received:
                     raise Interrupted(self.folder, received[0])
-            while losses:
-                advance(self._count(*losses.popleft()))
+            self._settle(losses)
         seconds = time.perf_counter() - begun
         images = (total - first_batch) * recipe.batch_size * self.accelerator.num_processes
         spread = expert_spread(self.plain)
@@ -286,19 +286,29 @@ class _Run:
         if self.ema is not None:
             self.ema.update(self.plain, step=self.progress.update)
 
+    def _settle(self, losses: deque[tuple[int, Tensor]]) -> None:
+        """Count the losses that are left and stop if the weights are not finite: such are never saved."""
+        while losses:
+            self._count(*losses.popleft())
+        if not math.isfinite(float(get_total_norm(self.plain.parameters()))):
+            raise self._diverged(f"the weights are not finite after step {self.progress.update}")
+
     def _count(self, step: int, loss: Tensor) -> float:
         """Add a batch's loss to the epoch's; stop if it is not finite."""
         value = float(loss)
         if not math.isfinite(value):
-            has_checkpoint = (self.folder / "checkpoint").exists()
-            kept = f"the last good checkpoint is in {self.folder}" if has_checkpoint else "no checkpoint yet"
-            raise EwavitError(
-                f"the loss is {value} at step {step}, in epoch {self.progress.epoch + 1}: lower --lr, "
-                f"lengthen --warmup-epochs or set --clip-grad ({kept})"
-            )
+            raise self._diverged(f"the loss is {value} at step {step}")
         self.progress.loss_sum += value
         self.progress.loss_count += 1
         return value
+
+    def _diverged(self, what: str) -> EwavitError:
+        has_checkpoint = (self.folder / "checkpoint").exists()
+        kept = f"the last good checkpoint is in {self.folder}" if has_checkpoint else "no checkpoint yet"
+        return EwavitError(
+            f"{what}, in epoch {self.progress.epoch + 1}: lower --lr, lengthen --warmup-epochs or set "
+            f"--clip-grad ({kept})"
+        )
 
     def _gather_loss(self) -> None:
         """Make the main process's loss sum that of all processes; the others start from zero again."""
@@ -315,7 +325,7 @@ class _Run:
         def measure(model: nn.Module) -> Metrics:
             with self.accelerator.autocast():
                 return evaluate_batches(
-                    model.eval(), self.data.eval_batches(), len(self.data.classes), self.accelerator.device
+                    model.eval(), self.data.eval_batches(), self.data.num_classes, self.accelerator.device
                 )
 
         metrics = measure(self.plain)
@@ -408,11 +418,9 @@ class _Run:
             yield received
             return
         handlers = {}
-        try:
+        with suppress(ValueError):  # only the main thread may set handlers
             for number in (signal.SIGINT, signal.SIGTERM):
                 handlers[number] = signal.signal(number, lambda signum, frame: received.append(signum))
-        except ValueError:
-            pass  # not the main thread: signals are not ours
         try:
             yield received
         finally:
@@ -468,7 +476,7 @@ def _run_folder(recipe: Recipe) -> Path:
 
 def _seed_all(seed: int, *more: int) -> None:
     """Seed torch, numpy and random from (seed, ...), the same on every machine."""
-    state = int(np.random.SeedSequence([seed, *more]).generate_state(1)[0])
+    state = int(entropy(seed, *more).generate_state(1)[0])
     random.seed(state)
     np.random.seed(state)
     torch.manual_seed(state)

@@ -73,18 +73,16 @@ def plan(recipe: Recipe, data: Data | None = None) -> Plan:
     in_chans, img_size = config.input_size[:2] if config else (3, 224)
     num_classes = config.num_classes if config else 1000
     if data is not None:
-        num_classes, in_chans, img_size = len(data.classes), data.in_chans, data.img_size
+        num_classes, in_chans, img_size = data.num_classes, data.in_chans, data.img_size
     img_size = recipe.img_size or img_size
     name, kwargs = model_settings(recipe, img_size)
     model, _ = build_model(name, num_classes=num_classes, in_chans=in_chans, img_size=img_size, **kwargs)
     sample = torch.zeros(1, in_chans, img_size, img_size)
-    chosen: set[str] = set()
-    moved = 0
-    if recipe.experts > 1:
-        chosen = {ffn.name for ffn in select_ffns(model, recipe.select, recipe.partition)}
-        moved = sum(shape.numel() for shape in ffn_input_shapes(model, recipe, sample).values())
+    chosen = select_ffns(model, recipe.select, recipe.partition) if recipe.experts > 1 else []
+    names = {ffn.name for ffn in chosen}
+    moved = sum(shape.numel() for shape in ffn_input_shapes(model, chosen, sample).values())
     candidates = tuple(
-        {"name": ffn.name, "class": ffn.class_name, "verdict": _verdict(ffn.name in chosen, ffn.reason)}
+        {"name": ffn.name, "class": ffn.class_name, "verdict": _verdict(ffn.name in names, ffn.reason)}
         for ffn in find_ffns(model)
     )
     with FlopCounterMode(display=False) as counter, torch.no_grad():
