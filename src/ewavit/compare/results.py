@@ -1,0 +1,117 @@
+"""What a comparison holds: arms, their runs, and what a run's folder says."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+SPREAD = "spread/"  # columns of summary.csv that begin so are the spread of one layer
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train: a named set of overrides of the recipe.
+
+    `tuned`: the learning rate is chosen from the comparison's grid on held-out training images.
+    `role`: "control" for what a dense model gets without experts, "method" for what is being judged.
+    """
+
+    name: str
+    overrides: dict[str, Any] = field(default_factory=dict)
+    role: Literal["control", "method"] = "method"
+    tuned: bool = False
+
+
+@dataclass(frozen=True)
+class Point:
+    """One evaluated epoch of a run; `images` and `seconds` count from the start of training."""
+
+    epoch: int
+    images: int
+    seconds: float
+    train_loss: float
+    eval_loss: float
+    top1: float  # percent, of the weights that count: the average if the run keeps one
+    lr: float
+    share_rate: float
+    spread: dict[str, float]  # by layer; empty for dense runs
+    predicted_spread: float | None  # mean over layers, by theory.py
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm at one seed. A run that failed has an error and no curve."""
+
+    seed: int
+    curve: tuple[Point, ...] = ()
+    peak_memory_mib: float = float("nan")
+    labels: npt.NDArray[np.int64] | None = None  # (images,), of the evaluation set
+    predictions: npt.NDArray[np.int64] | None = None  # (images,), of the final weights that count
+    error: str | None = None
+
+    @property
+    def top1(self) -> float:
+        """Final accuracy in percent."""
+        return self.curve[-1].top1
+
+
+@dataclass(frozen=True)
+class ArmRuns:
+    """An arm's runs in the order of the seeds, and its learning rate."""
+
+    arm: Arm
+    lr: float
+    runs: tuple[Run, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All arms of one comparison on the same seeds, and how it was made.
+
+    `tuning`: one entry per tuning run, {"arm", "lr", "seed", "top1"} on held-out training images.
+    """
+
+    name: str
+    command: str
+    date: str
+    device: str
+    versions: dict[str, str]
+    data: str
+    recipe: dict[str, Any]
+    seeds: tuple[int, ...]
+    arms: tuple[ArmRuns, ...]
+    tuning: tuple[dict[str, Any], ...] = ()
+    limited: bool = False  # a quick look: --limit was given
+
+
+def read_run(folder: Path, seed: int) -> Run:
+    """What a finished run's folder says."""
+    points = []
+    peak = float("nan")
+    with (folder / "summary.csv").open() as handle:
+        for row in csv.DictReader(handle):
+            average = row.get("average_top1")
+            loss = row.get("average_loss") if average else row["eval_loss"]
+            predicted = row.get("predicted_spread")
+            points.append(
+                Point(
+                    epoch=int(float(row["epoch"])),
+                    images=int(float(row["images"])),
+                    seconds=float(row["seconds"]),
+                    train_loss=float(row["train_loss"]),
+                    eval_loss=float(loss or "nan"),
+                    top1=float(average or row["eval_top1"]),
+                    lr=float(row["lr"]),
+                    share_rate=float(row["share_rate"]),
+                    spread={k.removeprefix(SPREAD): float(v) for k, v in row.items() if k.startswith(SPREAD)},
+                    predicted_spread=float(predicted) if predicted else None,
+                )
+            )
+            peak = float(row["peak_memory_mib"])
+    table = np.loadtxt(folder / "predictions.csv", delimiter=",", skiprows=1, dtype=np.int64, ndmin=2)
+    return Run(seed, tuple(points), peak, labels=table[:, 0], predictions=table[:, 1])
