@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import EwavitError
-from .moe import moe_layers
+from .experts import Of
+from .moe import MoE, moe_layers
 
 Schedule = Callable[[int], float]  # number of optimizer steps done (1, 2, ...) -> share rate
 
@@ -86,7 +88,9 @@ def check_share_rate(share_rate: float, num_experts: int) -> float:
 
 
 @torch.no_grad()
-def average_experts_(model: nn.Module, share_rate: float) -> None:
+def average_experts_(
+    model: nn.Module, share_rate: float, optimizer: torch.optim.Optimizer | None = None
+) -> None:
     """Pull the experts of every MoE of a model towards their mean, in place (Eq. 6).
 
     Half-precision parameters are averaged in float32. No parameter object is replaced, and the mean of the
@@ -95,11 +99,12 @@ def average_experts_(model: nn.Module, share_rate: float) -> None:
     Args:
         model: an expanded model.
         share_rate: beta, 0 <= beta <= (N - 1) / N.
+        optimizer: average what it keeps for each expert's parameters too (Adam's moments, momentum).
 
     Raises:
         EwavitError: the model has no MoE, or the share rate is out of range.
     """
-    groups = [group for group in _expert_tensors(model) if group[0] > 1]
+    groups = [group for group in _expert_tensors(model, optimizer) if group[0] > 1]
     for num_experts, _ in groups:
         check_share_rate(share_rate, num_experts)
     for num_experts, experts in groups if share_rate else ():
@@ -128,18 +133,34 @@ def average_experts_reference_(model: nn.Module, share_rate: float) -> None:
                 values[i].copy_((1 - share_rate) * old[i] + others)
 
 
-def _expert_tensors(model: nn.Module) -> list[tuple[int, list[list[Tensor]]]]:
+def _expert_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None
+) -> list[tuple[int, list[list[Tensor]]]]:
     """Per number of experts and dtype: for each expert the list of its tensors over all layers."""
     groups: dict[tuple[int, torch.dtype, torch.device], list[list[Tensor]]] = {}
     layers = moe_layers(model)
     if not layers:
         raise EwavitError("the model has no MoE layer: call ewavit.expand(model) first")
     for moe in layers.values():
-        for _, values in moe.experts.families():
-            key = (moe.num_experts, values[0].dtype, values[0].device)
-            for expert, value in zip(groups.setdefault(key, [[] for _ in values]), values, strict=True):
-                expert.append(value)
+        for of in (None, *_moments(moe, optimizer)):
+            for _, values in moe.experts.families(of):
+                key = (moe.num_experts, values[0].dtype, values[0].device)
+                for expert, value in zip(groups.setdefault(key, [[] for _ in values]), values, strict=True):
+                    expert.append(value)
     return [(num_experts, experts) for (num_experts, _, _), experts in groups.items()]
+
+
+def _moments(moe: MoE, optimizer: torch.optim.Optimizer | None) -> Iterator[Of]:
+    """One reader for each kind of tensor that an optimizer keeps beside an expert's parameter."""
+    state = {} if optimizer is None else optimizer.state
+
+    def read(parameter: nn.Parameter, name: str) -> Tensor | None:
+        value = state.get(parameter, {}).get(name)
+        return value if isinstance(value, Tensor) and value.shape == parameter.shape else None
+
+    parameters = list(moe.experts.parameters())
+    for name in dict.fromkeys(name for parameter in parameters for name in state.get(parameter, {})):
+        yield partial(read, name=name)
 
 
 class ExpertAveraging:
@@ -150,6 +171,7 @@ class ExpertAveraging:
         share_rate: beta at the end of the ramp, or a schedule `step -> beta`.
         ramp_steps: optimizer steps over which a given number rises linearly from 0.
         every: average after every k-th step only.
+        moments: average what the optimizer keeps for the experts (Adam's moments, momentum) as well.
 
     Raises:
         EwavitError: the model has no MoE, the share rate is out of range, or `every` is below 1.
@@ -159,7 +181,12 @@ class ExpertAveraging:
     """
 
     def __init__(
-        self, model: nn.Module, share_rate: float | Schedule = 0.3, ramp_steps: int = 0, every: int = 1
+        self,
+        model: nn.Module,
+        share_rate: float | Schedule = 0.3,
+        ramp_steps: int = 0,
+        every: int = 1,
+        moments: bool = False,
     ) -> None:
         layers = moe_layers(model)
         if not layers:
@@ -179,6 +206,7 @@ class ExpertAveraging:
             self.schedule = LinearRamp(share_rate, ramp_steps) if ramp_steps else Constant(share_rate)
         self.model = model
         self.every = every
+        self.moments = moments
         self.steps_done = 0
         self._hook: Any = None
 
@@ -229,13 +257,17 @@ class ExpertAveraging:
         # A fused optimizer under a GradScaler is stepped even when the gradients overflowed.
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is None or not float(found_inf):
-            self.step()
+            self.step(optimizer)
 
-    def step(self) -> None:
-        """Count one optimizer step and average; call it yourself only in loops without `attach`."""
+    def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Count one optimizer step and average; call it yourself only in loops without `attach`.
+
+        Args:
+            optimizer: whose moments are averaged, if `moments` asks for that.
+        """
         self.steps_done += 1
         if self.steps_done % self.every == 0:
-            average_experts_(self.model, self.share_rate)
+            average_experts_(self.model, self.share_rate, optimizer if self.moments else None)
 
     def state_dict(self) -> dict[str, int]:
         """The number of steps done; the schedule itself is configuration."""

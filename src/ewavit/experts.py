@@ -7,13 +7,15 @@ dimension, so the FFN's own `forward` runs unchanged on (experts, ..., tokens, d
 from __future__ import annotations
 
 import copy
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+
+Of = Callable[[nn.Parameter], Tensor | None]
 
 
 class ExpertLeaf(nn.Module):
@@ -154,8 +156,13 @@ class Experts(nn.Module):
         """The FFN with the mean parameters on a dense input: what will be deployed."""
         raise NotImplementedError
 
-    def families(self) -> Iterator[tuple[str, list[Tensor]]]:
-        """For each parameter of the FFN its name and its N values, one per expert, as writable views."""
+    def families(self, of: Of | None = None) -> Iterator[tuple[str, list[Tensor]]]:
+        """For each parameter of the FFN its name and its N values, one per expert, as writable views.
+
+        Args:
+            of: maps a parameter to a tensor of its shape that is wanted in its stead (its gradient, a moment
+                of the optimizer's), or to None, which leaves the parameter out.
+        """
         raise NotImplementedError
 
     def replicas(self) -> list[nn.Module]:
@@ -213,9 +220,11 @@ class StackedExperts(Experts):
 
     merged = forward  # the layers themselves compute with the mean when they are not dispatched to
 
-    def families(self) -> Iterator[tuple[str, list[Tensor]]]:
+    def families(self, of: Of | None = None) -> Iterator[tuple[str, list[Tensor]]]:
         for name, parameter in self.ffn.named_parameters():
-            yield name, list(parameter.unbind(0))
+            value = parameter if of is None else of(parameter)
+            if value is not None:
+                yield name, list(value.unbind(0))
 
     def collapse(self) -> nn.Module:
         leaves = [module for module in self.ffn.modules() if isinstance(module, ExpertLeaf)]
@@ -248,10 +257,13 @@ class SeparateExperts(Experts):
     def replicas(self) -> list[nn.Module]:
         return list(self.copies)
 
-    def families(self) -> Iterator[tuple[str, list[Tensor]]]:
+    def families(self, of: Of | None = None) -> Iterator[tuple[str, list[Tensor]]]:
         parameters = [dict(ffn.named_parameters()) for ffn in self.copies]
         for name in parameters[0]:
-            yield name, [of_expert[name] for of_expert in parameters]
+            found = [p if of is None else of(p) for p in (of_expert[name] for of_expert in parameters)]
+            values = [value for value in found if value is not None]
+            if len(values) == self.num_experts:
+                yield name, values
 
     def collapse(self) -> nn.Module:
         first = dict(self.copies[0].named_parameters())

@@ -100,7 +100,8 @@ def expand_by_recipe(model: nn.Module, recipe: Recipe, sample: Tensor | None = N
                     f"--experts {recipe.experts} is more than the {per_image * recipe.batch_size} "
                     f"{recipe.partition}s of a batch in {name}: take fewer experts or a larger --batch-size"
                 )
-    return expand(model, recipe.experts, select=[ffn.name for ffn in chosen], partition=recipe.partition)
+    names = [ffn.name for ffn in chosen]
+    return expand(model, recipe.experts, select=names, partition=recipe.partition, init=recipe.init)
 
 
 def ffn_input_shapes(model: nn.Module, ffns: list[FFN], sample: Tensor) -> dict[str, torch.Size]:

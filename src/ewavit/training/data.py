@@ -4,6 +4,7 @@ Small sets are one uint8 tensor on the training device, augmented there in batch
 files go through worker processes and timm's transforms (`LoaderData`); timm's streamed sets are `StreamData`.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ def open_data(
     seed: int = 0,
     augmentation: Augmentation = Augmentation(),  # noqa: B008 (frozen)
     limit: int | None = None,
+    holdout: float = 0.0,
     img_size: int | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
@@ -48,6 +50,8 @@ def open_data(
         seed: decides the order of the images and the augmentation of images read from files.
         augmentation: what happens to training images.
         limit: use the first so many training images only; sets stored class by class are first interleaved.
+        holdout: this share of the (limited) training images is not trained on but evaluated in the place of
+            the evaluation images; which ones depends on their number alone.
         img_size: height and width in pixels; None follows the images.
         mean: of each channel, values in 0..1, given together with `std`, as a trained model wants them; None
             takes those of the training images for sets in memory, else ImageNet's or (one channel) 0.5.
@@ -77,11 +81,14 @@ def open_data(
             raise EwavitError(f"{name} {value} is too small: give {least} or more")
 
     statistics = (mean, std) if mean is not None and std is not None else None
+    if not 0 <= holdout < 1:
+        raise EwavitError(f"holdout {holdout} is out of range: give 0 or more and less than 1")
     is_timm = "/" in spec and spec.split("/")[0].lower() in sources.TIMM_PREFIXES
     if is_timm and sources.is_streamed(spec):
-        if limit is not None:
+        if limit is not None or holdout:
+            option = "holdout" if limit is None else "limit"
             raise EwavitError(
-                f"limit does not apply to {spec}, which is streamed: name a smaller --train-split"
+                f"{option} does not apply to {spec}, which is streamed: name a smaller --train-split"
             )
         splits = (train_split, val_split)
         return StreamData(
@@ -117,16 +124,23 @@ def open_data(
         train, val = sources.read_folder(path, train_split, val_split)
 
     if arrays is not None:
-        indices = _first(arrays.train_labels, limit)
+        indices, held = _hold_out(_first(arrays.train_labels, limit), holdout)
+        if holdout:
+            images, labels = arrays.train_images[held], arrays.train_labels[held]
+            arrays = replace(arrays, eval_images=images, eval_labels=labels)
         order = plan(len(indices), len(arrays.eval_labels))
         return TensorData(arrays, indices, order, augmentation, img_size, statistics, device)
     indices = np.arange(len(train)) if limit is None else _first(train.labels(), limit)
+    indices, held = _hold_out(indices, holdout)
+    if not holdout:
+        held = np.arange(len(val))
     return LoaderData(
         spec if is_timm else path.resolve().name,
         train,
         indices,
-        val,
-        plan(len(indices), len(val)),
+        train if holdout else val,
+        held,
+        plan(len(indices), len(held)),
         augmentation,
         img_size,
         statistics,
@@ -134,6 +148,15 @@ def open_data(
         workers,
         skip_bad_images,
     )
+
+
+def _hold_out(indices: Ints, share: float) -> tuple[Ints, Ints]:
+    """Deal images into those that stay and those held out, at random but always alike."""
+    count = round(share * len(indices))
+    if share and not 0 < count < len(indices):
+        raise EwavitError(f"holdout {share} of {len(indices)} images leaves one side empty: change it")
+    order = np.random.default_rng(0).permutation(len(indices))
+    return indices[np.sort(order[count:])], indices[np.sort(order[:count])]
 
 
 def _first(labels: Ints, limit: int | None) -> Ints:

@@ -50,3 +50,14 @@ def evaluate_batches(
             metric.update(logits, labels)
     values = [float(metric.compute()) for metric in (loss, accuracy[1], accuracy[5])]
     return Metrics(values[0], round(100 * values[1], 4), round(100 * values[2], 4), int(count.compute()))
+
+
+@torch.inference_mode()
+def predictions(
+    predict: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]]
+) -> list[tuple[int, int]]:
+    """The label and the predicted class of each image of this process's share."""
+    rows: list[tuple[int, int]] = []
+    for images, labels in batches:
+        rows += zip(labels.tolist(), predict(images).argmax(1).tolist(), strict=True)
+    return rows

@@ -180,6 +180,7 @@ class LoaderData(Data):
         train: training images.
         indices: which of them are used, in the order that `plan` counts, (plan.num_train,).
         val: evaluation images.
+        eval_indices: which of them are used, (plan.num_eval,).
         plan: the order of the images.
         augmentation: what happens to training images.
         img_size: height and width in pixels; None follows the images.
@@ -195,6 +196,7 @@ class LoaderData(Data):
         train: ImageSource,
         indices: Ints,
         val: ImageSource,
+        eval_indices: Ints,
         plan: BatchPlan,
         augmentation: Augmentation,
         img_size: int | None,
@@ -225,7 +227,7 @@ class LoaderData(Data):
             device,
         )
         self._eval_loader = _loader(
-            Samples(val, np.arange(len(val)), to_eval, mode, plan.seed, replace_bad=False),
+            Samples(val, eval_indices, to_eval, mode, plan.seed, replace_bad=False),
             self._eval_keys,
             workers,
             device,

@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 import os
 import random
+import resource
 import signal
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -30,7 +34,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from ewavit.averaging import ExpertAveraging
+from ewavit.averaging import CosineRamp, ExpertAveraging, LinearRamp
 from ewavit.diagnostics import expert_spread
 from ewavit.errors import EwavitError
 from ewavit.moe import moe_layers
@@ -40,7 +44,7 @@ from ewavit.training.batches import entropy
 from ewavit.training.building import build_model, expand_by_recipe, model_settings
 from ewavit.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, save_tensors
 from ewavit.training.data import Augmentation, Data, open_data
-from ewavit.training.evaluation import Metrics, evaluate_batches
+from ewavit.training.evaluation import Metrics, evaluate_batches, predictions
 from ewavit.training.export import ModelCard
 from ewavit.training.recipe import Recipe
 
@@ -72,6 +76,7 @@ class Progress:
     loss_sum: float = 0.0
     loss_count: int = 0
     lr: float = 0.0  # of the latest step
+    seconds: float = 0.0  # spent in training steps
     rows: list[report.Row] = field(default_factory=list)
 
 
@@ -143,8 +148,14 @@ class _Run:
             self.ema = ModelEmaV3(plain, recipe.model_ema_decay, use_warmup=recipe.model_ema_warmup)
         self.averaging = None
         if recipe.experts > 1:
+            ramp = LinearRamp if recipe.ramp_shape == "linear" else CosineRamp
             ramp_steps = round(recipe.ramp * recipe.epochs * self.updates_per_epoch)
-            self.averaging = ExpertAveraging(plain, recipe.share_rate, ramp_steps).attach(optimizer)
+            self.averaging = ExpertAveraging(
+                plain,
+                ramp(recipe.share_rate, ramp_steps),
+                every=recipe.average_every,
+                moments=recipe.average_moments,
+            ).attach(optimizer)
         self.progress = Progress()
         self.plain = plain
         self.raw_optimizer = optimizer
@@ -166,7 +177,7 @@ class _Run:
         recipe = self.recipe
         fused = {"fused": True} if recipe.opt in ("adam", "adamw") else {}  # one pass over the weights
         try:
-            return create_optimizer_v2(  # type: ignore[no-any-return]
+            optimizer: torch.optim.Optimizer = create_optimizer_v2(
                 model,
                 opt=recipe.opt,
                 lr=recipe.lr,
@@ -177,6 +188,9 @@ class _Run:
             )
         except (AssertionError, ValueError, KeyError) as problem:
             raise EwavitError(f"timm could not build the optimizer {recipe.opt!r} ({problem})") from None
+        if recipe.expert_lr != 1.0:
+            scale_expert_lr(optimizer, model, recipe.expert_lr)
+        return optimizer
 
     def _scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
         recipe = self.recipe
@@ -211,10 +225,12 @@ class _Run:
         with self._signals() as received:
             while progress.epoch < recipe.epochs:
                 row = self._train_epoch(received)
-                row |= self._evaluate()
-                progress.rows.append(row)
                 progress.epoch, progress.batch = progress.epoch + 1, 0
                 progress.loss_sum, progress.loss_count = 0.0, 0
+                if progress.epoch % recipe.val_interval and progress.epoch < recipe.epochs:
+                    continue
+                row |= self._evaluate()
+                progress.rows.append(row)
                 if main:
                     report.say(report.epoch_line(row, recipe.epochs))
                     report.write_summary(progress.rows, self.folder / "summary.csv")
@@ -250,17 +266,22 @@ class _Run:
                     raise Interrupted(self.folder, received[0])
             self._settle(losses)
         seconds = time.perf_counter() - begun
-        images = (total - first_batch) * recipe.batch_size * self.accelerator.num_processes
+        progress.seconds += seconds
+        images_per_batch = recipe.batch_size * self.accelerator.num_processes
+        images = (total - first_batch) * images_per_batch
         spread = expert_spread(self.plain)
         self._gather_loss()
         return {
             "epoch": progress.epoch,
+            "images": (progress.epoch + 1) * total * images_per_batch,
+            "seconds": progress.seconds,
             "train_loss": progress.loss_sum / max(progress.loss_count, 1),
             "lr": progress.lr,
             "share_rate": self.averaging.share_rate if self.averaging else 0.0,
             "expert_spread": sum(spread.values()) / len(spread) if spread else 0.0,
             "images_per_second": images / seconds,
-        }
+            "peak_memory_mib": _peak_memory_mib(self.accelerator.device),
+        } | {f"spread/{layer}": value for layer, value in spread.items()}
 
     def _forward_backward(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
         recipe, progress = self.recipe, self.progress
@@ -277,7 +298,8 @@ class _Run:
     def _update(self) -> None:
         if self.recipe.clip_grad is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
-        self.progress.lr = max(group["lr"] for group in self.raw_optimizer.param_groups)
+        groups = self.raw_optimizer.param_groups
+        self.progress.lr = max(group["lr"] / group.get("lr_scale", 1.0) for group in groups)
         self.optimizer.step()  # the averaging follows, in its hook
         self.optimizer.zero_grad()
         self.progress.update += 1
@@ -334,6 +356,16 @@ class _Run:
             row["ema_top1"] = measure(self.ema.module).top1
         return row
 
+    def _write_predictions(self) -> None:
+        """Leave the final weights' prediction for every evaluation image in `predictions.csv`."""
+        counts = self.plain if self.ema is None else self.ema.module
+        with self.accelerator.autocast():
+            mine = predictions(counts.eval(), self.data.eval_batches())
+        shares = gather_object([mine])  # rank r has every so-many-th image from the r-th on
+        if self.accelerator.is_main_process:
+            rows = [row for group in zip_longest(*shares) for row in group if row is not None]
+            report.write_predictions(rows, self.folder / "predictions.csv")
+
     def _save(self) -> None:
         self._gather_loss()
         if not self.accelerator.is_main_process:
@@ -379,6 +411,7 @@ class _Run:
 
     def _finish(self) -> Result:
         row, model_file = self.progress.rows[-1], self.folder / "model.safetensors"
+        self._write_predictions()
         if self.accelerator.is_main_process:
             title = f"{self.folder.name}: {self.card.model} on {self.data.name}"
             report.draw_curves(self.progress.rows, self.folder / "curves.png", title)
@@ -389,7 +422,8 @@ class _Run:
             card = replace(self.card, top1=row["eval_top1"])
             save_tensors(dense_state_dict(self.plain), model_file, card.metadata())
             skipped = f", {self.data.bad_images} unreadable images skipped" if self.data.bad_images else ""
-            report.say(f"top-1 {row['eval_top1']:.2f} % on {self.data.num_eval:,} test images{skipped}")
+            kind = "held-out" if self.recipe.holdout else "test"
+            report.say(f"top-1 {row['eval_top1']:.2f} % on {self.data.num_eval:,} {kind} images{skipped}")
             if self.ema is not None:
                 report.say(f"top-1 {row['ema_top1']:.2f} % of the moving average, {ema_file}")
             report.say(f"the plain model is {model_file}; load it with\n\n{card.loading_code(model_file)}\n")
@@ -428,6 +462,27 @@ class _Run:
                 signal.signal(number, handler)
 
 
+def scale_expert_lr(optimizer: torch.optim.Optimizer, model: nn.Module, factor: float) -> None:
+    """Give the experts of a model groups of their own, whose learning rate is multiplied by a factor."""
+    experts = {id(p) for moe in moe_layers(model).values() for p in moe.experts.parameters()}
+    for group in list(optimizer.param_groups):
+        mine = [parameter for parameter in group["params"] if id(parameter) in experts]
+        if not mine:
+            continue
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in experts]
+        scale = group.get("lr_scale", 1.0) * factor  # timm's schedules multiply by it
+        scaled = {name: group[name] * factor for name in ("lr", "initial_lr") if name in group}
+        optimizer.add_param_group(group | scaled | {"params": mine, "lr_scale": scale})
+
+
+def _peak_memory_mib(device: torch.device) -> float:
+    """The largest memory held so far, on the GPU or else by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
 def open_recipe_data(recipe: Recipe, accelerator: Accelerator | None = None) -> Data:
     """The data of a recipe; with an accelerator its device and this process's share."""
     return open_data(
@@ -438,6 +493,7 @@ def open_recipe_data(recipe: Recipe, accelerator: Accelerator | None = None) -> 
             aa=recipe.aa, hflip=recipe.hflip, reprob=recipe.reprob, crop_padding=recipe.crop_padding
         ),
         limit=recipe.limit,
+        holdout=recipe.holdout,
         img_size=recipe.img_size,
         workers=min(recipe.workers, os.cpu_count() or 1),
         device=accelerator.device if accelerator else torch.device("cpu"),

@@ -13,6 +13,7 @@ import yaml
 from ewavit.averaging import check_share_rate
 from ewavit.errors import EwavitError
 from ewavit.moe import Unit
+from ewavit.surgery import Init
 
 
 def _option(default: Any, help_text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -40,12 +41,24 @@ class Recipe:
     val_split: str = _option("validation", "name of the evaluation split of a timm data spec or folder")
     img_size: int | None = _option(None, "image side in pixels; follows the data")
     limit: int | None = _option(None, "use the first N training images")
+    holdout: float = _option(
+        0.0, "hold out this share of the training images and evaluate on it, not on the test images"
+    )
     workers: int = _option(4, "processes that read images; data kept in memory needs none")
     skip_bad_images: bool = _option(False, "go on without images that cannot be read, and count them")
 
     experts: int = _option(4, "experts per mixture; 1 trains the dense baseline through the same code")
     share_rate: float = _option(0.3, "beta of Eq. 6 at the end of the ramp, 0 to (N-1)/N")
     ramp: float = _option(0.5, "share of the training over which beta rises linearly from 0")
+    ramp_shape: str = _option("linear", "how beta rises", ("linear", "cosine"))
+    average_every: int = _option(1, "average after every so many optimizer steps only")
+    average_moments: bool = _option(False, "average the optimizer's moments of the experts too")
+    expert_lr: float = _option(1.0, "factor on the experts' learning rate")
+    init: Init = _option(
+        "copy",
+        "how experts start: copies of the FFN, noisy copies, own draws",
+        ("copy", "perturb", "independent"),
+    )
     select: str = _option(
         "alternate", "which FFNs: alternate, all, last_half, a name or a regular expression"
     )
@@ -84,7 +97,13 @@ class Recipe:
     model_ema: bool = _option(False, "keep and evaluate an exponential moving average of the weights too")
     model_ema_decay: float = _option(0.9998, "decay of the moving average")
     model_ema_warmup: bool = _option(False, "let the decay grow from 0")
+    model_ema_switch: bool = _option(False, "copy the moving average into the model after every epoch")
+    swa: float = _option(
+        0.0, "average the weights of the epochs in this last share of the training, at a constant lr"
+    )
+    twa: int = _option(0, "epochs after the training in which weights of the last checkpoints are learned")
 
+    val_interval: int = _option(1, "epochs between evaluations, each with a checkpoint")
     seed: int = _option(42, "fixes initial weights, data order, augmentation and partitions")
     output: str = _option("runs", "folder of all runs")
     name: str | None = _option(None, "folder of this run; made from date and model if not given")
@@ -96,14 +115,15 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not value >= lowest:
                 raise EwavitError(f"--{flag(name)} {value} is too small: choose {lowest} or more")
-        for name in ("ramp", "hflip", "reprob", "smoothing", "momentum", "model_ema_decay", "decay_rate"):
+        shares = ("ramp", "hflip", "reprob", "smoothing", "momentum", "model_ema_decay", "decay_rate", "swa")
+        for name in shares:
             if not 0 <= getattr(self, name) <= 1:
                 raise EwavitError(f"--{flag(name)} {getattr(self, name)} is out of range: choose 0 to 1")
-        if self.drop_path is not None and not 0 <= self.drop_path < 1:
-            raise EwavitError(
-                f"--drop-path {self.drop_path} is out of range: choose 0 or more and less than 1"
-            )
-        for name in ("lr", "clip_grad", "decay_epochs"):
+        for name in ("drop_path", "holdout"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise EwavitError(f"--{flag(name)} {value} is out of range: choose 0 or more and less than 1")
+        for name in ("lr", "clip_grad", "decay_epochs", "expert_lr"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise EwavitError(f"--{flag(name)} {value} does not work: choose a positive number")
@@ -121,6 +141,11 @@ class Recipe:
             check_share_rate(self.share_rate, self.experts)
         if self.pretrained and self.initial_checkpoint:
             raise EwavitError("--pretrained and --initial-checkpoint both give the first weights: choose one")
+        averages = {"model_ema": self.model_ema, "swa": self.swa, "twa": self.twa}
+        if len(chosen := [f"--{flag(name)}" for name, value in averages.items() if value]) > 1:
+            raise EwavitError(f"{' and '.join(chosen)} each keep an average of the weights: choose one")
+        if self.model_ema_switch and not self.model_ema:
+            raise EwavitError("--model-ema-switch copies the moving average back: give --model-ema too")
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise EwavitError(
                 f"--batch-size {self.batch_size} is odd: mixup and cutmix pair images, choose even"
@@ -171,7 +196,7 @@ class Recipe:
 _LOWEST = {
     "limit": 1, "workers": 0, "experts": 1, "share_rate": 0.0, "epochs": 1, "batch_size": 1, "img_size": 1,
     "grad_accum_steps": 1, "weight_decay": 0.0, "warmup_epochs": 0, "mixup": 0.0, "cutmix": 0.0,
-    "min_lr": 0.0, "warmup_lr": 0.0, "crop_padding": -1,
+    "min_lr": 0.0, "warmup_lr": 0.0, "crop_padding": -1, "average_every": 1, "val_interval": 1, "twa": 0,
     "recovery_interval": 0, "seed": 0, "layer_decay": 0.0,
 }  # fmt: skip
 

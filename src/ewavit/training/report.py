@@ -57,6 +57,16 @@ def write_summary(rows: list[Row], path: Path) -> None:
     os.replace(partial, path)
 
 
+def write_predictions(rows: list[tuple[int, int]], path: Path) -> None:
+    """Write the label and the predicted class of every evaluation image, in the images' order."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", newline="") as handle:
+        writer = csv.writer(handle)
+        writer.writerow(("label", "prediction"))
+        writer.writerows(rows)
+    os.replace(partial, path)
+
+
 def draw_curves(rows: list[Row], path: Path, title: str) -> None:
     """Draw loss, accuracy, schedules and expert spread over the epochs as one picture."""
     import matplotlib
