@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import ewavit as ewa
-from ewavit.averaging import average_experts_reference_, check_share_rate
+from ewavit.averaging import average_experts_reference_, check_share_rate, full_share_rate
 from small_models import MlpNet, ffn, separated, tokens
 
 KINDS = ["stacked", "separate"]
@@ -450,3 +450,33 @@ def test_every_below_one_and_a_second_ramp_are_refused():
         ewa.ExpertAveraging(model, every=0)
     with pytest.raises(ewa.EwavitError, match="ramp_steps"):
         ewa.ExpertAveraging(model, ewa.Constant(0.3), ramp_steps=5)
+
+
+@both_kinds
+@pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.AdamW])
+def test_moments_are_averaged_like_the_experts_when_asked(kind, optimizer_class):
+    options = {"momentum": 0.9} if optimizer_class is torch.optim.SGD else {}
+    optimizers = []
+    for moments in (False, True):
+        torch.manual_seed(0)
+        model = expanded(kind=kind)
+        optimizer = optimizer_class(model.parameters(), lr=0.1, **options)
+        ewa.ExpertAveraging(model, full_share_rate(4), moments=moments).attach(optimizer)
+        model(tokens()).square().mean().backward()
+        optimizer.step()
+        optimizers.append((model, optimizer))
+    (model, untouched), (averaged_model, averaged) = optimizers
+    names = ["momentum_buffer"] if options else ["exp_avg", "exp_avg_sq"]
+    for moe, averaged_moe in zip(
+        ewa.moe_layers(model).values(), ewa.moe_layers(averaged_model).values(), strict=True
+    ):
+        for name in names:
+            before = moe.experts.families(lambda p, name=name: untouched.state[p][name])
+            after = averaged_moe.experts.families(lambda p, name=name: averaged.state[p][name])
+            for (_, apart), (_, together) in zip(before, after, strict=True):
+                mean = torch.stack(apart).mean(0)
+                assert not torch.allclose(apart[0], mean, rtol=1e-3, atol=0)
+                for value in together:
+                    assert torch.allclose(value, mean, rtol=1e-5, atol=1e-12)
+    steps = [state["step"] for state in averaged.state.values() if "step" in state]
+    assert all(float(step) == 1 for step in steps)

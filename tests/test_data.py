@@ -370,6 +370,37 @@ def test_tiny_imagenet_is_read_as_published(tmp_path: Path) -> None:
         assert next(data.eval_batches())[1].tolist() == [2, 0, 1]
 
 
+def test_held_out_images_are_evaluated_and_never_trained_on() -> None:
+    options = {"batch_size": 30, "limit": 200, "augmentation": PLAIN, "mean": (0.0,), "std": (1.0,)}
+    whole = open_data("fashion-mnist-mini", **options)
+    sets = [open_data("fashion-mnist-mini", **options, holdout=0.25, seed=seed) for seed in (0, 1)]
+    data = sets[0]
+    assert (data.num_train, data.num_eval) == (150, 50)
+
+    def images(batches):
+        return {image.numpy().tobytes() for batch, _ in batches for image in batch}
+
+    trained, held = images(data.train_batches(0)), images(data.eval_batches())
+    assert len(trained) == 150
+    assert len(held) == 50
+    assert not trained & held
+    assert images(whole.train_batches(0)) <= trained | held
+    assert images(sets[1].eval_batches()) == held  # whatever the seed
+
+
+def test_held_out_files_come_from_the_training_folder(tmp_path: Path) -> None:
+    write_folder(tmp_path, classes=("cat", "dog"), per_class=10)
+    data = open_data(str(tmp_path), batch_size=4, holdout=0.3, workers=0, augmentation=PLAIN)
+    assert (data.num_train, data.num_eval) == (14, 6)
+    assert sum(len(labels) for _, labels in data.eval_batches()) == 6
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, 0.001])
+def test_a_holdout_that_leaves_one_side_empty_is_refused(share: float) -> None:
+    with pytest.raises(EwavitError, match="holdout"):
+        open_data("fashion-mnist-mini", batch_size=8, limit=100, holdout=share)
+
+
 @pytest.mark.parametrize("limit", [6, 7, 11])
 def test_a_limit_takes_the_classes_of_a_folder_in_turn(tmp_path: Path, limit: int) -> None:
     data = open_data(str(write_folder(tmp_path)), batch_size=limit, limit=limit, workers=0)

@@ -14,6 +14,7 @@ import yaml
 from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 
+import ewavit as ewa
 from ewavit import EwavitError
 from ewavit.training import loop
 from ewavit.training.checkpoint import load_checkpoint
@@ -213,12 +214,85 @@ def test_export_that_computes_something_else_leaves_no_file(finished, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
+def test_the_experts_learning_rate_is_scaled_and_nothing_else(tmp_path):
+    run = loop._Run(
+        recipe(tmp_path, "scaled", expert_lr=3.0), tmp_path / "scaled", loop.Accelerator(cpu=True)
+    )
+    experts = {id(p) for moe in ewa.moe_layers(run.plain).values() for p in moe.parameters()}
+    for update in (1, 5, 11):
+        run.scheduler.step_update(update)
+        rates = {True: set(), False: set()}
+        for group in run.raw_optimizer.param_groups:
+            for parameter in group["params"]:
+                rates[id(parameter) in experts].add(group["lr"])
+        (rate,), (expert_rate,) = rates[False], rates[True]
+        assert expert_rate == pytest.approx(3.0 * rate)
+
+
+def test_evaluating_every_second_epoch_changes_no_weight(tmp_path):
+    every = train(recipe(tmp_path, "every", epochs=3))
+    seldom = train(recipe(tmp_path, "seldom", epochs=3, val_interval=2))
+    rows = [list(csv.DictReader((result.run / "summary.csv").open())) for result in (every, seldom)]
+    assert [row["epoch"] for row in rows[1]] == ["1", "2"]
+    assert rows[1][-1]["eval_top1"] == rows[0][-1]["eval_top1"]
+    assert [row["images"] for row in rows[0]] == ["256", "512", "768"]
+    one, other = load_file(every.model_file), load_file(seldom.model_file)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_averaging_at_intervals_with_moments_resumes_exactly(tmp_path, monkeypatch):
+    settings = {"average_every": 3, "average_moments": True, "init": "perturb", "val_interval": 2}
+    whole = train(recipe(tmp_path, "whole", **settings)).run
+    with monkeypatch.context() as patch:
+        stop_after(patch, 10)
+        with pytest.raises(Interrupted):
+            train(recipe(tmp_path, "parts", **settings))
+    resume(tmp_path / "parts")
+    assert_same_end(whole, tmp_path / "parts")
+
+
+def test_predictions_agree_with_the_accuracy(finished):
+    with (finished.run / "predictions.csv").open() as handle:
+        rows = list(csv.DictReader(handle))
+    right = sum(row["label"] == row["prediction"] for row in rows)
+    assert len(rows) == 2000
+    assert 100 * right / len(rows) == pytest.approx(finished.row["eval_top1"], abs=1e-3)
+
+
 def test_moving_average_is_evaluated_and_written(tmp_path):
     result = train(recipe(tmp_path, "ema", **EVERYTHING))
-    assert "ema_top1" in result.row
-    averaged, raw = (load_file(result.run / f"{name}.safetensors") for name in ("model-ema", "model"))
+    assert "average_top1" in result.row
+    averaged, raw = (load_file(result.run / f"{name}.safetensors") for name in ("model-average", "model"))
     assert averaged.keys() == raw.keys()
     assert any(not torch.equal(averaged[name], raw[name]) for name in raw)
+
+
+@pytest.mark.parametrize("setting", [{"swa": 0.5}, {"twa": 1}, {"model_ema": True, "model_ema_switch": True}])
+@pytest.mark.parametrize("experts", [1, 4])
+def test_runs_with_an_average_of_their_weights_resume_exactly(tmp_path, monkeypatch, setting, experts):
+    settings = {**setting, "experts": experts, "epochs": 4}
+    whole = train(recipe(tmp_path, "whole", **settings))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 27)
+        with pytest.raises(Interrupted):
+            train(recipe(tmp_path, "parts", **settings))
+    resume(tmp_path / "parts")
+    assert_same_end(whole.run, tmp_path / "parts")
+    averages = [load_file(run / "model-average.safetensors") for run in (whole.run, tmp_path / "parts")]
+    assert all(torch.equal(averages[0][name], averages[1][name]) for name in averages[0])
+    predicted = list(csv.DictReader((whole.run / "predictions.csv").open()))
+    right = sum(row["label"] == row["prediction"] for row in predicted)
+    assert 100 * right / len(predicted) == pytest.approx(whole.row["average_top1"], abs=1e-3)
+    assert whole.row["images"] == 4 * 256 + 3 * 256 * bool(setting.get("twa"))
+
+
+def test_swa_holds_the_learning_rate_while_it_averages(tmp_path):
+    rows = list(
+        csv.DictReader((train(recipe(tmp_path, "swa", swa=0.5, epochs=4)).run / "summary.csv").open())
+    )
+    rates = [float(row["lr"]) for row in rows]
+    assert rates[1] > rates[2] * 0.999
+    assert rates[2] == rates[3] > 0
 
 
 def test_fine_tuning_starts_from_the_files_weights_with_a_new_head(tmp_path):

@@ -30,7 +30,6 @@ from accelerate.utils import gather_object
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
@@ -40,13 +39,14 @@ from ewavit.errors import EwavitError
 from ewavit.moe import moe_layers
 from ewavit.surgery import dense_state_dict
 from ewavit.training import report
-from ewavit.training.batches import entropy
+from ewavit.training.batches import Batch, entropy
 from ewavit.training.building import build_model, expand_by_recipe, model_settings
 from ewavit.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, save_tensors
 from ewavit.training.data import Augmentation, Data, open_data
 from ewavit.training.evaluation import Metrics, evaluate_batches, predictions
 from ewavit.training.export import ModelCard
 from ewavit.training.recipe import Recipe
+from ewavit.training.weight_average import WeightAverage, weight_average
 
 
 @dataclass(frozen=True)
@@ -143,9 +143,7 @@ class _Run:
         plain = expand_by_recipe(dense, recipe, sample).to(accelerator.device)
         optimizer = self._optimizer(plain)
         self.scheduler = self._scheduler(optimizer)
-        self.ema = None
-        if recipe.model_ema:
-            self.ema = ModelEmaV3(plain, recipe.model_ema_decay, use_warmup=recipe.model_ema_warmup)
+        self.average = weight_average(recipe, plain)
         self.averaging = None
         if recipe.experts > 1:
             ramp = LinearRamp if recipe.ramp_shape == "linear" else CosineRamp
@@ -190,6 +188,9 @@ class _Run:
             raise EwavitError(f"timm could not build the optimizer {recipe.opt!r} ({problem})") from None
         if recipe.expert_lr != 1.0:
             scale_expert_lr(optimizer, model, recipe.expert_lr)
+            if recipe.sched == "none":
+                for group in optimizer.param_groups:
+                    group["lr"] *= group.get("lr_scale", 1.0)
         return optimizer
 
     def _scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
@@ -227,6 +228,10 @@ class _Run:
                 row = self._train_epoch(received)
                 progress.epoch, progress.batch = progress.epoch + 1, 0
                 progress.loss_sum, progress.loss_count = 0.0, 0
+                if self.average is not None:
+                    self.average.after_epoch(progress.epoch)
+                    if progress.epoch == recipe.epochs:
+                        self._complete_average(self.average, row)
                 if progress.epoch % recipe.val_interval and progress.epoch < recipe.epochs:
                     continue
                 row |= self._evaluate()
@@ -241,9 +246,9 @@ class _Run:
         return self._finish()
 
     def _train_epoch(self, received: list[int]) -> report.Row:
-        recipe, progress, data = self.recipe, self.progress, self.data
+        recipe, progress = self.recipe, self.progress
         self.model.train()
-        batches = data.train_batches(progress.epoch, start=progress.batch)
+        batches = self._training_batches(progress.epoch, start=progress.batch)
         begun, first_batch = time.perf_counter(), progress.batch
         losses: deque[tuple[int, Tensor]] = deque()  # with the step that each belongs to
         total = self.updates_per_epoch * recipe.grad_accum_steps
@@ -283,16 +288,25 @@ class _Run:
             "peak_memory_mib": _peak_memory_mib(self.accelerator.device),
         } | {f"spread/{layer}": value for layer, value in spread.items()}
 
-    def _forward_backward(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
-        recipe, progress = self.recipe, self.progress
-        _seed_all(recipe.seed, progress.epoch, progress.batch, self.accelerator.process_index)
-        images, targets = next(batches)
-        smoothing = recipe.smoothing
-        if self.mixup is not None:
-            images, targets = self.mixup(images, targets)  # soft targets, smoothed already
-            smoothing = 0.0
-        loss = F.cross_entropy(self.model(images), targets, label_smoothing=smoothing)
-        self.accelerator.backward(loss / recipe.grad_accum_steps)
+    def _training_batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """An epoch's batches, each drawn, and then trained on, from generators seeded for it alone."""
+        batches = self.data.train_batches(epoch, start)
+        for batch in range(start, self.updates_per_epoch * self.recipe.grad_accum_steps):
+            _seed_all(self.recipe.seed, epoch, batch, self.accelerator.process_index)
+            images, targets = next(batches)
+            if self.mixup is not None:
+                images, targets = self.mixup(images, targets)
+            yield images, targets
+
+    def _loss(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        smoothing = (
+            0.0 if self.mixup is not None else self.recipe.smoothing
+        )  # mixup's targets have it already
+        return F.cross_entropy(model(images), targets, label_smoothing=smoothing)
+
+    def _forward_backward(self, batches: Iterator[Batch]) -> Tensor:
+        loss = self._loss(self.model, *next(batches))
+        self.accelerator.backward(loss / self.recipe.grad_accum_steps)
         return loss.detach()
 
     def _update(self) -> None:
@@ -303,10 +317,11 @@ class _Run:
         self.optimizer.step()  # the averaging follows, in its hook
         self.optimizer.zero_grad()
         self.progress.update += 1
-        if self.scheduler is not None:
+        held = self.average is not None and self.average.holds_learning_rate(self.progress.epoch)
+        if self.scheduler is not None and not held:
             self.scheduler.step_update(self.progress.update)
-        if self.ema is not None:
-            self.ema.update(self.plain, step=self.progress.update)
+        if self.average is not None:
+            self.average.after_step(self.progress.update)
 
     def _settle(self, losses: deque[tuple[int, Tensor]]) -> None:
         """Count the losses that are left and stop if the weights are not finite: such are never saved."""
@@ -352,13 +367,28 @@ class _Run:
 
         metrics = measure(self.plain)
         row = {"eval_loss": metrics.loss, "eval_top1": metrics.top1, "eval_top5": metrics.top5}
-        if self.ema is not None:
-            row["ema_top1"] = measure(self.ema.module).top1
+        if self.average is not None:
+            averaged = measure(self.average.module) if self.average.ready else metrics
+            row |= {"average_loss": averaged.loss, "average_top1": averaged.top1}
         return row
+
+    def _complete_average(self, average: WeightAverage, row: report.Row) -> None:
+        """Let the average learn what it has to from further epochs of training images, and count them."""
+
+        def loss(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+            with self.accelerator.autocast():
+                return self._loss(model, images, targets)
+
+        begun = time.perf_counter()
+        row["images"] += average.finish(
+            lambda extra: self._training_batches(self.recipe.epochs + extra), loss
+        )
+        self.progress.seconds += time.perf_counter() - begun
+        row["seconds"] = self.progress.seconds
 
     def _write_predictions(self) -> None:
         """Leave the final weights' prediction for every evaluation image in `predictions.csv`."""
-        counts = self.plain if self.ema is None else self.ema.module
+        counts = self.plain if self.average is None else self.average.module
         with self.accelerator.autocast():
             mine = predictions(counts.eval(), self.data.eval_batches())
         shares = gather_object([mine])  # rank r has every so-many-th image from the r-th on
@@ -374,7 +404,7 @@ class _Run:
         training = {
             "optimizer": self.raw_optimizer.state_dict(),
             "averaging": self.averaging.state_dict() if self.averaging else None,
-            "ema": self.ema.module.state_dict() if self.ema else None,
+            "average": self.average.state_dict() if self.average else None,
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
         facts = {
@@ -401,8 +431,8 @@ class _Run:
         self.raw_optimizer.load_state_dict(training["optimizer"])
         if self.averaging is not None:
             self.averaging.load_state_dict(training["averaging"])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(training["ema"])
+        if self.average is not None:
+            self.average.load_state_dict(training["average"])
         if training["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(training["scaler"])
         self.progress = Progress(**checkpoint.facts["progress"])
@@ -415,17 +445,17 @@ class _Run:
         if self.accelerator.is_main_process:
             title = f"{self.folder.name}: {self.card.model} on {self.data.name}"
             report.draw_curves(self.progress.rows, self.folder / "curves.png", title)
-            if self.ema is not None:
-                card = replace(self.card, top1=row["ema_top1"])
-                ema_file = self.folder / "model-ema.safetensors"
-                save_tensors(dense_state_dict(self.ema.module), ema_file, card.metadata())
+            if self.average is not None:
+                card = replace(self.card, top1=row["average_top1"])
+                average_file = self.folder / "model-average.safetensors"
+                save_tensors(dense_state_dict(self.average.module), average_file, card.metadata())
             card = replace(self.card, top1=row["eval_top1"])
             save_tensors(dense_state_dict(self.plain), model_file, card.metadata())
             skipped = f", {self.data.bad_images} unreadable images skipped" if self.data.bad_images else ""
             kind = "held-out" if self.recipe.holdout else "test"
             report.say(f"top-1 {row['eval_top1']:.2f} % on {self.data.num_eval:,} {kind} images{skipped}")
-            if self.ema is not None:
-                report.say(f"top-1 {row['ema_top1']:.2f} % of the moving average, {ema_file}")
+            if self.average is not None:
+                report.say(f"top-1 {row['average_top1']:.2f} % of the averaged weights, {average_file}")
             report.say(f"the plain model is {model_file}; load it with\n\n{card.loading_code(model_file)}\n")
             mean, std = (", ".join(f"{value:.4f}" for value in values) for values in (card.mean, card.std))
             report.say(f"and give it images in 0 to 1, less the mean {mean}, divided by {std}")
@@ -463,16 +493,15 @@ class _Run:
 
 
 def scale_expert_lr(optimizer: torch.optim.Optimizer, model: nn.Module, factor: float) -> None:
-    """Give the experts of a model groups of their own, whose learning rate is multiplied by a factor."""
+    """Give the experts of a model groups of their own, whose learning rate timm's schedules multiply."""
     experts = {id(p) for moe in moe_layers(model).values() for p in moe.experts.parameters()}
     for group in list(optimizer.param_groups):
         mine = [parameter for parameter in group["params"] if id(parameter) in experts]
         if not mine:
             continue
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in experts]
-        scale = group.get("lr_scale", 1.0) * factor  # timm's schedules multiply by it
-        scaled = {name: group[name] * factor for name in ("lr", "initial_lr") if name in group}
-        optimizer.add_param_group(group | scaled | {"params": mine, "lr_scale": scale})
+        scale = group.get("lr_scale", 1.0) * factor
+        optimizer.add_param_group(group | {"params": mine, "lr_scale": scale})
 
 
 def _peak_memory_mib(device: torch.device) -> float:

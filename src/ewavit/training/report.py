@@ -38,10 +38,10 @@ def progress_bar(title: str, total: int, done: int, shown: bool) -> Iterator[Any
 def epoch_line(row: Row, epochs: int) -> str:
     """One epoch in one line."""
     width = len(str(epochs))
-    ema = f"EMA {row['ema_top1']:.2f} %  " if "ema_top1" in row else ""
+    average = f"averaged {row['average_top1']:.2f} %  " if "average_top1" in row else ""
     return (
         f"epoch {int(row['epoch']) + 1:>{width}}/{epochs}  train loss {row['train_loss']:.4f}  "
-        f"eval loss {row['eval_loss']:.4f}  top-1 {row['eval_top1']:.2f} %  {ema}lr {row['lr']:.2e}  "
+        f"eval loss {row['eval_loss']:.4f}  top-1 {row['eval_top1']:.2f} %  {average}lr {row['lr']:.2e}  "
         f"share rate {row['share_rate']:.3f}  spread {row['expert_spread']:.4f}  "
         f"{row['images_per_second']:.0f} images/s"
     )
@@ -81,7 +81,7 @@ def draw_curves(rows: list[Row], path: Path, title: str) -> None:
             "cross-entropy",
             [("train_loss", "train, as optimised (smoothed, augmented)"), ("eval_loss", "test")],
         ),
-        ("top-1 on test images, %", [("eval_top1", "model"), ("ema_top1", "its EMA")]),
+        ("top-1 on test images, %", [("eval_top1", "model"), ("average_top1", "its averaged weights")]),
         (
             "share rate and learning rate, of their peak",
             [("share_rate", "share rate"), ("lr", "learning rate")],

@@ -1,0 +1,443 @@
+"""What a comparison says: paired differences with intervals, p-values, costs, and a verdict in plain words.
+
+Pure functions from `Comparison` to numbers. Accuracy is top-1 in percent, differences are in points. Arms are
+compared seed by seed, because the noise of a seed (initial weights, data order) is common to all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from scipy import special, stats
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import TTestPower
+
+from ..errors import EwavitError
+from .results import ArmRuns, Comparison, Run
+
+ALPHA = 0.05  # all intervals are 95 %
+POWER = 0.8
+MOST_SEEDS = 1000  # beyond this "how many seeds would tell" has no practical answer
+RESAMPLES = 9999  # sign flips: all of them up to 13 pairs, a seeded sample beyond
+DECIMALS = 9  # of a point: finer differences are rounding of the subtraction
+
+Interval = tuple[float, float]
+Outcome = Literal["helps", "hurts", "untold"]
+
+
+@dataclass(frozen=True)
+class ArmStatistics:
+    """One arm over its finished runs; numbers that need more runs than there are, are nan.
+
+    `time_to_reference` is the mean over the seeds that reached the reference's final top-1 (`reached` of the
+    `paired` seeds), as a share of the reference's images: see `time_to_accuracy`.
+    """
+
+    name: str
+    role: str
+    lr: float
+    seeds: tuple[int, ...]  # of the finished runs
+    mean: float  # percent
+    sd: float  # ddof = 1
+    interval: Interval  # of the mean, Student's t
+    seconds: float  # of training, mean
+    images: float  # seen in training, mean
+    peak_memory_mib: float  # mean
+    time_to_reference: float
+    reached: int
+    paired: int
+    errors: dict[int, str]  # by seed, of the failed runs
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """Images that only one of two arms got right, pooled over the paired seeds, with the exact p-value.
+
+    The seeds share their test images, so the pooled predictions are not independent: the p-value is about
+    these trained models, not about training them again, and tends to be too small. No verdict rests on it.
+    """
+
+    only_arm: int
+    only_reference: int
+    p_value: float
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """Top-1 of an arm minus a reference's, over the seeds that both finished, in points.
+
+    With fewer than two pairs the interval and the p-values are nan. Where all differences are equal and not
+    zero, the interval has no width and t is infinite: the permutation p-value then stands for the t-test's,
+    because a few equal differences are no proof.
+    """
+
+    arm: str
+    reference: str
+    seeds: tuple[int, ...]
+    differences: tuple[float, ...]
+    mean: float
+    interval: Interval  # Student's t
+    p_value: float  # paired t-test
+    permutation_p: float  # sign flips; exact up to 13 pairs
+    holm_p: float  # the t-test's, corrected over all arms against this reference
+    mcnemar: McNemar | None  # None where predictions are missing
+    seeds_needed: int | None  # see `seeds_needed`; None: more than MOST_SEEDS, or fewer than two pairs
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is known about one arm.
+
+    `outcomes` judges it against each reference by the 95 % interval of the difference. `outcome` is "helps"
+    if all of them are, "hurts" if one of them is, else "untold".
+    """
+
+    arm: str
+    outcome: Outcome
+    outcomes: dict[str, Outcome]  # by reference, the best control first
+    survives_correction: bool  # the Holm-corrected p-values of what could be told are at most 0.05 too
+    seeds_needed: int | None  # where untold, as in PairedDifference
+    would_tell: str  # the same in words; empty unless untold
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The statistics of a comparison; see `summarise`."""
+
+    reference: str  # "dense", else the first control, else the first arm
+    best_control: str | None
+    arms: tuple[ArmStatistics, ...]
+    against_reference: tuple[PairedDifference, ...]  # all arms but the reference, in the comparison's order
+    against_best_control: tuple[PairedDifference, ...]  # all arms but that control; empty without a control
+    verdicts: tuple[Verdict, ...]  # all arms but the reference
+    sentence: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as dicts, lists, strings and numbers that any JSON reader takes: nan is None."""
+        clean: dict[str, Any] = _json(asdict(self))
+        return clean
+
+
+def summarise(comparison: Comparison) -> Summary:
+    """Compute all statistics of a comparison.
+
+    Every arm is compared with the reference and with the best control: the control of the highest mean over
+    the seeds that all controls finished. It is chosen by the very test images it is then judged on, which
+    flatters it: judging a method against it is conservative for the method, and other controls look worse
+    beside it than they are. Methods are judged against both, controls against the reference alone. Holm's
+    correction takes all arms against one reference as a family.
+
+    Args:
+        comparison: arms and their runs; failed and missing runs are left out pair by pair.
+
+    Returns:
+        The statistics, with verdicts in words.
+
+    Raises:
+        EwavitError: there is no arm, or two arms of a seed were evaluated on different images.
+    """
+    if not comparison.arms:
+        raise EwavitError(
+            f"comparison {comparison.name!r} has no arms; give at least one, as in --arms dense"
+        )
+    arms = {runs.arm.name: runs for runs in comparison.arms}
+    reference = _reference(comparison)
+    best = _best_control(comparison)
+    to_reference = _family(comparison, arms[reference])
+    to_best = _family(comparison, arms[best]) if best else ()
+    verdicts = []
+    for name, runs in arms.items():
+        # The best control first: it is the stricter judge.
+        both = runs.arm.role == "method" and best != reference
+        pairs = (*to_best, *to_reference) if both else to_reference
+        if name != reference:
+            verdicts.append(_verdict(name, [pair for pair in pairs if pair.arm == name], best))
+    return Summary(
+        reference=reference,
+        best_control=best,
+        arms=tuple(arm_statistics(runs, arms[reference]) for runs in comparison.arms),
+        against_reference=to_reference,
+        against_best_control=to_best,
+        verdicts=tuple(verdicts),
+        sentence=_closing(comparison, reference, best, verdicts),
+    )
+
+
+def arm_statistics(runs: ArmRuns, reference: ArmRuns) -> ArmStatistics:
+    """Accuracy and cost of one arm; times are relative to the reference's run of the same seed."""
+    done, judges = finished(runs), finished(reference)
+    top1 = [run.top1 for run in done.values()]
+    times = [time_to_accuracy(done[seed], judges[seed]) for seed in done if seed in judges]
+    reached = [time for time in times if time is not None]
+    return ArmStatistics(
+        name=runs.arm.name,
+        role=runs.arm.role,
+        lr=runs.lr,
+        seeds=tuple(done),
+        mean=_mean(top1),
+        sd=float(np.std(top1, ddof=1)) if len(top1) > 1 else math.nan,
+        interval=t_interval(top1),
+        seconds=_mean([run.curve[-1].seconds for run in done.values()]),
+        images=_mean([run.curve[-1].images for run in done.values()]),
+        peak_memory_mib=_mean([run.peak_memory_mib for run in done.values()]),
+        time_to_reference=_mean(reached),
+        reached=len(reached),
+        paired=len(times),
+        errors={run.seed: run.error for run in runs.runs if run.error is not None},
+    )
+
+
+def finished(runs: ArmRuns) -> dict[int, Run]:
+    """The runs that came to their end, by seed."""
+    return {run.seed: run for run in runs.runs if run.error is None and run.curve}
+
+
+def time_to_accuracy(run: Run, reference: Run) -> float | None:
+    """Share of the reference's training images after which `run` is as good as the reference is at its end.
+
+    Returns:
+        By the first evaluated epoch that is at least as good, not interpolated; 1 is the reference's whole
+        training. None if `run` never gets there.
+    """
+    total = reference.curve[-1].images
+    return next((point.images / total for point in run.curve if point.top1 >= reference.top1), None)
+
+
+def paired_difference(runs: ArmRuns, reference: ArmRuns) -> PairedDifference:
+    """Compare two arms over the seeds that both finished; `holm_p` is that of this pair alone.
+
+    Raises:
+        EwavitError: the arms were evaluated on different images.
+    """
+    ours, theirs = finished(runs), finished(reference)
+    pairs = [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
+    ours_top1, theirs_top1 = np.array([[a.top1, b.top1] for a, b in pairs]).reshape(-1, 2).T
+    differences = np.round(ours_top1 - theirs_top1, DECIMALS)
+    flips = p = math.nan
+    needed = None
+    if len(pairs) > 1:
+        flips = _sign_flip_p(differences)
+        spread = float(np.ptp(differences)) > 0
+        p = float(stats.ttest_rel(ours_top1, theirs_top1).pvalue) if spread else flips
+        needed = seeds_needed(
+            float(differences.mean()), float(np.std(differences, ddof=1)) if spread else 0.0
+        )
+    return PairedDifference(
+        arm=runs.arm.name,
+        reference=reference.arm.name,
+        seeds=tuple(a.seed for a, _ in pairs),
+        differences=tuple(differences.tolist()),
+        mean=_mean(differences.tolist()),
+        interval=t_interval(differences.tolist()),
+        p_value=p,
+        permutation_p=flips,
+        holm_p=p,
+        mcnemar=_mcnemar(pairs, runs.arm.name, reference.arm.name),
+        seeds_needed=needed,
+    )
+
+
+def t_interval(values: list[float]) -> Interval:
+    """95 % interval of the mean by Student's t; nan for fewer than two values."""
+    if len(values) < 2:
+        return (math.nan, math.nan)
+    mean = float(np.mean(values))
+    if np.ptp(values) == 0:
+        return (values[0], values[0])
+    quantile = special.stdtrit(len(values) - 1, 1 - ALPHA / 2)
+    half = float(quantile * np.std(values, ddof=1)) / math.sqrt(len(values))
+    return (mean - half, mean + half)
+
+
+def seeds_needed(mean: float, sd: float) -> int | None:
+    """The smallest number of seeds that would tell a true difference of `mean` points from none.
+
+    To tell: 80 % power of the two-sided paired t-test at 5 % for differences of standard deviation `sd`. With
+    sd = 0, where t says nothing, as many equal differences as make the sign-flip test significant.
+
+    Returns:
+        The number of seeds, or None if it is above MOST_SEEDS.
+    """
+    if mean == 0:
+        return None
+    if sd == 0:
+        return math.ceil(1 - math.log2(ALPHA))  # the smallest n with 2 / 2^n <= ALPHA
+
+    def power(seeds: int) -> float:
+        # One tail: at 80 % power the other one is nothing, and scipy's far tail is nan.
+        return float(TTestPower().power(abs(mean) / sd, seeds, ALPHA / 2, alternative="larger"))
+
+    enough = bisect_left(range(MOST_SEEDS + 1), POWER, lo=2, key=power)
+    return enough if enough <= MOST_SEEDS else None
+
+
+def _reference(comparison: Comparison) -> str:
+    arms = [runs.arm for runs in comparison.arms]
+    names = [arm.name for arm in arms]
+    return "dense" if "dense" in names else next((a.name for a in arms if a.role == "control"), names[0])
+
+
+def _best_control(comparison: Comparison) -> str | None:
+    controls = {r.arm.name: finished(r) for r in comparison.arms if r.arm.role == "control" and finished(r)}
+    if not controls:
+        return None
+    common = set.intersection(*(set(runs) for runs in controls.values()))
+
+    def mean(name: str) -> float:
+        # No common seed: each by what it has.
+        return _mean([run.top1 for seed, run in controls[name].items() if seed in common or not common])
+
+    return max(controls, key=mean)
+
+
+def _family(comparison: Comparison, reference: ArmRuns) -> tuple[PairedDifference, ...]:
+    """All other arms against one reference, Holm-corrected together."""
+    pairs = [paired_difference(runs, reference) for runs in comparison.arms if runs is not reference]
+    testable = [pair.arm for pair in pairs if not math.isnan(pair.p_value)]
+    if not testable:
+        return tuple(pairs)
+    corrected = multipletests([pair.p_value for pair in pairs if pair.arm in testable], ALPHA, "holm")[1]
+    holm = dict(zip(testable, corrected.tolist(), strict=True))
+    return tuple(replace(pair, holm_p=holm.get(pair.arm, math.nan)) for pair in pairs)
+
+
+def _sign_flip_p(differences: npt.NDArray[np.float64]) -> float:
+    """Two-sided permutation test of paired samples: under no difference either sign was equally likely."""
+    test = stats.permutation_test(
+        (differences,),
+        lambda flipped, axis: np.round(np.mean(flipped, axis), DECIMALS),  # so that ties are ties
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        random_state=np.random.default_rng(0),
+    )
+    return float(test.pvalue)
+
+
+def _mcnemar(pairs: list[tuple[Run, Run]], arm: str, reference: str) -> McNemar | None:
+    only_arm = only_reference = pooled = 0
+    for ours, theirs in pairs:
+        if ours.labels is None or theirs.labels is None:
+            continue  # a run keeps labels and predictions, or neither
+        if not np.array_equal(ours.labels, theirs.labels):
+            raise EwavitError(
+                f"{arm} and {reference} were evaluated on different images at seed {ours.seed}; "
+                "delete these two runs' folders and start the comparison again"
+            )
+        right, wanted = ours.predictions == ours.labels, theirs.predictions == theirs.labels
+        only_arm += int(np.sum(right & ~wanted))
+        only_reference += int(np.sum(~right & wanted))
+        pooled += 1
+    if not pooled:
+        return None
+    # The binomial is exact at any size, and cheap.
+    p = mcnemar([[0, only_arm], [only_reference, 0]], exact=True).pvalue
+    return McNemar(only_arm, only_reference, float(p))
+
+
+def _outcome(pair: PairedDifference) -> Outcome:
+    low, high = pair.interval
+    if pair.p_value <= ALPHA:  # says the same as the interval, except where it has no width
+        return "helps" if low > 0 else "hurts" if high < 0 else "untold"
+    return "untold"
+
+
+def _verdict(arm: str, pairs: list[PairedDifference], best: str | None) -> Verdict:
+    """Judge one arm; `pairs` has the best control first and the reference last."""
+    outcomes = {pair.reference: _outcome(pair) for pair in pairs}
+    found = set(outcomes.values())
+    outcome: Outcome = "hurts" if "hurts" in found else "untold" if "untold" in found else "helps"
+    names = [pair.reference + (", the best control" if pair.reference == best else "") for pair in pairs]
+    numbers = ", and ".join(_numbers(pair, name) for pair, name in zip(pairs, names, strict=True))
+    untold = [pair for pair in pairs if outcomes[pair.reference] == "untold"]
+    told = [pair.holm_p for pair in pairs if outcomes[pair.reference] != "untold"]
+    corrected = max(told, default=math.nan)
+    needed, would_tell = _would_tell(untold) if outcome == "untold" else (None, "")
+    fewest = _seeds(min(len(pair.seeds) for pair in pairs))
+    claim = _claim(arm, outcomes) if told else f"Whether {arm} helps cannot be told with {fewest}"
+    sentence = f"{claim}: {numbers}"
+    if would_tell:
+        sentence += f"; {would_tell}"
+    if corrected > ALPHA:
+        sentence += f"; a hint, not proof: corrected for the number of arms (Holm) p is {corrected:.2g}"
+    return Verdict(arm, outcome, outcomes, corrected <= ALPHA, needed, would_tell, sentence + ".")
+
+
+def _claim(subject: str, outcomes: dict[str, Outcome], many: bool = False) -> str:
+    """What is known of one arm, or of many; `outcomes` as in Verdict."""
+    s, be = ("", "are") if many else ("s", "is")
+    found = set(outcomes.values())
+    if found == {"untold"}:
+        return f"whether {subject} help{s} cannot be told"
+    if len(found) == 1:
+        return f"{subject} {'help' if found == {'helps'} else 'hurt'}{s}"
+    verbs = {"helps": f"help{s} against", "hurts": f"{be} worse than", "untold": "cannot be told from"}
+    return f"{subject} " + " but ".join(f"{verbs[outcomes[judge]]} {judge}" for judge in reversed(outcomes))
+
+
+def _numbers(pair: PairedDifference, name: str) -> str:
+    if not pair.seeds:
+        return f"no seed finished by both it and {name}"
+    low, high = pair.interval
+    interval = f"95 % interval {low:+.2f} to {high:+.2f}" if len(pair.seeds) > 1 else "no interval"
+    return f"{pair.mean:+.2f} points against {name} ({interval}, {_seeds(len(pair.seeds))})"
+
+
+def _would_tell(pairs: list[PairedDifference]) -> tuple[int | None, str]:
+    """How many seeds would settle all of these, as a number where there is one, and in words."""
+    if any(len(pair.seeds) < 2 for pair in pairs):
+        return None, "an interval needs at least 2 seeds that both arms finished"
+    if all(pair.interval == (0, 0) for pair in pairs):
+        return None, "the accuracies are the same at every seed"
+    needed = [pair.seeds_needed or math.inf for pair in pairs]
+    if max(needed) > MOST_SEEDS:
+        return None, f"more than {MOST_SEEDS:,} seeds would be needed to tell a difference of this size"
+    return int(max(needed)), f"about {max(needed)} seeds would tell a difference of this size"
+
+
+def _closing(comparison: Comparison, reference: str, best: str | None, verdicts: list[Verdict]) -> str:
+    methods = {runs.arm.name for runs in comparison.arms if runs.arm.role == "method"}
+    judged = [verdict for verdict in verdicts if verdict.arm in methods]
+    where = f"{'A quick look (--limit): on' if comparison.limited else 'On'} {comparison.data}"
+    where += f" with {_seeds(len(comparison.seeds))}"
+    if not judged:
+        return f"{where} no method was judged{f', and {best} is the best control' if best else ''}."
+    parts = []
+    for outcomes in sorted({tuple(v.outcomes.values()) for v in judged}):
+        alike = [v for v in judged if tuple(v.outcomes.values()) == outcomes]
+        parts.append(_claim(_names(alike), alike[0].outcomes, len(alike) > 1))
+    if waiting := [v for v in judged if v.would_tell]:
+        soonest = min(waiting, key=lambda v: v.seeds_needed or math.inf)
+        parts.append(f"for {soonest.arm} {soonest.would_tell}")
+    against = f"{reference} and the best control, {best}" if best and best != reference else reference
+    return f"{where}, against {against}: {'; '.join(parts)}."
+
+
+def _names(verdicts: list[Verdict]) -> str:
+    """a, b and c; what was told but not after the correction for many arms is marked."""
+    hints = [set(v.outcomes.values()) != {"untold"} and not v.survives_correction for v in verdicts]
+    names = [v.arm + (" (a hint)" if hint else "") for v, hint in zip(verdicts, hints, strict=True)]
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
+
+
+def _seeds(number: int) -> str:
+    return f"{number} seed{'' if number == 1 else 's'}"
+
+
+def _mean(values: list[float]) -> float:
+    return float(np.mean(values)) if values else math.nan
+
+
+def _json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _json(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_json(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,0 +1,483 @@
+"""The statistics of a comparison against numbers found another way, and what they say in words."""
+
+import itertools
+import json
+import math
+import statistics
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from ewavit.compare.results import Arm, ArmRuns, Comparison, Point, Run
+from ewavit.compare.statistics import (
+    arm_statistics,
+    paired_difference,
+    seeds_needed,
+    summarise,
+    t_interval,
+    time_to_accuracy,
+)
+from ewavit.errors import EwavitError
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+T_975 = {1: 12.706204736, 2: 4.30265273, 3: 3.182446305, 4: 2.776445105}  # quantiles from a printed table
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_garbage_collection():
+    """statsmodels collects garbage in every correction, which is slow beside torch and hypothesis."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gc.collect", lambda *_: 0)
+        yield
+
+
+def run(seed, *top1, labels=None, predictions=None):
+    """A run of 100 images and 10 seconds per evaluated epoch."""
+    curve = tuple(
+        Point(i, 100 * (i + 1), 10.0 * (i + 1), 1.0, 1.0, value, 1e-3, 0.0, {}, None)
+        for i, value in enumerate(top1)
+    )
+    return Run(seed, curve, 50.0 + seed, labels, predictions)
+
+
+def arm(name, top1, role="method"):
+    """An arm of one-epoch runs; None is a failed run."""
+    runs = (
+        Run(seed, error="out of memory") if value is None else run(seed, value)
+        for seed, value in enumerate(top1)
+    )
+    return ArmRuns(Arm(name, role=role), 1e-3, tuple(runs))
+
+
+def comparison(*arms, **kwargs):
+    seeds = tuple(range(max((len(a.runs) for a in arms), default=0)))
+    return Comparison("test", "ewavit compare", "today", "cpu", {}, "digits", {}, seeds, arms, **kwargs)
+
+
+def dense(top1):
+    return arm("dense", top1, "control")
+
+
+DENSE = [80.0, 81.0, 79.5, 80.5, 82.0]
+
+
+def shifted(*points):
+    return [base + point for base, point in zip(DENSE, points, strict=True)]
+
+
+def verdict(summary, name):
+    return next(v for v in summary.verdicts if v.arm == name)
+
+
+# --- numbers
+
+
+def test_an_arms_mean_deviation_and_interval_follow_the_textbook():
+    top1 = [80.0, 82.5, 81.0, 83.5, 79.0]
+    found = summarise(comparison(arm("dense", top1, "control"))).arms[0]
+    half = T_975[4] * statistics.stdev(top1) / math.sqrt(5)
+    assert found.mean == pytest.approx(statistics.mean(top1), abs=1e-12)
+    assert found.sd == pytest.approx(statistics.stdev(top1), abs=1e-12)
+    assert found.interval == pytest.approx((found.mean - half, found.mean + half), abs=1e-7)
+
+
+def test_costs_are_means_over_finished_runs_and_errors_are_kept():
+    runs = (run(3, 70.0, 80.0), Run(4, error="out of memory"), run(5, 80.0))
+    found = arm_statistics(*[ArmRuns(Arm("dense"), 2e-3, runs)] * 2)
+    assert (found.lr, found.seeds, found.errors) == (2e-3, (3, 5), {4: "out of memory"})
+    assert (found.seconds, found.images, found.peak_memory_mib) == (15.0, 150.0, 54.0)
+
+
+def test_paired_t_test_and_interval_follow_the_textbook():
+    points = [1.0, 0.2, 0.7, -0.1, 0.4]
+    found = paired_difference(arm("ewa", shifted(*points)), dense(DENSE))
+    error = statistics.stdev(points) / math.sqrt(5)
+    assert found.differences == pytest.approx(points)
+    assert found.mean == pytest.approx(0.44)
+    assert found.interval == pytest.approx((0.44 - T_975[4] * error, 0.44 + T_975[4] * error), abs=1e-7)
+    assert found.p_value == pytest.approx(2 * stats.t.sf(0.44 / error, 4), abs=1e-12)
+
+
+# Tenths of a point, so that sums tie as they do for accuracies on few test images.
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(-15, 15), min_size=2, max_size=7))
+def test_permutation_p_is_the_share_of_sign_patterns_as_extreme(tenths):
+    found = paired_difference(arm("ewa", [80 + t / 10 for t in tenths]), arm("dense", [80.0] * len(tenths)))
+    sums = [sum(s * t for s, t in zip(signs, tenths, strict=True)) for signs in patterns(len(tenths))]
+    extreme = sum(abs(total) >= abs(sum(tenths)) for total in sums)
+    assert found.permutation_p == pytest.approx(extreme / len(sums), abs=1e-12)
+
+
+def patterns(number):
+    return list(itertools.product((1, -1), repeat=number))
+
+
+def test_permutation_p_of_twenty_seeds_is_near_the_exact_one_and_repeatable():
+    points = np.random.default_rng(0).normal(0.3, 0.7, 20).round(2)
+    pair = arm("ewa", 80 + points), arm("dense", np.full(20, 80.0))
+    found = paired_difference(*pair).permutation_p
+    sums = np.zeros(1)
+    for point in points:
+        sums = np.concatenate([sums + point, sums - point])
+    assert found == pytest.approx((np.abs(sums) >= abs(points.sum()) - 1e-9).mean(), abs=0.01)
+    assert found == paired_difference(*pair).permutation_p
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.floats(-5, 5), min_size=2, max_size=6), st.floats(-3, 3))
+def test_swapping_arms_mirrors_the_difference_and_keeps_the_p_values(points, shift):
+    base = [80.0 + shift * seed for seed in range(len(points))]
+    ours, theirs = arm("ewa", [b + p for b, p in zip(base, points, strict=True)]), arm("dense", base)
+    there, back = paired_difference(ours, theirs), paired_difference(theirs, ours)
+    assert (there.mean, *there.interval) == pytest.approx((-back.mean, *(-x for x in back.interval[::-1])))
+    assert there.p_value == pytest.approx(back.p_value)
+    assert there.permutation_p == pytest.approx(back.permutation_p)
+    assert there.interval[0] <= there.mean <= there.interval[1]
+
+
+def test_holm_corrects_over_the_arms_of_one_reference():
+    # Against dense p is about 0.0003, 0.02 and 0.4: times 3, 2 and 1.
+    points = [(1.0, 1.1, 0.9, 1.2, 1.0), (0.9, 0.1, 0.7, 0.4, 0.5), (0.5, -0.4, 0.3, -0.1, 0.4)]
+    arms = [arm(name, shifted(*p)) for name, p in zip("abc", points, strict=True)]
+    raw = [paired_difference(a, dense(DENSE)).p_value for a in arms]
+    assert raw == sorted(raw)
+    found = summarise(comparison(*arms[::-1], dense(DENSE))).against_reference
+    assert [d.arm for d in found] == ["c", "b", "a"]
+    by_hand = list(itertools.accumulate((min(1.0, p * k) for p, k in zip(raw, (3, 2, 1), strict=True)), max))
+    assert [d.holm_p for d in found[::-1]] == pytest.approx(by_hand)
+
+
+def test_holm_leaves_out_arms_without_a_p_value():
+    found = summarise(
+        comparison(dense(DENSE), arm("ewa", shifted(1, 2, 1, 2, 1)), arm("rup", [80.0, *[None] * 4]))
+    ).against_reference
+    assert found[0].holm_p == found[0].p_value
+    assert math.isnan(found[1].holm_p)
+
+
+def test_mcnemar_pools_the_paired_seeds_and_is_binomial():
+    labels = np.arange(20) % 4
+    right, wrong = labels, (labels + 1) % 4
+
+    def predicting(name, *correct):  # the number of correct predictions from the left, by seed
+        where = np.arange(20)
+        predictions = [np.where(where < number, right, wrong) for number in correct]
+        return ArmRuns(
+            Arm(name),
+            1e-3,
+            tuple(run(s, 80.0 + s, labels=labels, predictions=p) for s, p in enumerate(predictions)),
+        )
+
+    found = paired_difference(predicting("ewa", 15, 9, 20), predicting("dense", 8, 11)).mcnemar
+    assert (found.only_arm, found.only_reference) == (7, 2)  # the third seed has no pair
+    assert found.p_value == pytest.approx(stats.binomtest(2, 9).pvalue)
+    same = paired_difference(predicting("ewa", 12), predicting("dense", 12)).mcnemar
+    assert (same.only_arm, same.only_reference, same.p_value) == (0, 0, 1.0)
+    large = paired_difference(predicting("ewa", *[20] * 50), predicting("dense", *[5] * 50)).mcnemar
+    assert large.only_arm == 750
+    assert large.p_value == pytest.approx(2.0**-749, rel=1e-6)
+
+
+def test_mcnemar_needs_predictions_of_the_same_images():
+    labels = np.arange(4)
+    ours = ArmRuns(Arm("ewa"), 1e-3, (run(0, 80.0, labels=labels, predictions=labels),))
+    theirs = ArmRuns(Arm("dense"), 1e-3, (run(0, 80.0, labels=labels[::-1], predictions=labels),))
+    with pytest.raises(EwavitError, match=r"ewa and dense .* different images at seed 0; delete"):
+        paired_difference(ours, theirs)
+    assert paired_difference(ours, arm("dense", [80.0])).mcnemar is None
+
+
+# --- time to accuracy
+
+
+def test_time_to_accuracy_is_the_first_epoch_as_good_as_the_reference_at_its_end():
+    reference = run(0, 60.0, 90.0, 70.0, 80.0)  # 400 images, final 80 although it had 90
+    assert time_to_accuracy(run(0, 50.0, 79.9, 80.0, 70.0), reference) == 0.75
+    assert time_to_accuracy(run(0, *[50.0] * 5, 81.0), reference) == 1.5
+    assert time_to_accuracy(run(0, 50.0, 79.9), reference) is None
+    assert time_to_accuracy(reference, reference) == 0.5
+
+
+def test_mean_time_counts_the_seeds_that_reached_the_reference():
+    reference = ArmRuns(Arm("dense"), 1e-3, tuple(run(seed, 60.0, 70.0, 75.0, 80.0) for seed in range(3)))
+    ours = ArmRuns(
+        Arm("ewa"), 1e-3, (run(0, 80.0), run(1, 60.0, 80.0), run(2, 79.0), Run(3, error="x"), run(4, 99.0))
+    )
+    found = arm_statistics(ours, reference)
+    assert (found.time_to_reference, found.reached, found.paired) == (0.375, 2, 3)
+
+
+# --- pairing, references, degenerate cases
+
+
+def test_pairs_are_the_seeds_both_arms_finished():
+    found = paired_difference(
+        arm("ewa", [None, 82.0, 81.0, 84.0]),
+        arm("dense", [80.0, 81.0, None, 80.0]),
+    )
+    assert (found.seeds, found.differences, found.mean) == ((1, 3), (1.0, 4.0), 2.5)
+
+
+def test_best_control_is_the_best_over_the_seeds_that_all_controls_finished():
+    # On its own two seeds ema has the higher mean; on the common seeds swa is better.
+    summary = summarise(
+        comparison(
+            dense([80.0, 70.0, 60.0]),
+            arm("ema", [81.0, 71.0, None], "control"),
+            arm("swa", [82.0, 72.0, 61.0], "control"),
+            arm("ewa", [99.0, 98.0, 97.0]),
+        )
+    )
+    assert summary.best_control == "swa"
+    assert [d.arm for d in summary.against_best_control] == ["dense", "ema", "ewa"]
+    assert {d.reference for d in summary.against_best_control} == {"swa"}
+    assert list(verdict(summary, "ewa").outcomes) == ["swa", "dense"]
+    assert list(verdict(summary, "ema").outcomes) == ["dense"]
+
+
+@pytest.mark.parametrize(
+    ("arms", "reference", "best"),
+    [
+        ([arm("ewa", [1.0, 2.0]), arm("ema", [9.0, 9.0], "control"), dense([1.0, 2.0])], "dense", "ema"),
+        (
+            [
+                arm("ewa", [1.0, 2.0]),
+                arm("ema", [1.0, 1.0], "control"),
+                arm("swa", [2.0, 2.0], "control"),
+            ],
+            "ema",
+            "swa",
+        ),
+        ([arm("ewa", [1.0, 2.0]), arm("rup", [1.0, 1.0])], "ewa", None),
+        (
+            [
+                arm("ema", [9.0, None], "control"),
+                arm("swa", [None, 8.0], "control"),
+                arm("ewa", [1.0, 1.0]),
+            ],
+            "ema",
+            "ema",
+        ),
+        ([dense([None, None]), arm("ewa", [1.0, 2.0])], "dense", None),
+    ],
+)
+def test_reference_is_dense_else_the_first_control_else_the_first_arm(arms, reference, best):
+    summary = summarise(comparison(*arms))
+    assert (summary.reference, summary.best_control) == (reference, best)
+    assert len(summary.verdicts) == len(arms) - 1
+
+
+def test_identical_arms_differ_by_nothing_for_sure():
+    summary = summarise(comparison(dense(DENSE), arm("ewa", DENSE)))
+    found = summary.against_reference[0]
+    assert (found.mean, found.interval) == (0.0, (0.0, 0.0))
+    assert (found.p_value, found.permutation_p, found.holm_p) == (1.0, 1.0, 1.0)
+    assert found.seeds_needed is None
+    assert verdict(summary, "ewa").outcome == "untold"
+    assert "same at every seed" in verdict(summary, "ewa").sentence
+
+
+@pytest.mark.parametrize(("seeds", "outcome"), [(2, "untold"), (5, "untold"), (6, "helps"), (20, "helps")])
+def test_equal_differences_are_believed_when_a_sign_test_would(seeds, outcome):
+    # 80.3 - 80.0 and 70.3 - 70.0 are not equal in floating point; they count as equal.
+    base = [80.0 if seed % 2 else 70.0 for seed in range(seeds)]
+    summary = summarise(comparison(dense(base), arm("ewa", [value + 0.3 for value in base])))
+    found = summary.against_reference[0]
+    assert found.interval == (0.3, 0.3)
+    assert found.p_value == pytest.approx(2 / 2**seeds, abs=1e-3)
+    assert found.seeds_needed == 6
+    assert verdict(summary, "ewa").outcome == outcome
+
+
+def test_one_pair_has_a_difference_but_no_interval():
+    summary = summarise(comparison(dense([80.0]), arm("ewa", [81.0])))
+    found = summary.against_reference[0]
+    assert found.mean == 1.0
+    assert np.isnan([*found.interval, found.p_value, found.permutation_p, found.holm_p]).all()
+    assert np.isnan([*summary.arms[0].interval, summary.arms[0].sd]).all()
+    told = verdict(summary, "ewa")
+    assert (told.outcome, told.seeds_needed) == ("untold", None)
+    assert told.sentence.startswith(
+        "Whether ewa helps cannot be told with 1 seed: +1.00 points against dense"
+    )
+    assert "an interval needs at least 2 seeds" in told.sentence
+
+
+def test_an_arm_without_finished_runs_is_listed_with_its_errors():
+    summary = summarise(comparison(dense(DENSE), arm("ewa", [None] * 5), arm("rup", shifted(1, 2, 1, 2, 1))))
+    dead = summary.arms[1]
+    assert (dead.seeds, dead.errors) == ((), dict.fromkeys(range(5), "out of memory"))
+    assert np.isnan([dead.mean, dead.sd, dead.seconds, dead.images, dead.time_to_reference]).all()
+    assert verdict(summary, "ewa").sentence == (
+        "Whether ewa helps cannot be told with 0 seeds: no seed finished by both it and dense, the best "
+        "control; an interval needs at least 2 seeds that both arms finished."
+    )
+    assert verdict(summary, "rup").outcome == "helps"
+
+
+def test_a_comparison_without_arms_is_refused():
+    with pytest.raises(EwavitError, match="'test' has no arms; give at least one"):
+        summarise(comparison())
+
+
+def test_summary_becomes_strict_json():
+    arms = dense([80.0, None]), arm("ewa", [81.0, 82.0])
+    found = json.loads(json.dumps(summarise(comparison(*arms)).as_dict(), allow_nan=False))
+    assert found["arms"][0]["errors"] == {"1": "out of memory"}
+    assert found["against_reference"][0]["interval"] == [None, None]
+    assert found["verdicts"][0]["outcomes"] == {"dense": "untold"}
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_any_comparison_is_summarised_without_a_warning(data):
+    value = st.one_of(st.none(), st.integers(0, 40).map(lambda n: n * 2.5), st.floats(0, 100))
+    seeds = data.draw(st.integers(1, 4))
+    roles = data.draw(st.lists(st.sampled_from(["control", "method"]), min_size=1, max_size=4))
+    arms = [
+        arm(
+            "dense" if i == 1 else f"arm{i}", data.draw(st.lists(value, min_size=seeds, max_size=seeds)), role
+        )
+        for i, role in enumerate(roles)
+    ]
+    summary = summarise(comparison(*arms))
+    json.dumps(summary.as_dict(), allow_nan=False)
+    assert len(summary.verdicts) == len(arms) - 1
+    assert all(v.sentence.endswith(".") and "nan" not in v.sentence for v in summary.verdicts)
+    assert all((v.outcome == "untold") == bool(v.would_tell) for v in summary.verdicts)
+
+
+# --- verdicts
+
+
+NOISE = (0.1, -0.1, 0.05, -0.05, 0.0)
+
+
+def test_helps_when_the_interval_is_above_zero_against_dense_and_the_best_control():
+    ema = arm("ema", shifted(*(0.5 - n for n in NOISE)), "control")
+    summary = summarise(comparison(dense(DENSE), ema, arm("ewa", shifted(*(1.5 + n for n in NOISE)))))
+    told = verdict(summary, "ewa")
+    assert (told.outcome, told.survives_correction, told.seeds_needed) == ("helps", True, None)
+    assert told.sentence == (
+        "ewa helps: +1.00 points against ema, the best control (95 % interval +0.80 to +1.20, 5 seeds), "
+        "and +1.50 points against dense (95 % interval +1.40 to +1.60, 5 seeds)."
+    )
+    assert summary.sentence == ("On digits with 5 seeds, against dense and the best control, ema: ewa helps.")
+
+
+def test_hurts_when_the_interval_is_below_zero():
+    summary = summarise(comparison(dense(DENSE), arm("full", shifted(*(n - 1.5 for n in NOISE)))))
+    told = verdict(summary, "full")
+    assert told.outcome == "hurts"
+    assert told.sentence == (
+        "full hurts: -1.50 points against dense, the best control (95 % interval -1.60 to -1.40, 5 seeds)."
+    )
+    assert summary.sentence == "On digits with 5 seeds, against dense: full hurts."
+
+
+def test_cannot_be_told_says_how_many_seeds_would_tell():
+    points = (0.8, -0.4, 0.6, -0.2, 0.7)
+    summary = summarise(comparison(dense(DENSE), arm("ewa", shifted(*points)), limited=True))
+    told = verdict(summary, "ewa")
+    needed = seeds_needed(statistics.mean(points), statistics.stdev(points))
+    assert (told.outcome, told.seeds_needed, told.survives_correction) == ("untold", needed, False)
+    assert told.sentence.startswith(
+        "Whether ewa helps cannot be told with 5 seeds: +0.30 points against dense"
+    )
+    assert told.sentence.endswith(f"; about {needed} seeds would tell a difference of this size.")
+    assert summary.sentence == (
+        "A quick look (--limit): on digits with 5 seeds, against dense: whether ewa helps cannot be told; "
+        f"for ewa about {needed} seeds would tell a difference of this size."
+    )
+
+
+def test_a_difference_next_to_nothing_needs_more_than_a_thousand_seeds():
+    summary = summarise(comparison(dense(DENSE), arm("ewa", shifted(1.0, -1.0, 1.0, -1.0, 0.01))))
+    told = verdict(summary, "ewa")
+    assert told.seeds_needed is None
+    assert "more than 1,000 seeds would be needed" in told.sentence
+    assert "more than 1,000 seeds would be needed" in summary.sentence
+
+
+@pytest.mark.parametrize(
+    ("gain", "outcome", "words"),
+    [
+        (1.0, "untold", "ewa helps against dense but cannot be told from dense-lr: +0.01"),
+        (0.5, "hurts", "ewa helps against dense but is worse than dense-lr: -0.49"),
+        (0.0, "hurts", "ewa cannot be told from dense but is worse than dense-lr: -0.99"),
+    ],
+)
+def test_a_gain_over_dense_that_a_control_has_too_is_told_as_such(gain, outcome, words):
+    tuned = arm("dense-lr", shifted(*(1.0 - n for n in NOISE[::-1])), "control")
+    ewa = arm("ewa", shifted(*(gain + n + 0.01 for n in NOISE)))
+    summary = summarise(comparison(dense(DENSE), tuned, ewa))
+    assert verdict(summary, "ewa").outcome == outcome
+    assert verdict(summary, "ewa").sentence.startswith(words)
+    assert words.split(":")[0] in summary.sentence
+
+
+def test_an_interval_above_zero_that_the_correction_does_not_bear_out_is_a_hint():
+    points = (0.9, 0.1, 0.7, 0.4, 0.5)  # p is about 0.02
+    others = [arm(f"other{i}", shifted(*np.roll((0.5, -0.4, 0.3, -0.1, 0.4), i))) for i in range(4)]
+    summary = summarise(comparison(dense(DENSE), arm("ewa", shifted(*points)), *others))
+    alone = verdict(summarise(comparison(dense(DENSE), arm("ewa", shifted(*points)))), "ewa")
+    told = verdict(summary, "ewa")
+    assert (told.outcome, told.survives_correction) == ("helps", False)
+    corrected = 5 * summary.against_reference[0].p_value
+    assert told.sentence.endswith(f"corrected for the number of arms (Holm) p is {corrected:.2g}.")
+    assert "ewa (a hint) helps; whether other0, other1, other2 and other3 help" in summary.sentence
+    assert (alone.outcome, alone.survives_correction) == ("helps", True)
+    assert "hint" not in alone.sentence
+
+
+def test_controls_alone_are_not_called_methods():
+    summary = summarise(comparison(dense(DENSE), arm("ema", shifted(1, 2, 1, 2, 1), "control")))
+    assert summary.sentence == "On digits with 5 seeds no method was judged, and ema is the best control."
+    assert verdict(summary, "ema").sentence.startswith("ema helps: +1.40 points against dense (")
+
+
+# --- calibration, by simulation
+
+
+@pytest.mark.parametrize("seeds", [3, 5, 10])
+def test_under_the_null_the_interval_excludes_zero_one_time_in_twenty(seeds):
+    draws = np.random.default_rng(seeds).normal(0, 1, (2000, seeds))
+    bounds = np.array([t_interval(row.tolist()) for row in draws])
+    excluded = ((bounds[:, 0] > 0) | (bounds[:, 1] < 0)).mean()
+    assert 0.03 < excluded < 0.07  # four standard errors
+
+
+def test_under_the_null_a_method_seldom_beats_the_best_of_three_controls():
+    # One time in forty against one control; choosing the best control by its own luck makes it rarer.
+    rng = np.random.default_rng(0)
+    names = [("dense", "control"), ("ema", "control"), ("swa", "control"), ("ewa", "method")]
+    helped = sum(
+        verdict(summarise(comparison(*(arm(n, rng.normal(80, 1, 4), r) for n, r in names))), "ewa").outcome
+        == "helps"
+        for _ in range(100)
+    )
+    assert helped <= 5
+
+
+@pytest.mark.parametrize(("mean", "sd"), [(1.0, 0.7), (0.5, 0.6), (-0.4, 1.0)])
+def test_the_seeds_needed_give_four_chances_in_five(mean, sd):
+    needed = seeds_needed(mean, sd)
+    rng = np.random.default_rng(0)
+
+    def power(seeds):
+        return (stats.ttest_1samp(rng.normal(mean, sd, (20000, seeds)), 0, axis=1).pvalue < 0.05).mean()
+
+    assert power(needed) > 0.79
+    assert power(needed - 1) < 0.81
+
+
+def test_seeds_needed_by_known_cases():
+    assert seeds_needed(0.5, 1.0) == 34  # the textbook's effect of medium size
+    assert seeds_needed(-0.5, 1.0) == 34
+    assert seeds_needed(50.0, 1.0) == 2
+    assert seeds_needed(0.01, 1.0) is None
+    assert seeds_needed(0.0, 1.0) is None
