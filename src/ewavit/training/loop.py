@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from itertools import zip_longest
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ from ewavit.diagnostics import expert_spread
 from ewavit.errors import EwavitError
 from ewavit.moe import moe_layers
 from ewavit.surgery import dense_state_dict
+from ewavit.theory import SpreadPrediction
 from ewavit.training import report
 from ewavit.training.batches import Batch, entropy
 from ewavit.training.building import build_model, expand_by_recipe, model_settings
@@ -47,6 +49,8 @@ from ewavit.training.evaluation import Metrics, evaluate_batches, predictions
 from ewavit.training.export import ModelCard
 from ewavit.training.recipe import Recipe
 from ewavit.training.weight_average import WeightAverage, weight_average
+
+OBSERVE_EVERY = 20  # optimizer steps between two measurements of the gradient noise
 
 
 @dataclass(frozen=True)
@@ -154,6 +158,9 @@ class _Run:
                 every=recipe.average_every,
                 moments=recipe.average_moments,
             ).attach(optimizer)
+        self.prediction = None
+        if self.averaging is not None and SpreadPrediction.supports(optimizer):
+            self.prediction = SpreadPrediction(plain, optimizer, self.averaging)
         self.progress = Progress()
         self.plain = plain
         self.raw_optimizer = optimizer
@@ -275,6 +282,7 @@ class _Run:
         images_per_batch = recipe.batch_size * self.accelerator.num_processes
         images = (total - first_batch) * images_per_batch
         spread = expert_spread(self.plain)
+        predicted = self.prediction.relative() if self.prediction is not None else {}
         self._gather_loss()
         return {
             "epoch": progress.epoch,
@@ -283,7 +291,8 @@ class _Run:
             "train_loss": progress.loss_sum / max(progress.loss_count, 1),
             "lr": progress.lr,
             "share_rate": self.averaging.share_rate if self.averaging else 0.0,
-            "expert_spread": sum(spread.values()) / len(spread) if spread else 0.0,
+            "expert_spread": fmean(spread.values()) if spread else 0.0,
+            **({"predicted_spread": fmean(predicted.values())} if predicted else {}),
             "images_per_second": images / seconds,
             "peak_memory_mib": _peak_memory_mib(self.accelerator.device),
         } | {f"spread/{layer}": value for layer, value in spread.items()}
@@ -314,7 +323,12 @@ class _Run:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
         groups = self.raw_optimizer.param_groups
         self.progress.lr = max(group["lr"] / group.get("lr_scale", 1.0) for group in groups)
+        if self.prediction is not None and self.progress.update % OBSERVE_EVERY == 0:
+            scaler = self.accelerator.scaler if self.recipe.clip_grad is None else None  # clipping unscales
+            self.prediction.observe(1.0 if scaler is None else scaler.get_scale())
         self.optimizer.step()  # the averaging follows, in its hook
+        if self.prediction is not None:
+            self.prediction.step()
         self.optimizer.zero_grad()
         self.progress.update += 1
         held = self.average is not None and self.average.holds_learning_rate(self.progress.epoch)
@@ -404,6 +418,7 @@ class _Run:
         training = {
             "optimizer": self.raw_optimizer.state_dict(),
             "averaging": self.averaging.state_dict() if self.averaging else None,
+            "prediction": self.prediction.state_dict() if self.prediction else None,
             "average": self.average.state_dict() if self.average else None,
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
@@ -431,6 +446,8 @@ class _Run:
         self.raw_optimizer.load_state_dict(training["optimizer"])
         if self.averaging is not None:
             self.averaging.load_state_dict(training["averaging"])
+        if self.prediction is not None:
+            self.prediction.load_state_dict(training["prediction"])
         if self.average is not None:
             self.average.load_state_dict(training["average"])
         if training["scaler"] is not None and self.accelerator.scaler is not None:

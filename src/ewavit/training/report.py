@@ -86,7 +86,13 @@ def draw_curves(rows: list[Row], path: Path, title: str) -> None:
             "share rate and learning rate, of their peak",
             [("share_rate", "share rate"), ("lr", "learning rate")],
         ),
-        ("expert spread, relative to the mean", [("expert_spread", "mean of the layers")]),
+        (
+            "expert spread, relative to the mean",
+            [
+                ("expert_spread", "measured, mean of the layers"),
+                ("predicted_spread", "predicted by theory.py"),
+            ],
+        ),
     ]
     figure, axes = pyplot.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
     for axis, (label, series) in zip(axes.flat, panels, strict=True):
