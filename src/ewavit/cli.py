@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
@@ -21,6 +22,9 @@ except ModuleNotFoundError as missing:
     sys.exit(f"ewavit: the command line needs {missing.name}: pip install 'ewavit[train]'")
 
 
+_OF_COMPARISON = {"arms", "seeds", "lrs", "jobs"}  # what the YAML of a comparison holds beside a recipe
+
+
 class _Parser(argparse.ArgumentParser):
     """An argparse parser whose complaints are one line."""
 
@@ -33,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         options = _parser().parse_args(arguments)
+        options.words = arguments
         command: Callable[[argparse.Namespace], int] = options.command
         return command(options)
     except SystemExit as stop:
@@ -66,6 +71,19 @@ def _parser(name: str = "ewavit") -> argparse.ArgumentParser:
     _add_recipe(plan)
     plan.add_argument("--json", action="store_true", help="print JSON")
     plan.set_defaults(command=_plan)
+
+    compare = commands.add_parser(
+        "compare",
+        help="train arms that differ in the method, paired by seed, and say what helps",
+        description="Train a recipe in several arms at the same seeds, into OUTPUT/NAME/: report.html, "
+        "results.csv, results.json and the runs. Start the same command again to go on; more seeds or other "
+        "arms may be asked for then, nothing is trained twice and nothing is deleted. Exit status 1: some "
+        "runs failed, the results say which, and the next start repeats them.",
+        allow_abbrev=False,
+    )
+    _add_recipe(compare)
+    _add_comparison(compare)
+    compare.set_defaults(command=_compare)
 
     evaluate = commands.add_parser("evaluate", help="accuracy of a run or file", allow_abbrev=False)
     evaluate.add_argument(
@@ -119,8 +137,45 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         )
 
 
+def _add_comparison(parser: argparse.ArgumentParser) -> None:
+    """What a comparison has beside its recipe; absent flags stay absent."""
+
+    def names(text: str) -> list[str]:
+        return [word.strip() for word in text.split(",") if word.strip()]
+
+    def numbers(text: str) -> list[float]:
+        return [float(word) for word in names(text)]
+
+    for name, kind, metavar, help_text in (
+        (
+            "arms",
+            names,
+            "A,B,...",
+            "built-in or the YAML's own arms, with -lr for a tuned lr (default: dense,ewa)",
+        ),
+        ("seeds", int, "K", "seeds of each arm: --seed, --seed + 1, ... (default: 5)"),
+        ("lrs", numbers, "LR,LR,...", "learning rates that the arms NAME-lr choose from, on held-out images"),
+        ("jobs", int, "J", "runs at a time (default: one for each GPU, else each CPU core)"),
+    ):
+        parser.add_argument(
+            f"--{name}", type=kind, metavar=metavar, help=help_text, default=argparse.SUPPRESS
+        )
+    parser.add_argument(
+        "--preset", metavar="NAME", help=f"a comparison that comes with ewavit: {', '.join(_presets())}"
+    )
+    parser.add_argument(
+        "--ray", metavar="ADDRESS", nargs="?", const="", help="run on this Ray cluster, or on one made here"
+    )
+
+
+def _presets() -> dict[str, Path]:
+    return {
+        file.stem: file for file in sorted((Path(__file__).parent / "compare" / "presets").glob("*.yaml"))
+    }
+
+
 def _given(options: argparse.Namespace) -> dict[str, Any]:
-    names = {setting.name for setting in settings()}
+    names = {setting.name for setting in settings()} | _OF_COMPARISON
     return {name: value for name, value in vars(options).items() if name in names}
 
 
@@ -128,14 +183,12 @@ def _recipe(options: argparse.Namespace) -> tuple[Recipe, set[str]]:
     """Defaults, under the YAML file, under the command line; and which settings were given at all."""
     from_file = {}
     if options.config:
-        parser = _parser(f"ewavit: --config {options.config}:")
-        from_file = _given(parser.parse_args(["train", *_yaml_arguments(options.config)]))
+        from_file = _parsed(_read_yaml(options.config), f"--config {options.config}", "train")
     given = from_file | _given(options)
     return Recipe(**given), set(given)
 
 
-def _yaml_arguments(path: str) -> list[str]:
-    """A YAML file's settings as command-line words, so that one parser checks both."""
+def _read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(Path(path).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
@@ -143,19 +196,25 @@ def _yaml_arguments(path: str) -> list[str]:
         raise EwavitError(f"--config {path} cannot be read as YAML ({reason})") from None
     if not isinstance(content, dict):
         raise EwavitError(f"--config {path} holds no settings: write lines like `epochs: 20`")
-    known = {setting.name for setting in settings()}
+    return {str(key).replace("-", "_"): value for key, value in content.items()}
+
+
+def _parsed(content: Mapping[str, Any], source: str, command: str) -> dict[str, Any]:
+    """Settings from YAML, which become command-line words, so that one parser checks both."""
+    known = {setting.name for setting in settings()} | (_OF_COMPARISON if command == "compare" else set())
     words = []
-    for key, value in content.items():
-        name = str(key).replace("-", "_")
+    for name, value in content.items():
         if name not in known:
-            raise EwavitError(f"--config {path} has the unknown setting {key!r}: see ewavit train --help")
+            raise EwavitError(f"{source} has the unknown setting {name!r}: see ewavit {command} --help")
         if isinstance(value, bool):
             words.append(f"--{flag(name)}" if value else f"--no-{flag(name)}")
         elif name == "model_kwargs" and isinstance(value, dict):
             words.append("--model-kwargs=" + ",".join(f"{k}={v}" for k, v in value.items()))
+        elif name in _OF_COMPARISON and isinstance(value, list):
+            words.append(f"--{name}=" + ",".join(map(str, value)))
         elif value is not None:
             words.append(f"--{flag(name)}={value}")
-    return words
+    return _given(_parser(f"ewavit: {source}:").parse_args([command, *words]))
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -192,6 +251,58 @@ def _plan(options: argparse.Namespace) -> int:
         raise
     print(json.dumps(made.as_dict(), indent=2) if options.json else made)
     return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from ewavit.compare.arms import make_arms
+    from ewavit.compare.compare import Stopped, as_text, compare
+
+    given: dict[str, Any] = {"arms": ["dense", "ewa"], "seeds": 5, "lrs": [], "jobs": None}
+    own: dict[str, dict[str, Any] | None] = {}
+    if options.preset is not None:
+        if options.preset not in _presets():
+            raise EwavitError(f"unknown --preset {options.preset}: choose from {', '.join(_presets())}")
+        given |= {"name": options.preset} | _comparison_yaml(_presets()[options.preset], "--preset", own)
+    if options.config is not None:
+        given |= _comparison_yaml(options.config, "--config", own)
+    typed = _given(options)
+    given |= typed
+    special = {name: given.pop(name) for name in _OF_COMPARISON}
+    recipe = Recipe(**given)
+    try:
+        comparison = compare(
+            recipe,
+            make_arms(special["arms"], recipe, own),
+            special["seeds"],
+            lrs=special["lrs"],
+            jobs=special["jobs"],
+            ray=options.ray,
+            limited="limit" in typed,
+            command=f"ewavit {shlex.join(options.words)}",
+        )
+    except Stopped as stopped:
+        print(f"ewavit: {stopped}", file=sys.stderr)
+        return stopped.exit_status
+    print(as_text(comparison, Path(recipe.output) / comparison.name))
+    return int(any(run.error for arm in comparison.arms for run in arm.runs))
+
+
+def _comparison_yaml(path: str | Path, what: str, own: dict[str, dict[str, Any] | None]) -> dict[str, Any]:
+    """The settings of a comparison's YAML; the overrides of its own arms go into `own`."""
+    from ewavit.compare.arms import check_overrides
+
+    content, source = _read_yaml(path), f"{what} {path}"
+    if isinstance(arms := content.get("arms"), dict):
+        content["arms"] = list(arms)
+        for name, overrides in arms.items():
+            if overrides and not isinstance(overrides, dict):
+                raise EwavitError(
+                    f"{source}: arm {name!r} is {overrides!r}: write {{share_rate: 0.1}} or nothing"
+                )
+            overrides = {str(key).replace("-", "_"): value for key, value in (overrides or {}).items()}
+            check_overrides(str(name), overrides)
+            own[str(name)] = _parsed(overrides, f"{source}: arm {name}", "train")
+    return _parsed(content, source, "compare")
 
 
 def _evaluate(options: argparse.Namespace) -> int:

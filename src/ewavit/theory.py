@@ -289,7 +289,7 @@ class SpreadPrediction:
     """
 
     # Weight of the latest observation: the noise drifts with the training, the slope scatters more.
-    NOISE_WEIGHT = 0.3
+    NOISE_WEIGHT = 0.5
     SLOPE_WEIGHT = 0.1
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, averaging: ExpertAveraging) -> None:
