@@ -1,0 +1,158 @@
+"""What a comparison leaves behind: `results.csv`, `results.json` and `report.html`, the page for looking.
+
+The page draws its charts as SVG with plain JavaScript from embedded JSON, because an inlined plotting library
+weighs megabytes and a picture drawn in Python can neither hide an arm nor follow the theme.
+"""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import json
+import math
+import os
+import re
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .results import ArmRuns, Comparison, Point, Run
+from .statistics import Summary, finished, summarise, time_to_accuracy
+
+FACTS = ("name", "command", "date", "device", "versions", "data", "recipe", "seeds", "tuning", "limited")
+COLUMNS = (
+    "arm", "role", "seed", "lr", "top1", "eval_loss", "seconds", "images", "peak_memory_mib", "time_to_dense",
+    "error",
+)  # fmt: skip
+
+
+def write_results(comparison: Comparison, folder: Path) -> None:
+    """Write `results.csv`, `results.json` and `report.html`; if one cannot be written, none is touched.
+
+    Args:
+        comparison: all arms and their runs; predictions stay out of the files.
+        folder: where to write; made if missing.
+
+    Raises:
+        EwavitError: from `summarise`: no arm, or arms that were evaluated on different images.
+        OSError: a file cannot be written.
+    """
+    summary = summarise(comparison)
+    texts = {
+        "results.csv": _csv(comparison, summary),
+        "results.json": json.dumps(_everything(comparison, summary), allow_nan=False) + "\n",
+        "report.html": _page(comparison, summary),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = {name: folder / f"{name}.partial" for name in texts}
+    try:
+        for name, text in texts.items():
+            partial[name].write_text(text, encoding="utf-8", newline="")
+        for name, path in partial.items():
+            os.replace(path, folder / name)
+    finally:
+        for path in partial.values():
+            path.unlink(missing_ok=True)
+
+
+def _csv(comparison: Comparison, summary: Summary) -> str:
+    """One row per arm and seed; what a failed run does not have stays empty."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for runs in comparison.arms:
+        of_arm = {"arm": runs.arm.name, "role": runs.arm.role, "lr": runs.lr}
+        writer.writerows({**of_arm, **row} for row in _rows(runs, comparison, summary))
+    return table.getvalue()
+
+
+def _rows(runs: ArmRuns, comparison: Comparison, summary: Summary) -> list[dict[str, Any]]:
+    """The final numbers of an arm's runs."""
+    reference = finished(next(other for other in comparison.arms if other.arm.name == summary.reference))
+    rows: list[dict[str, Any]] = [{"seed": run.seed, "error": run.error} for run in runs.runs]
+    done = finished(runs)
+    for row in rows:
+        if run := done.get(row["seed"]):
+            last = run.curve[-1]
+            row |= {"top1": last.top1, "eval_loss": last.eval_loss, "seconds": last.seconds}
+            row |= {"images": last.images, "peak_memory_mib": run.peak_memory_mib}
+            judge = reference.get(run.seed)
+            row["time_to_dense"] = time_to_accuracy(run, judge) if judge else None
+    return rows
+
+
+def _everything(comparison: Comparison, summary: Summary) -> Any:
+    """The comparison with its curves and statistics, as JSON that any reader takes."""
+    arms = []
+    for runs in comparison.arms:
+        rows = _rows(runs, comparison, summary)
+        curves = [[vars(point) for point in run.curve] for run in runs.runs]
+        made = [{**row, "curve": curve} for row, curve in zip(rows, curves, strict=True)]
+        arms.append({**vars(runs.arm), "lr": runs.lr, "runs": made})
+    return _plain({**_facts(comparison), "arms": arms, "statistics": summary.as_dict()})
+
+
+def _page(comparison: Comparison, summary: Summary) -> str:
+    """The page with its style, script and data inside; no part of the data can end its script element."""
+    arms = []
+    for runs in comparison.arms:
+        rows = [row for row in _rows(runs, comparison, summary) if "top1" in row]
+        of_arm = {"name": runs.arm.name, "role": runs.arm.role, "overrides": runs.arm.overrides}
+        arms.append({**of_arm, "runs": rows, **_curves(list(finished(runs).values()))})
+    data = _plain({**_facts(comparison), "arms": arms, "statistics": summary.as_dict()}, digits=6)
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    room = resources.files(__package__)
+    parts = {name: (room / f"report.{name}").read_text("utf-8") for name in ("css", "js")}
+    parts["data"] = text.replace("<", "\\u003c")
+    parts["title"] = html.escape(comparison.name)
+    template = (room / "report.html").read_text("utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)  # one pass: data is not searched
+
+
+def _curves(runs: list[Run]) -> dict[str, Any]:
+    """An arm's curves over its finished runs: top-1 with its range, schedules, spread by layer."""
+    points = list(zip(*(run.curve for run in runs), strict=False))  # by epoch, then by seed
+
+    def over_seeds(value: Callable[[Point], float | None], reduce: Any = np.mean) -> list[float]:
+        values = ([value(point) for point in epoch] for epoch in points)
+        return [float(reduce(np.array(row, dtype=float))) for row in values]  # None becomes nan
+
+    def spread_of(layer: str) -> list[float]:
+        return over_seeds(lambda point: point.spread.get(layer))
+
+    return {
+        "curve": {
+            "images": [epoch[0].images for epoch in points],
+            "mean": over_seeds(lambda point: point.top1),
+            "low": over_seeds(lambda point: point.top1, np.min),
+            "high": over_seeds(lambda point: point.top1, np.max),
+        },
+        "schedule": {
+            "share_rate": [epoch[0].share_rate for epoch in points],  # the same for every seed
+            "lr": [epoch[0].lr for epoch in points],
+        },
+        "spread": {
+            "layers": {layer: spread_of(layer) for layer in (points[0][0].spread if points else ())},
+            "predicted": over_seeds(lambda point: point.predicted_spread),
+        },
+    }
+
+
+def _facts(comparison: Comparison) -> dict[str, Any]:
+    return {name: getattr(comparison, name) for name in FACTS}
+
+
+def _plain(value: Any, digits: int | None = None) -> Any:
+    """What JSON can hold: numbers, rounded to significant digits if given; nan and infinity become null."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item, digits) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, digits) for item in value]
+    if isinstance(value, (float, np.floating)):
+        exact = float(value) if digits is None else float(f"{value:.{digits}g}")
+        return exact if math.isfinite(exact) else None
+    return value if isinstance(value, (str, int, bool, type(None))) else str(value)

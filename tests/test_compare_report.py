@@ -1,0 +1,322 @@
+"""Properties of a comparison's files: what they hold, and that the page draws, sorts and stays at home."""
+
+import csv
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from comparisons import make_comparison
+from ewavit.compare.report import write_results
+from ewavit.compare.results import Arm, ArmRuns, Comparison, Run
+from ewavit.compare.statistics import Summary, summarise
+
+ARGUMENTS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+ARMS = ("dense", "dense-lr", "ema", "rup", "full", "ewa")
+FAILED = {("ema", 1): "RuntimeError: loss is nan"}
+COMPARISON = make_comparison(ARMS, seeds=3, epochs=6, layers=2, failed=FAILED)
+HOSTILE = "</script><script>broken=1</script><img src=x onerror=broken=1>&amp;{{data}}\"'"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("chromium is not installed: apt-get install chromium")
+    api = pytest.importorskip("playwright.sync_api")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def summary() -> Summary:
+    return summarise(COMPARISON)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    """The files of COMPARISON, for tests that only look at them."""
+    folder = tmp_path_factory.mktemp("results") / "new" / "folder"
+    write_results(COMPARISON, folder)
+    return folder
+
+
+@pytest.fixture
+def opened(browser):
+    """Opens the report in a folder; a word on the console or on the network fails the test."""
+    problems = []
+    contexts = []
+
+    def open_report(folder: Path, width: int = 1280, **settings):
+        address = (folder / "report.html").as_uri()
+        contexts.append(browser.new_context(viewport={"width": width, "height": 800}, **settings))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(10_000)
+        page.on("console", lambda message: problems.append(f"console: {message.text}"))
+        page.on("pageerror", lambda error: problems.append(f"error: {error}"))
+        page.on("requestfailed", lambda request: problems.append(f"failed: {request.url}"))
+        page.on(
+            "request", lambda request: request.url != address and problems.append(f"asked: {request.url}")
+        )
+        page.goto(address)
+        return page
+
+    yield open_report
+    for context in contexts:
+        context.close()
+    assert not problems
+
+
+def read_csv(folder: Path) -> list[dict[str, str]]:
+    with (folder / "results.csv").open(newline="") as handle:
+        return list(csv.DictReader(handle))
+
+
+def count(page, selector: str) -> int:
+    return page.locator(selector).count()
+
+
+def column(page, number: int) -> list[str]:
+    return [row.split("\t")[number] for row in page.locator("#table tbody").inner_text().splitlines()]
+
+
+def overflow(page) -> int:
+    return page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+
+
+def test_csv_has_one_row_per_arm_and_seed(written):
+    rows = read_csv(written)
+    assert [(row["arm"], row["seed"]) for row in rows] == [
+        (arm, str(seed)) for arm in ARMS for seed in range(3)
+    ]
+    assert list(rows[0]) == [
+        "arm", "role", "seed", "lr", "top1", "eval_loss", "seconds", "images", "peak_memory_mib",
+        "time_to_dense", "error",
+    ]  # fmt: skip
+    last = COMPARISON.arms[-1].runs[-1]
+    assert float(rows[-1]["top1"]) == last.top1
+    assert (rows[-1]["role"], rows[-1]["images"]) == ("method", str(last.curve[-1].images))
+    failed = next(row for row in rows if row["error"])
+    assert (failed["arm"], failed["seed"], failed["top1"]) == ("ema", "1", "")
+
+
+def test_json_holds_curves_and_statistics_and_nan_is_null(tmp_path):
+    dense = COMPARISON.arms[0]
+    point = replace(dense.runs[0].curve[-1], eval_loss=math.nan)
+    diverged = replace(dense.runs[0], curve=(*dense.runs[0].curve[:-1], point), peak_memory_mib=math.nan)
+    dense = replace(dense, runs=(diverged, *dense.runs[1:]))
+    comparison = replace(COMPARISON, arms=(dense, *COMPARISON.arms[1:]))
+    write_results(comparison, tmp_path)
+    text = (tmp_path / "results.json").read_text()
+    held = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    assert held["command"] == comparison.command
+    assert held["recipe"] == comparison.recipe
+    assert held["statistics"] == summarise(comparison).as_dict()
+    run = held["arms"][0]["runs"][0]
+    assert run["curve"][-1]["eval_loss"] is run["eval_loss"] is run["peak_memory_mib"] is None
+    ewa = comparison.arms[-1].runs[2]
+    assert held["arms"][-1]["runs"][2]["curve"][3]["spread"] == ewa.curve[3].spread
+    assert "predictions" not in text
+    assert "labels" not in text
+
+
+def test_failed_write_leaves_the_former_files_alone(tmp_path, monkeypatch):
+    write_results(make_comparison(("dense", "ewa"), seeds=2, epochs=3), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert sorted(before) == ["report.html", "results.csv", "results.json"]
+    write_text = Path.write_text
+
+    def full_disk(path, text, **settings):
+        write_text(path, text[: len(text) // 2], **settings)
+        if "report" in path.name:
+            raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        write_results(make_comparison(("dense", "ema"), seeds=2, epochs=3), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_every_plot_draws_its_marks(opened, written):
+    page = opened(written)
+    methods = 3
+    assert count(page, "#differences .seed") == 5 * 3 - 1
+    assert count(page, "#differences .mean") == count(page, "#differences .interval") == 5
+    assert count(page, "#differences .zero") == 1
+    assert count(page, "#curves .line[data-name]") == 6
+    assert count(page, "#curves .band[d^='M'][d$='Z']") == 6
+    assert count(page, "#cost .seed") == 6 * 3 - 1
+    assert count(page, "#cost .mean") == 6
+    reached = [row for row in read_csv(written) if row["time_to_dense"]]
+    assert count(page, "#time .seed") == len(reached) > 3
+    assert count(page, "#spread .line[d^='M']") == methods * 2
+    assert count(page, "#spread .predicted[d^='M']") == methods
+    assert count(page, "#share .line[data-name]") == methods
+    assert count(page, "#rate .line[data-name]") == 6
+    images = page.locator("main svg[role=img]")
+    assert images.count() == 6 + methods
+    assert all(len(images.nth(i).get_attribute("aria-label")) > 20 for i in range(images.count()))
+
+
+def test_forest_plot_draws_differences_to_scale(opened, written, summary):
+    page = opened(written)
+
+    def places(selector: str) -> list[float]:
+        """Middles of the marks in pixels right of the zero line."""
+        middles = "all => all.map(e => e.getBoundingClientRect()).map(box => box.x + box.width / 2)"
+        zero = page.locator("#differences .zero").evaluate_all(middles)[0]
+        return [middle - zero for middle in page.locator(f"#differences {selector}").evaluate_all(middles)]
+
+    for pairs in (summary.against_reference, summary.against_best_control):
+        means = [pair.mean for pair in pairs]
+        scale = places(".mean")[3] / means[3]
+        assert scale > 50
+        assert places(".mean") == pytest.approx([scale * mean for mean in means], abs=1.5)
+        each = [scale * difference for pair in pairs for difference in pair.differences]
+        assert places(".seed") == pytest.approx(each, abs=1.5)
+        page.locator("#reference button").last.click()
+    pressed = page.locator("#reference button").evaluate_all("all => all.map(e => e.ariaPressed)")
+    assert pressed == ["false", "true"]
+    assert f"against {summary.best_control}" in page.locator("#differences svg").get_attribute("aria-label")
+
+
+def test_table_shows_the_statistics_and_sorts_both_ways_by_click_and_key(opened, written, summary):
+    page = opened(written)
+    assert column(page, 0) == list(ARMS)
+    assert column(page, 4) == [f"{arm.mean:.2f}" for arm in summary.arms]
+    head = page.locator("#table thead th", has_text="mean")
+    mean = head.locator("button")
+    mean.click()
+    assert column(page, 4) == sorted(column(page, 4))
+    assert head.get_attribute("aria-sort") == "ascending"
+    mean.press("Enter")
+    assert column(page, 4) == sorted(column(page, 4), reverse=True)
+    assert head.get_attribute("aria-sort") == "descending"
+    page.locator("#table thead button", has_text="arm").press("Space")
+    assert column(page, 0) == sorted(ARMS)
+    assert count(page, "#table [aria-sort]") == 1
+    for _ in range(2):  # what has no value stays last, up and down
+        page.locator("#table thead button", has_text="difference").first.click()
+        assert column(page, 0)[-1] == "dense"
+
+
+def test_legend_hides_an_arm_in_every_figure_and_brings_it_back(opened, written):
+    page = opened(written)
+    selectors = ["#curves .line[data-name]", "#cost .mean", "#share .line", "#rate .line"]
+    button = page.locator("#legend button", has_text="ewa")
+    before = [count(page, selector) for selector in selectors]
+    button.press("Space")
+    assert button.get_attribute("aria-pressed") == "false"
+    assert [count(page, selector) for selector in selectors] == [number - 1 for number in before]
+    assert count(page, "#curves [data-name=ewa]") == 0
+    assert count(page, "#spread svg") == 2
+    button.click()
+    assert button.get_attribute("aria-pressed") == "true"
+    assert [count(page, selector) for selector in selectors] == before
+    for every in page.locator("#legend button").all():
+        every.click()
+    assert count(page, "#curves svg") == 0
+
+
+def test_marks_are_told_to_pointer_and_keyboard_and_as_a_table(opened, written):
+    page = opened(written)
+    tip = page.locator("#tip")
+    assert tip.is_hidden()
+    page.locator("#differences svg").focus()
+    page.keyboard.press("ArrowDown")
+    assert tip.inner_text().startswith("ema")
+    page.keyboard.press("Escape")
+    assert tip.is_hidden()
+    page.locator("#curves svg").hover(position={"x": 60, "y": 60})
+    assert tip.inner_text().startswith("2,000 images")
+    assert all(arm in tip.inner_text() for arm in ARMS)
+    page.locator("#curves summary").press("Enter")
+    assert count(page, "#curves tbody tr") == 6
+
+
+def test_switches_change_what_is_drawn(opened, written):
+    page = opened(written)
+    page.locator("#unit button", has_text="memory").click()
+    assert "peak memory" in page.locator("#cost svg").get_attribute("aria-label")
+    whole = page.locator("#curves .line").first.get_attribute("d")
+    page.locator("#span button").last.press("Enter")
+    assert page.locator("#curves .line").first.get_attribute("d").count("L") < whole.count("L")
+
+
+def test_theme_follows_the_system_and_the_button(opened, written):
+    background = "getComputedStyle(document.body).backgroundColor"
+    light = opened(written, color_scheme="light")
+    dark = opened(written, color_scheme="dark")
+    assert light.evaluate(background) != dark.evaluate(background)
+    by_system = dark.evaluate(background)
+    light.locator("#theme").press("Enter")
+    assert light.evaluate(background) == by_system
+
+
+def test_page_says_the_verdict_the_command_and_what_failed(opened, written, summary):
+    page = opened(written)
+    said = page.locator("#verdict").inner_text().replace("\u00a0", " ").replace("−", "-")
+    assert said == summary.sentence
+    assert page.locator(".badge").count() == 0
+    assert page.locator("#command").inner_text() == COMPARISON.command
+    assert "ema, seed 1\nRuntimeError: loss is nan" in page.locator("#failed").inner_text()
+    assert page.locator("#tuning .chosen").inner_text() == "82.60"
+
+
+def test_quick_look_is_marked(opened, tmp_path):
+    write_results(make_comparison(("dense", "ewa"), seeds=2, epochs=3, limited=True), tmp_path)
+    assert opened(tmp_path).locator("header .badge").inner_text() == "quick look"
+
+
+def comparisons() -> Iterator[tuple[str, Comparison]]:
+    """What a real comparison may look like at its edges."""
+    names = ("dense", *(f"arm-{i}-{'with-a-very-long-name-' * (i == 3)}" for i in range(11)))
+    yield "twelve arms, 24 layers", make_comparison(names, seeds=2, epochs=4, layers=24)
+    yield "one seed, epoch and layer", make_comparison(("dense", "ewa"), seeds=1, epochs=1, layers=1)
+    yield "diverged", make_comparison(("dense", "ema", "ewa", "rup"), 2, 4, gains={"rup": -70})
+    yield "an arm without a run", make_comparison(ARMS, 2, 4, failed={("ewa", 0): "a", ("ewa", 1): "b"})
+    yield "dense without a run", make_comparison(("dense", "ewa"), 1, 4, failed={("dense", 0): "a" * 500})
+    yield "no run at all", make_comparison(("dense", "ewa"), 1, failed={("dense", 0): "a", ("ewa", 0): "b"})
+    yield "no control", make_comparison(("ewa", "rup"), 2, 4, tuning=())
+    yield "dense alone", make_comparison(("dense",), 2, 4)
+    points = tuple(replace(p, top1=math.nan, lr=math.nan) for p in make_comparison().arms[0].runs[0].curve)
+    runs = tuple(Run(seed, points) for seed in range(2))
+    healthy = make_comparison(("dense", "ewa"), 2, 4)
+    yield "nan", replace(healthy, arms=(*healthy.arms, ArmRuns(Arm("nan"), math.nan, runs)))
+
+
+@pytest.mark.parametrize("comparison", [pytest.param(made, id=name) for name, made in comparisons()])
+def test_page_of_any_comparison_fits_a_phone_and_draws_numbers_only(opened, tmp_path, comparison):
+    write_results(comparison, tmp_path)
+    page = opened(tmp_path, width=360)
+    assert overflow(page) == 0
+    assert "NaN" not in page.locator("main").inner_html()
+    assert "undefined" not in page.locator("body").inner_text()
+    assert count(page, "#table tbody tr") == len(comparison.arms)
+    page.set_viewport_size({"width": 1000, "height": 800})
+    assert overflow(page) == 0
+
+
+def test_hostile_names_and_errors_stay_text(opened, tmp_path):
+    comparison = make_comparison(
+        ("dense", HOSTILE), 2, 3, failed={(HOSTILE, 1): HOSTILE}, name=HOSTILE, recipe={HOSTILE: HOSTILE},
+        command=HOSTILE, data=HOSTILE,
+    )  # fmt: skip
+    write_results(comparison, tmp_path)
+    page = opened(tmp_path, width=360)
+    assert page.evaluate("typeof broken") == "undefined"
+    assert count(page, "img") == 0
+    assert page.title().startswith(HOSTILE)
+    assert page.locator("#name").inner_text() == HOSTILE
+    assert column(page, 0)[1] == HOSTILE
+    assert HOSTILE in page.locator("#failed code").inner_text()
+    assert overflow(page) == 0
