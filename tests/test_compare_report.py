@@ -264,8 +264,9 @@ def test_theme_follows_the_system_and_the_button(opened, written):
 
 def test_page_says_the_verdict_the_command_and_what_failed(opened, written, summary):
     page = opened(written)
-    said = page.locator("#verdict").inner_text().replace("\u00a0", " ").replace("−", "-")
-    assert said == summary.sentence
+    said = [page.locator(name).inner_text() for name in ("#verdict", "#setting")]
+    claim, setting = (text.replace("\u00a0", " ").replace("−", "-") for text in said)
+    assert (claim, setting) == (summary.claim, f"{summary.setting}.")
     assert page.locator(".badge").count() == 0
     assert page.locator("#command").inner_text() == COMPARISON.command
     assert "ema, seed 1\nRuntimeError: loss is nan" in page.locator("#failed").inner_text()

@@ -436,7 +436,9 @@ def test_an_interval_above_zero_that_the_correction_does_not_bear_out_is_a_hint(
 
 def test_controls_alone_are_not_called_methods():
     summary = summarise(comparison(dense(DENSE), arm("ema", shifted(1, 2, 1, 2, 1), "control")))
-    assert summary.sentence == "On digits with 5 seeds no method was judged, and ema is the best control."
+    assert summary.sentence == (
+        "On digits with 5 seeds, against dense and the best control, ema: no method was judged."
+    )
     assert verdict(summary, "ema").sentence.startswith("ema helps: +1.40 points against dense (")
 
 

@@ -117,7 +117,13 @@ class Summary:
     against_reference: tuple[PairedDifference, ...]  # all arms but the reference, in the comparison's order
     against_best_control: tuple[PairedDifference, ...]  # all arms but that control; empty without a control
     verdicts: tuple[Verdict, ...]  # all arms but the reference
-    sentence: str
+    setting: str  # what was compared, in words
+    claim: str  # what came out, in words
+
+    @property
+    def sentence(self) -> str:
+        """The setting and the claim as one sentence."""
+        return f"{self.setting}: {self.claim}"
 
     def as_dict(self) -> dict[str, Any]:
         """The same as dicts, lists, strings and numbers that any JSON reader takes: nan is None."""
@@ -159,6 +165,7 @@ def summarise(comparison: Comparison) -> Summary:
         pairs = (*to_best, *to_reference) if both else to_reference
         if name != reference:
             verdicts.append(_verdict(name, [pair for pair in pairs if pair.arm == name], best))
+    setting, claim = _closing(comparison, reference, best, verdicts)
     return Summary(
         reference=reference,
         best_control=best,
@@ -166,7 +173,8 @@ def summarise(comparison: Comparison) -> Summary:
         against_reference=to_reference,
         against_best_control=to_best,
         verdicts=tuple(verdicts),
-        sentence=_closing(comparison, reference, best, verdicts),
+        setting=setting,
+        claim=claim,
     )
 
 
@@ -402,13 +410,18 @@ def _would_tell(pairs: list[PairedDifference]) -> tuple[int | None, str]:
     return int(max(needed)), f"about {max(needed)} seeds would tell a difference of this size"
 
 
-def _closing(comparison: Comparison, reference: str, best: str | None, verdicts: list[Verdict]) -> str:
+def _closing(
+    comparison: Comparison, reference: str, best: str | None, verdicts: list[Verdict]
+) -> tuple[str, str]:
+    """What was compared, and what came out."""
     methods = {runs.arm.name for runs in comparison.arms if runs.arm.role == "method"}
     judged = [verdict for verdict in verdicts if verdict.arm in methods]
     where = f"{'A quick look (--limit): on' if comparison.limited else 'On'} {comparison.data}"
     where += f" with {_seeds(len(comparison.seeds))}"
+    against = f"{reference} and the best control, {best}" if best and best != reference else reference
+    where += f", against {against}"
     if not judged:
-        return f"{where} no method was judged{f', and {best} is the best control' if best else ''}."
+        return where, "no method was judged."
     parts = []
     for outcomes in sorted({tuple(v.outcomes.values()) for v in judged}):
         alike = [v for v in judged if tuple(v.outcomes.values()) == outcomes]
@@ -416,8 +429,7 @@ def _closing(comparison: Comparison, reference: str, best: str | None, verdicts:
     if waiting := [v for v in judged if v.would_tell]:
         soonest = min(waiting, key=lambda v: v.seeds_needed or math.inf)
         parts.append(f"for {soonest.arm} {soonest.would_tell}")
-    against = f"{reference} and the best control, {best}" if best and best != reference else reference
-    return f"{where}, against {against}: {'; '.join(parts)}."
+    return where, f"{'; '.join(parts)}."
 
 
 def _names(verdicts: list[Verdict]) -> str:
