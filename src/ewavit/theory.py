@@ -324,8 +324,8 @@ class SpreadPrediction:
     def observe(self, scale: float = 1.0) -> None:
         """Measure the gradient noise; call it with the gradients that the next `optimizer.step()` will see.
 
-        Before the first step, then every tenth or so, or at least once per epoch. It takes about as long as
-        an optimizer step and waits for the device. Gradients that are not finite are ignored.
+        Before the first step, then every tenth or so, or at least once per epoch: it takes two to three times
+        as long as a fused optimizer step and waits for the device. Gradients that are not finite are ignored.
 
         Args:
             scale: by which the gradients are still multiplied, `scaler.get_scale()` if not unscaled.
@@ -379,7 +379,8 @@ class SpreadPrediction:
         averaged = self._averaging_steps % self.averaging.every == 0
         for part in self._parts:
             lerp = lerp_weight(self.averaging.share_rate, part.num_experts) if averaged else 0.0
-            slope = part.along / part.apart if part.apart else 0.0
+            # A negative slope is mostly scatter, and would let the prediction grow without end.
+            slope = max(0.0, part.along / part.apart) if part.apart else 0.0
             noise = max(0.0, part.noise - slope * part.along)
             settings = {"lr": 0.0} if part.group is None else self._settings(part.group)
             part.moments = part.moments.advance(noise, lerp=lerp, pull=slope, **settings)

@@ -1,0 +1,299 @@
+"""Runs in processes of their own, so that a crash of one hurts no other: here, or as tasks of a Ray cluster.
+
+A run's process trains or goes on from the last checkpoint, writes what it says to a log beside its folder,
+and tells its end. It ends, with a checkpoint, when the process that started it is gone.
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import multiprocessing
+import os
+import platform
+import shutil
+import signal
+import threading
+import traceback
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing import connection
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from ewavit.errors import EwavitError
+from ewavit.training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class End:
+    """How a run ended: `error` is None if it is finished; `refused` means that its settings cannot work."""
+
+    recipe: Recipe
+    error: str | None
+    refused: bool = False
+
+
+class Engine(Protocol):
+    """What runs can be given to; `device` is the kind that they run on, `machine` says more in words."""
+
+    device: str
+    machine: str
+
+    def start(self, recipe: Recipe) -> bool:
+        """Take a run, or return False while there is no room."""
+
+    def ended(self, seconds: float) -> list[End]:
+        """The runs that ended since the last call; waits so long for one. None left: returns at once."""
+
+    def stop(self) -> None:
+        """Ask all runs for a checkpoint and wait until they have ended."""
+
+    def kill(self) -> None:
+        """End all runs at once."""
+
+
+def run_folder(recipe: Recipe) -> Path:
+    """Where a run is."""
+    return Path(recipe.output) / str(recipe.name)
+
+
+def log_file(run: Path) -> Path:
+    """What a run said."""
+    return run.with_name(run.name + ".log")
+
+
+def is_finished(run: Path) -> bool:
+    """Whether a run has left all that a comparison reads."""
+    return (run / "model.safetensors").exists() and (run / "predictions.csv").exists()
+
+
+def last_row(run: Path) -> dict[str, str] | None:
+    """The last line of a run's `summary.csv`, if it has one."""
+    with suppress(OSError), (run / "summary.csv").open(newline="") as handle:
+        return next(iter(deque(csv.DictReader(handle), maxlen=1)), None)
+    return None
+
+
+def top1(run: Path) -> float:
+    """The latest accuracy of a run that has one, in percent, as `read_run` takes it."""
+    row = last_row(run)
+    assert row is not None
+    return float(row.get("average_top1") or row["eval_top1"])
+
+
+def gpus_here() -> list[str]:
+    """The GPUs of this process, as CUDA_VISIBLE_DEVICES names them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else map(str, range(torch.cuda.device_count()))
+    return list(names)[: torch.cuda.device_count()]
+
+
+def execute(recipe: Recipe, threads: int) -> tuple[str | None, bool]:
+    """Train a run to its end in this process, from its checkpoint if it has one. Output goes to its log.
+
+    Returns:
+        As `End`: the error, and whether the run was refused.
+    """
+    from ewavit.training.loop import Interrupted
+
+    run = run_folder(recipe)
+    try:
+        run.parent.mkdir(parents=True, exist_ok=True)
+        with log_file(run).open("a") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        with suppress(OSError):  # some network folders have no locks
+            fcntl.flock(1, fcntl.LOCK_EX)  # until a process that an earlier start left has ended
+        torch.set_num_threads(threads)
+        _train_or_resume(recipe, run)
+        return None, False
+    except Interrupted:
+        return "stopped by a signal", False
+    except EwavitError as problem:
+        error, refused = str(problem).splitlines()[0], not run.exists()
+    except Exception as problem:
+        with suppress(OSError):
+            traceback.print_exc()
+        error, refused = f"{type(problem).__name__}: {str(problem).strip().partition(chr(10))[0]}", False
+    with suppress(OSError):
+        print(error, flush=True)
+    return error, refused
+
+
+def _train_or_resume(recipe: Recipe, run: Path) -> None:
+    from ewavit.training.checkpoint import CURRENT, PREVIOUS
+    from ewavit.training.loop import resume, train
+
+    if is_finished(run):
+        return
+    (run / "model.safetensors").unlink(missing_ok=True)  # written before the end was reached
+    if (run / CURRENT).is_dir() or (run / PREVIOUS).is_dir():
+        resume(run, data_dir=recipe.data_dir, workers=recipe.workers, tensorboard=recipe.tensorboard)
+    else:
+        shutil.rmtree(run, ignore_errors=True)
+        train(recipe)
+
+
+class Processes:
+    """Runs on this machine, so many at a time; GPUs are given out in turn.
+
+    Args:
+        jobs: runs at a time.
+        threads: CPU threads of each run.
+    """
+
+    def __init__(self, jobs: int, threads: int) -> None:
+        # A server that has imported torch and timm forks one process per run: seconds are saved in each.
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["ewavit.training.loop", "matplotlib.pyplot"])
+        self._threads, self._gpus = threads, gpus_here()
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        self.device = accelerator.type if accelerator else "cpu"
+        self.machine = torch.cuda.get_device_name() if self._gpus else _processor()
+        self._free = deque(range(jobs))
+        self._running: dict[int, tuple[Recipe, Any, Connection, int]] = {}  # by sentinel
+
+    def start(self, recipe: Recipe) -> bool:
+        if not self._free:
+            return False
+        slot = self._free.popleft()
+        gpu = self._gpus[slot % len(self._gpus)] if self._gpus else None
+        receiver, sender = self._context.Pipe(duplex=False)
+        process = self._context.Process(target=_in_process, args=(recipe, self._threads, gpu, sender))
+        process.start()
+        sender.close()
+        self._running[process.sentinel] = (recipe, process, receiver, slot)
+        return True
+
+    def ended(self, seconds: float) -> list[End]:
+        ends = []
+        ready = connection.wait(list(self._running), seconds if self._running else 0)
+        for sentinel in [one for one in self._running if one in ready]:
+            recipe, process, receiver, slot = self._running.pop(sentinel)
+            process.join()
+            try:
+                ends.append(End(recipe, *receiver.recv()))
+            except (EOFError, OSError):
+                ends.append(End(recipe, _exit_in_words(process.exitcode)))
+            receiver.close()
+            self._free.append(slot)
+        return ends
+
+    def stop(self) -> None:
+        self._signal("terminate")
+        for _, process, _, _ in list(self._running.values()):
+            process.join()
+
+    def kill(self) -> None:
+        self._signal("kill")
+
+    def _signal(self, method: str) -> None:
+        for _, process, _, _ in list(self._running.values()):
+            getattr(process, method)()
+
+
+def _in_process(recipe: Recipe, threads: int, gpu: str | None, sender: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C comes as the parent's SIGTERM
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # CUDA starts later than this
+    end = execute(recipe, threads)
+    with suppress(OSError):  # the parent is gone
+        sender.send(end)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
+    return names[0] if names else platform.machine()
+
+
+def _exit_in_words(code: int | None) -> str:
+    if code is None or code >= 0:
+        return f"ended with exit status {code}"
+    return f"killed by {signal.Signals(-code).name}{' (out of memory?)' if code == -signal.SIGKILL else ''}"
+
+
+class RayTasks:
+    """Runs as tasks of a Ray cluster that shares the output folder; the cluster says how many at a time.
+
+    Args:
+        address: of the cluster; "" starts one on this machine with `jobs` x `threads` CPUs.
+        jobs: runs at a time of a cluster on this machine.
+        threads: CPU threads of each run.
+
+    Raises:
+        EwavitError: Ray is not installed, or the cluster is not to be reached.
+    """
+
+    def __init__(self, address: str, jobs: int, threads: int) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        try:
+            import ray
+        except ImportError:
+            raise EwavitError("--ray needs Ray: pip install 'ewavit[ray]'") from None
+        self._ray, self._tasks = ray, dict[Any, Recipe]()
+        self._ours = not ray.is_initialized()
+        if self._ours:
+            local = {"num_cpus": jobs * threads, "include_dashboard": False}
+            quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+            try:
+                ray.init(address or "local", **quiet, **({} if address else local))
+            except (ConnectionError, RuntimeError, ValueError, OSError) as problem:
+                raise EwavitError(f"--ray {address} cannot be reached ({problem})") from None
+        has_gpus = "GPU" in ray.cluster_resources()
+        self.device = "cuda" if has_gpus else "cpu"
+        self.machine = f"Ray cluster of {len(ray.nodes())}, on {self.device}"
+        # max_calls: each run has a process of its own, as here
+        self._task = ray.remote(num_cpus=threads, num_gpus=int(has_gpus), max_calls=1, max_retries=0)(
+            _in_task
+        )
+        self._threads = threads
+
+    def start(self, recipe: Recipe) -> bool:
+        self._tasks[self._task.remote(recipe, self._threads, os.getcwd())] = recipe
+        return True
+
+    def ended(self, seconds: float) -> list[End]:
+        if not self._tasks:
+            return []
+        ready, _ = self._ray.wait(list(self._tasks), num_returns=1, timeout=seconds)
+        ends = []
+        for task in ready:
+            recipe = self._tasks.pop(task)
+            try:
+                ends.append(End(recipe, *self._ray.get(task)))
+            except self._ray.exceptions.RayError as problem:
+                ends.append(End(recipe, f"{type(problem).__name__}: {str(problem).strip().splitlines()[0]}"))
+        return ends
+
+    def stop(self) -> None:
+        for task in self._tasks:
+            self._ray.cancel(task)  # comes as SIGINT
+        if self._tasks:
+            self._ray.wait(list(self._tasks), num_returns=len(self._tasks))
+        if self._ours:
+            self._ray.shutdown()
+
+    def kill(self) -> None:
+        for task in self._tasks:
+            self._ray.cancel(task, force=True)
+
+
+def _in_task(recipe: Recipe, threads: int, folder: str) -> tuple[str | None, bool]:
+    with suppress(OSError):  # relative paths are those of the machine that asks
+        os.chdir(folder)
+    return execute(recipe, threads)

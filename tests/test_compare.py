@@ -1,0 +1,330 @@
+"""Comparisons as a whole: pairing, what a later start does, what wrong input and crashed runs get."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from ewavit import EwavitError
+from ewavit.cli import main
+from ewavit.compare import compare as room
+from ewavit.compare.arms import BUILT_IN, make_arms
+from ewavit.compare.compare import best_lr, compare
+from ewavit.compare.runs import Processes, log_file
+from ewavit.training.loop import Interrupted, train
+from ewavit.training.recipe import Recipe
+from test_training import TINY, fresh_accelerator, stop_after  # noqa: F401  (a fixture)
+
+SMALL = {**TINY, "limit": 128, "holdout": 0.25, "workers": 0}
+WILD = {"lr": 1e30, "warmup_epochs": 0}  # diverges at once
+
+
+def words(settings):
+    return [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+
+
+def written(tmp_path, **content):
+    file = tmp_path / "comparison.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return str(file)
+
+
+def same_end(one, other):
+    first, second = (load_file(run / "model.safetensors") for run in (one, other))
+    same = all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    return same and (one / "predictions.csv").read_text() == (other / "predictions.csv").read_text()
+
+
+def results(folder):
+    return list(csv.DictReader((folder / "results.csv").open()))
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A comparison with two arms of equal settings and one that crashes: its folder, command and status."""
+    place = tmp_path_factory.mktemp("a place with spaces")
+    arms = {"dense": None, "ewa": None, "twin": {"share_rate": 0.3}, "wild": WILD}
+    command = ["compare", "--config", written(place, **SMALL, arms=arms, seeds=2, jobs=2)]
+    command += ["--output", str(place), "--name", "done"]
+    return place / "done", command, main(command)
+
+
+def test_arms_of_equal_settings_give_equal_bits_and_others_do_not(done):
+    runs = done[0] / "runs"
+    for seed in (42, 43):
+        assert same_end(runs / f"ewa-{seed}", runs / f"twin-{seed}")
+        assert not same_end(runs / f"ewa-{seed}", runs / f"dense-{seed}")
+    assert not same_end(runs / "ewa-42", runs / "ewa-43")
+
+
+def test_crashed_runs_are_listed_with_their_error_and_the_others_finish(done):
+    folder, _, status = done
+    assert status == 1
+    errors = {(row["arm"], row["seed"]): row["error"] for row in results(folder)}
+    assert len(errors) == 8
+    for (arm, _), error in errors.items():
+        assert ("lower --lr" in error) if arm == "wild" else error == ""
+    found = json.loads((folder / "results.json").read_text())
+    assert found["seeds"] == [42, 43]
+    assert found["command"].startswith("ewavit compare --config")
+
+
+def test_second_start_repeats_what_crashed_and_nothing_else(done, capsys):
+    folder, command, _ = done
+    models = {file: file.stat().st_mtime_ns for file in folder.glob("runs/*/model.safetensors")}
+    said = log_file(folder / "runs" / "wild-42").read_text()
+    assert main(command) == 1
+    assert {file: file.stat().st_mtime_ns for file in folder.glob("runs/*/model.safetensors")} == models
+    assert len(models) == 6
+    again = log_file(folder / "runs" / "wild-42").read_text()
+    assert again.startswith(said)
+    assert again.count("lower --lr") == said.count("lower --lr") + 1
+    printed = capsys.readouterr().out
+    assert "failed: wild, seed 42" in printed
+    assert str(folder / "report.html") in printed
+
+
+def test_another_arm_and_seed_join_without_training_the_others_again(done):
+    folder, command, _ = done
+    before = (folder / "runs" / "dense-42" / "model.safetensors").stat().st_mtime_ns
+    assert main([*command, "--arms", "dense,full", "--seeds", "3"]) == 0
+    assert {(row["arm"], row["seed"]) for row in results(folder)} == {
+        (arm, seed) for arm in ("dense", "full") for seed in ("42", "43", "44")
+    }
+    assert (folder / "runs" / "dense-42" / "model.safetensors").stat().st_mtime_ns == before
+    assert set(yaml.safe_load((folder / "compare.yaml").read_text())["arms"]) == {
+        "dense", "ewa", "twin", "wild", "full",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--lr", "0.5"], ["--lr is 0.001 there and 0.5 here", "--name"]),
+        (["--seed", "1"], ["--seed is 42 there and 1 here"]),
+        (["--limit", "64"], ["--limit is 128 there and 64 here"]),
+    ],
+)
+def test_folder_of_another_recipe_is_refused_and_left_alone(done, capsys, more, said):
+    folder, command, _ = done
+    before = (folder / "compare.yaml").read_text()
+    assert main([*command, *more]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert all(part in line for part in said)
+    assert (folder / "compare.yaml").read_text() == before
+
+
+def test_own_arm_that_changed_its_settings_is_refused(done, tmp_path):
+    recipe = Recipe(**SMALL, output=str(done[0].parent), name="done")
+    with pytest.raises(EwavitError, match=r"share_rate of arm twin is 0.3 there and 0.1 here"):
+        compare(recipe, make_arms(["dense", "twin"], recipe, {"twin": {"share_rate": 0.1}}), 2)
+
+
+def test_stopped_comparison_goes_on_and_a_half_done_run_ends_with_the_same_bits(
+    tmp_path, monkeypatch, capsys
+):
+    config = written(tmp_path, **SMALL, arms={"dense": None, "ewa": None, "twin": {"share_rate": 0.3}})
+    command = ["compare", "--config", config, "--seeds", "2", "--output", str(tmp_path), "--name", "stopped"]
+    with monkeypatch.context() as patch:
+        patch.setattr(room._Progress, "show", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        assert main([*command, "--jobs", "2"]) == 128 + signal.SIGTERM
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert "go on with: ewavit compare --config" in line
+    folder = tmp_path / "stopped"
+    assert not (folder / "runs" / "ewa-42").exists()
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)  # of 2 x 3 updates: in the first epoch's last step
+        with pytest.raises(Interrupted):
+            train(Recipe(**SMALL, output=str(folder / "runs"), name="ewa-42"))
+    assert main([*command, "--jobs", "1"]) == 0  # the number of threads stays that of the first start
+    assert "resumed at epoch" in log_file(folder / "runs" / "ewa-42").read_text()
+    assert same_end(folder / "runs" / "ewa-42", folder / "runs" / "twin-42")
+    assert len(results(folder)) == 6
+
+
+def test_tuned_arm_trains_with_the_learning_rate_that_was_best_on_held_out_images(tmp_path):
+    lrs = (1e-7, 3e-3, 1e30)  # the last one diverges
+    settings = {**SMALL, "holdout": 0.0, "lr": 0.5, "seeds": 2, "jobs": 2}
+    command = ["compare", *words(settings), "--arms", "dense,ewa-lr", "--lrs", "3e-3,1e-7,1e30"]
+    assert main([*command, "--output", str(tmp_path), "--name", "tuned"]) == 0
+    tuning = json.loads((tmp_path / "tuned" / "results.json").read_text())["tuning"]
+    assert {(one["arm"], one["lr"], one["seed"]) for one in tuning} == {
+        ("ewa-lr", lr, seed) for lr in lrs for seed in (42, 43)
+    }
+    assert all((one["top1"] is None) == (one["lr"] == 1e30) for one in tuning)
+    best = max(lrs[:2], key=lambda lr: sum(one["top1"] for one in tuning if one["lr"] == lr))
+    for seed in (42, 43):
+        args = yaml.safe_load((tmp_path / "tuned" / "runs" / f"ewa-lr-{seed}" / "args.yaml").read_text())
+        assert (args["lr"], args["holdout"]) == (best, 0.0)
+    args = yaml.safe_load(next((tmp_path / "tuned" / "tuning").glob("*/args.yaml")).read_text())
+    assert args["holdout"] == 0.2
+
+
+def test_best_learning_rate_has_the_highest_mean_and_is_the_smallest_of_equals():
+    assert best_lr({1e-3: [80, 82], 5e-4: [81, 81], 2e-3: [90, -torch.inf]}) == 5e-4
+    assert best_lr({1e-3: [80, 83], 5e-4: [81, 81]}) == 1e-3
+    assert best_lr({1e-3: [-torch.inf]}) is None
+
+
+def test_killed_process_is_told_by_its_signal():
+    engine = Processes(jobs=1, threads=1)
+    recipe = Recipe(output="/nowhere", name="run")
+    assert engine.start(recipe)
+    assert not engine.start(recipe)  # no room
+    engine.kill()
+    (end,) = engine.ended(600)
+    assert end.error == "killed by SIGKILL (out of memory?)"
+    assert not end.refused
+    assert engine.ended(600) == []
+
+
+@pytest.mark.slow
+def test_runs_end_with_the_comparison_that_started_them(tmp_path):
+    config = written(tmp_path, **{**SMALL, "epochs": 100_000}, arms={"short": {"epochs": 1}, "dense": None})
+    command = [sys.executable, "-m", "ewavit.cli", "compare", "--config", config, "--jobs", "2"]
+    parent = subprocess.Popen(
+        [*command, "--output", str(tmp_path), "--name", "killed"], stdout=subprocess.PIPE, text=True
+    )
+    for line in parent.stdout:
+        if line.startswith("2 of"):  # the short runs of two seeds; the dense one takes for ever
+            break
+    parent.kill()
+    parent.wait()
+    run = tmp_path / "killed" / "runs" / "dense-42"
+    waiting = f"import fcntl; fcntl.flock(open({str(log_file(run))!r}), fcntl.LOCK_EX)"  # held to the end
+    subprocess.run([sys.executable, "-c", waiting], check=True, timeout=120)
+    assert (run / "checkpoint").is_dir()
+    assert not (run / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_bits(done, tmp_path):
+    ray = pytest.importorskip("ray")
+    recipe = Recipe(**SMALL, output=str(tmp_path), name="ray")
+    comparison = compare(recipe, make_arms(["dense", "ewa"], recipe), 2, jobs=2, ray="")
+    assert not ray.is_initialized()
+    assert [run.error for arm in comparison.arms for run in arm.runs] == [None] * 4
+    for run in ("dense-42", "ewa-43"):
+        assert same_end(tmp_path / "ray" / "runs" / run, done[0] / "runs" / run)
+
+
+def refused(capsys, tmp_path, *arguments):
+    """Run a comparison that must be refused; return its one line."""
+    capsys.readouterr()
+    assert main(["compare", *words(SMALL), "--output", str(tmp_path), "--name", "x", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1, said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--seeds", "1"], ["--seeds 1", "one seed", "2 or more"]),
+        (["--arms", "dense,ewaa"], ["'ewaa'", "did you mean ewa", "switch-ema", "-lr"]),
+        (["--arms", "ewa,rup"], ["dense is missing"]),
+        (["--arms", "dense"], ["nothing to compare"]),
+        (["--arms", "dense,dense-lr"], ["'dense-lr'", "--lrs"]),
+        (["--arms", "dense,dense-lr", "--lrs", "1e-3,fast"], ["--lrs", "fast"]),
+        (["--arms", "dense,dense-lr", "--lrs", "-1"], ["--lrs -1"]),
+        (["--jobs", "0"], ["--jobs 0"]),
+        (["--preset", "maxi"], ["maxi", "mini"]),
+        (["--experts", "1"], ["'ewa'", "--experts"]),
+        (["--model-ema"], ["model_ema", "ewa+ema"]),
+        (["--resume", "x"], ["--resume"]),
+        (["--data", "fashion-mnist-maxi"], ["fashion-mnist-maxi"]),
+        (["--opt", "adamwwww"], ["adamwwww"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_wrong_input_gets_one_line_and_status_two(capsys, tmp_path, arguments, said):
+    line = refused(capsys, tmp_path, *arguments)
+    assert all(part in line for part in said), line
+    assert not [file for file in tmp_path.rglob("*") if file.is_dir() and file.name.startswith("dense-")]
+
+
+@pytest.mark.parametrize(
+    ("arms", "said"),
+    [
+        ({"mine": {"share_rat": 0.1}}, ["'mine'", "'share_rat'", "did you mean share_rate"]),
+        ({"mine": {"share_rate": 0.9}}, ["mine", "0.9", "0.75"]),
+        ({"mine": {"epochs": "many"}}, ["mine", "--epochs", "many"]),
+        ({"mine": {"holdout": 0.1}}, ["'mine'", "holdout", "share"]),
+        ({"mine-lr": {"lr": 0.1}}, ["'mine-lr'", "lr"]),
+        ({"mine": 3}, ["'mine'", "3"]),
+        ({"../mine": {"ramp": 0}}, ["'../mine'", "letters"]),
+        ({"ewa": {"ramp": 0}}, ["'ewa'", "built in"]),
+        ({"mine": None}, ["unknown arm 'mine'"]),
+        ({"mine": {"batch_size": 1000}}, ["'mine'", "--batch-size"]),
+    ],
+    ids=str,
+)
+def test_wrong_arms_are_named(capsys, tmp_path, arms, said):
+    line = refused(capsys, tmp_path, "--config", written(tmp_path, arms={"dense": None, **arms}))
+    assert all(part in line for part in said), line
+
+
+def test_refused_settings_can_be_mended_under_the_same_name(capsys, tmp_path):
+    assert "nowhere" in refused(capsys, tmp_path, "--data", "nowhere")
+    assert "elsewhere" in refused(capsys, tmp_path, "--data", "elsewhere")
+
+
+def test_folder_of_something_else_is_refused(capsys, tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "thesis.tex").touch()
+    assert "something else" in refused(capsys, tmp_path)
+    assert os.listdir(tmp_path / "x") == ["thesis.tex"]
+
+
+def test_missing_extra_is_named(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(room, "find_spec", lambda name: None)
+    assert "pip install 'ewavit[compare]'" in refused(capsys, tmp_path)
+
+
+def test_full_disk_is_said_in_one_line_and_finished_runs_are_kept(done, capsys, monkeypatch):
+    from ewavit.compare import report
+
+    def full(comparison, folder):
+        raise OSError(28, "No space left on device")
+
+    folder, command, _ = done
+    monkeypatch.setattr(report, "write_results", full)
+    assert main([*command, "--arms", "dense,ewa"]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert "No space left on device" in line
+    assert (folder / "runs" / "ewa-42" / "model.safetensors").exists()
+
+
+def test_every_built_in_arm_fits_the_recipe_and_has_its_role():
+    recipe = Recipe(experts=8, epochs=40)
+    arms = {
+        arm.name: arm for arm in make_arms([*BUILT_IN, "ewa+ema-lr", "mine-lr"], recipe, {"mine": {"lr": 1}})
+    }
+    controls = {"dense", "ema", "swa", "twa", "switch-ema"}
+    assert {name for name, arm in arms.items() if arm.role == "control"} == controls
+    assert arms["full"].overrides["share_rate"] == 7 / 8
+    assert arms["ewa+ema-lr"].tuned
+    assert arms["ewa+ema-lr"].overrides == arms["ewa+ema"].overrides
+    assert arms["mine-lr"].overrides == {}
+    assert not arms["ewa"].tuned
+
+
+def test_presets_are_whole_comparisons():
+    from ewavit.cli import _OF_COMPARISON, _comparison_yaml, _presets
+
+    for file in _presets().values():
+        own = {}
+        given = _comparison_yaml(file, "--preset", own)
+        recipe = Recipe(**{name: given[name] for name in given.keys() - _OF_COMPARISON})
+        assert len(make_arms(given["arms"], recipe, own)) > 1
+        assert given["seeds"] >= 3
