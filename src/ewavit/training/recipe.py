@@ -144,6 +144,9 @@ class Recipe:
         averages = {"model_ema": self.model_ema, "swa": self.swa, "twa": self.twa}
         if len(chosen := [f"--{flag(name)}" for name, value in averages.items() if value]) > 1:
             raise EwavitError(f"{' and '.join(chosen)} each keep an average of the weights: choose one")
+        warmup = min(self.warmup_epochs, self.epochs // 2)
+        if self.swa and self.epochs - round(self.swa * self.epochs) < warmup:
+            raise EwavitError(f"--swa {self.swa} begins within the {warmup} epochs of warm-up: choose less")
         if self.model_ema_switch and not self.model_ema:
             raise EwavitError("--model-ema-switch copies the moving average back: give --model-ema too")
         if (self.mixup or self.cutmix) and self.batch_size % 2:
