@@ -1,0 +1,65 @@
+"""Fine-tuning on few images, where a ViT overfits: is EWA worth it there?
+
+    python benchmarks/transfer.py --cifar100 PATH_OF/cifar-100-python
+
+Cuts CIFAR-100 into 80 classes, on which a small ViT is trained, and 20 others. Then compares arms that
+fine-tune it on 400 images of the 20 classes and on 400 images of fashion-mnist-mini
+(recipes/search/transfer-*.yaml), and keeps the records. Finished runs stay: stop it and start it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+RECIPES = Path(__file__).parent.parent / "recipes" / "search"
+
+
+def cut(source: Path, target: Path, classes: list[int]) -> None:
+    """Write the images of some classes of CIFAR-100 in its own format."""
+    target.mkdir(parents=True, exist_ok=True)
+    label_of = {old: new for new, old in enumerate(classes)}
+    for split in ("train", "test"):
+        content = pickle.loads((source / split).read_bytes(), encoding="bytes")
+        labels = np.array(content[b"fine_labels"])
+        chosen = np.isin(labels, classes)
+        new = {b"data": content[b"data"][chosen], b"fine_labels": [label_of[old] for old in labels[chosen]]}
+        (target / split).write_bytes(pickle.dumps(new, protocol=2))
+    names = pickle.loads((source / "meta").read_bytes(), encoding="bytes")[b"fine_label_names"]
+    (target / "meta").write_bytes(pickle.dumps({b"fine_label_names": [names[old] for old in classes]}, 2))
+
+
+def ewavit(*words: object) -> None:
+    subprocess.run([sys.executable, "-m", "ewavit.cli", *map(str, words)], check=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cifar100", type=Path, required=True, help="folder of the published python files")
+    parser.add_argument("--output", type=Path, default=Path("runs/transfer"))
+    args = parser.parse_args()
+
+    order = np.random.default_rng(0).permutation(100).tolist()
+    pretraining, few = (args.output / part / "cifar-100-python" for part in ("classes80", "classes20"))
+    cut(args.cifar100, pretraining, sorted(order[:80]))
+    cut(args.cifar100, few, sorted(order[80:]))
+    weights = args.output / "pretrained" / "model.safetensors"
+    if not weights.exists():
+        recipe = ["--config", RECIPES / "transfer-pretraining.yaml", "--data", pretraining]
+        ewavit("train", *recipe, "--output", args.output, "--name", "pretrained")
+    start = ["--initial-checkpoint", weights, "--output", args.output]
+    for name, data in (("transfer-cifar", ["--data", few]), ("transfer-fashion", [])):
+        ewavit("compare", "--config", RECIPES / f"{name}.yaml", *data, *start)
+        keep = Path(__file__).parent / "keep.py"
+        subprocess.run([sys.executable, str(keep), str(args.output / name)], check=True)
+
+
+if __name__ == "__main__":
+    main()
