@@ -28,4 +28,5 @@ bench: install
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/data_rate.py
+	$(BIN)/python benchmarks/theory.py
 	$(BIN)/python benchmarks/demo.py

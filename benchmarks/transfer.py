@@ -3,8 +3,9 @@
     python benchmarks/transfer.py --cifar100 PATH_OF/cifar-100-python
 
 Cuts CIFAR-100 into 80 classes, on which a small ViT is trained, and 20 others. Then compares arms that
-fine-tune it on 400 images of the 20 classes and on 400 images of fashion-mnist-mini
-(recipes/search/transfer-*.yaml), and keeps the records. Finished runs stay: stop it and start it again.
+fine-tune it on 20 images of each of the 20 classes, tested on their 11,600 other images, and on 400 images
+of fashion-mnist-mini (recipes/search/transfer-*.yaml), and keeps the records. Finished runs stay: stop it
+and start it again.
 """
 
 from __future__ import annotations
@@ -20,16 +21,30 @@ import numpy as np
 RECIPES = Path(__file__).parent.parent / "recipes" / "search"
 
 
-def cut(source: Path, target: Path, classes: list[int]) -> None:
-    """Write the images of some classes of CIFAR-100 in its own format."""
-    target.mkdir(parents=True, exist_ok=True)
-    label_of = {old: new for new, old in enumerate(classes)}
+def cut(source: Path, target: Path, classes: list[int], each: int | None = None) -> None:
+    """Write the images of some classes of CIFAR-100 in its own format.
+
+    Args:
+        source, target: folders of the python files.
+        classes: their numbers in the source.
+        each: so many training images of each class; the others become test images. None: the published split.
+    """
+    images, labels = {}, {}
     for split in ("train", "test"):
         content = pickle.loads((source / split).read_bytes(), encoding="bytes")
-        labels = np.array(content[b"fine_labels"])
-        chosen = np.isin(labels, classes)
-        new = {b"data": content[b"data"][chosen], b"fine_labels": [label_of[old] for old in labels[chosen]]}
-        (target / split).write_bytes(pickle.dumps(new, protocol=2))
+        found = np.array(content[b"fine_labels"])
+        chosen = np.isin(found, classes)
+        images[split], labels[split] = content[b"data"][chosen], np.searchsorted(classes, found[chosen])
+    if each is not None:
+        number = [(labels["train"][:i] == label).sum() for i, label in enumerate(labels["train"])]
+        stay = np.array(number) < each
+        for parts in (images, labels):
+            parts["test"] = np.concatenate([parts["test"], parts["train"][~stay]])
+            parts["train"] = parts["train"][stay]
+    target.mkdir(parents=True, exist_ok=True)
+    for split in images:
+        content = {b"data": images[split], b"fine_labels": labels[split].tolist()}
+        (target / split).write_bytes(pickle.dumps(content, protocol=2))
     names = pickle.loads((source / "meta").read_bytes(), encoding="bytes")[b"fine_label_names"]
     (target / "meta").write_bytes(pickle.dumps({b"fine_label_names": [names[old] for old in classes]}, 2))
 
@@ -48,8 +63,8 @@ def main() -> None:
 
     order = np.random.default_rng(0).permutation(100).tolist()
     pretraining, few = (args.output / part / "cifar-100-python" for part in ("classes80", "classes20"))
-    cut(args.cifar100, pretraining, sorted(order[:80]))
-    cut(args.cifar100, few, sorted(order[80:]))
+    cut(args.cifar100, pretraining, sorted(order[20:]))
+    cut(args.cifar100, few, sorted(order[:20]), each=20)  # order[80:] served the screening
     weights = args.output / "pretrained" / "model.safetensors"
     if not weights.exists():
         recipe = ["--config", RECIPES / "transfer-pretraining.yaml", "--data", pretraining]

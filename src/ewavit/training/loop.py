@@ -159,7 +159,8 @@ class _Run:
                 moments=recipe.average_moments,
             ).attach(optimizer)
         self.prediction = None
-        if self.averaging is not None and SpreadPrediction.supports(optimizer):
+        predictable = SpreadPrediction.supports(optimizer) and not recipe.average_moments
+        if self.averaging is not None and predictable:
             self.prediction = SpreadPrediction(plain, optimizer, self.averaging)
         self.progress = Progress()
         self.plain = plain
