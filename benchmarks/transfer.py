@@ -1,11 +1,11 @@
 """Fine-tuning on few images, where a ViT overfits: is EWA worth it there?
 
-    python benchmarks/transfer.py --cifar100 PATH_OF/cifar-100-python
+    python benchmarks/transfer.py --cifar100 PATH_OF/cifar-100-python --cifar10 PATH_OF/cifar-10-batches-py
 
 Cuts CIFAR-100 into 80 classes, on which a small ViT is trained, and 20 others. Then compares arms that
 fine-tune it on 20 images of each of the 20 classes, tested on their 11,600 other images, and on 400 images
-of fashion-mnist-mini (recipes/search/transfer-*.yaml), and keeps the records. Finished runs stay: stop it
-and start it again.
+of CIFAR-10 (recipes/search/transfer-*.yaml), and keeps the records. Finished runs stay: stop it and start it
+again.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cifar100", type=Path, required=True, help="folder of the published python files")
+    parser.add_argument("--cifar10", type=Path, required=True, help="folder of the published python files")
     parser.add_argument("--output", type=Path, default=Path("runs/transfer"))
     args = parser.parse_args()
 
@@ -70,8 +71,8 @@ def main() -> None:
         recipe = ["--config", RECIPES / "transfer-pretraining.yaml", "--data", pretraining]
         ewavit("train", *recipe, "--output", args.output, "--name", "pretrained")
     start = ["--initial-checkpoint", weights, "--output", args.output]
-    for name, data in (("transfer-cifar", ["--data", few]), ("transfer-fashion", [])):
-        ewavit("compare", "--config", RECIPES / f"{name}.yaml", *data, *start)
+    for name, data in (("transfer-cifar", few), ("transfer-cifar10", args.cifar10)):
+        ewavit("compare", "--config", RECIPES / f"{name}.yaml", "--data", data, *start)
         keep = Path(__file__).parent / "keep.py"
         subprocess.run([sys.executable, str(keep), str(args.output / name)], check=True)
 
