@@ -189,13 +189,14 @@ def test_killed_process_is_told_by_its_signal():
 
 @pytest.mark.slow
 def test_runs_end_with_the_comparison_that_started_them(tmp_path):
-    config = written(tmp_path, **{**SMALL, "epochs": 100_000}, arms={"short": {"epochs": 1}, "dense": None})
+    arms = {"dense": None, "short": {"epochs": 1}, "shorter": {"epochs": 1}}
+    config = written(tmp_path, **{**SMALL, "epochs": 100_000}, arms=arms)
     command = [sys.executable, "-m", "ewavit.cli", "compare", "--config", config, "--jobs", "2"]
     parent = subprocess.Popen(
         [*command, "--output", str(tmp_path), "--name", "killed"], stdout=subprocess.PIPE, text=True
     )
     for line in parent.stdout:
-        if line.startswith("2 of"):  # the short runs of two seeds; the dense one takes for ever
+        if line.startswith("2 of"):  # the short runs, one after the other; the dense one takes for ever
             break
     parent.kill()
     parent.wait()
