@@ -131,7 +131,8 @@ def test_own_arm_that_changed_its_settings_is_refused(done, tmp_path):
 def test_stopped_comparison_goes_on_and_a_half_done_run_ends_with_the_same_bits(
     tmp_path, monkeypatch, capsys
 ):
-    config = written(tmp_path, **SMALL, arms={"dense": None, "ewa": None, "twin": {"share_rate": 0.3}})
+    arms = {"a-twin": {"share_rate": 0.3}, "dense": None, "ewa": None}  # two jobs: ewa is not begun
+    config = written(tmp_path, **SMALL, arms=arms)
     command = ["compare", "--config", config, "--seeds", "2", "--output", str(tmp_path), "--name", "stopped"]
     with monkeypatch.context() as patch:
         patch.setattr(room._Progress, "show", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
@@ -147,7 +148,7 @@ def test_stopped_comparison_goes_on_and_a_half_done_run_ends_with_the_same_bits(
             train(Recipe(**SMALL, output=str(folder / "runs"), name="ewa-42"))
     assert main([*command, "--jobs", "1"]) == 0  # the number of threads stays that of the first start
     assert "resumed at epoch" in log_file(folder / "runs" / "ewa-42").read_text()
-    assert same_end(folder / "runs" / "ewa-42", folder / "runs" / "twin-42")
+    assert same_end(folder / "runs" / "ewa-42", folder / "runs" / "a-twin-42")
     assert len(results(folder)) == 6
 
 
