@@ -240,6 +240,7 @@ def test_marks_are_told_to_pointer_and_keyboard_and_as_a_table(opened, written):
     assert tip.inner_text().startswith("2,000 images")
     assert all(arm in tip.inner_text() for arm in ARMS)
     page.locator("#curves summary").press("Enter")
+    page.locator("#curves tbody tr").last.wait_for()  # the page fills it when told that it is open
     assert count(page, "#curves tbody tr") == 6
 
 
