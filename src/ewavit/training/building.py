@@ -11,8 +11,10 @@ import torch
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
+from ewavit.averaging import CosineRamp, ExpertAveraging, LinearRamp
 from ewavit.errors import EwavitError
 from ewavit.ffn import FFN
+from ewavit.moe import moe_layers
 from ewavit.surgery import expand, select_ffns
 from ewavit.training.recipe import Recipe
 
@@ -102,6 +104,27 @@ def expand_by_recipe(model: nn.Module, recipe: Recipe, sample: Tensor | None = N
                 )
     names = [ffn.name for ffn in chosen]
     return expand(model, recipe.experts, select=names, partition=recipe.partition, init=recipe.init)
+
+
+def expert_averaging(model: nn.Module, recipe: Recipe, updates_per_epoch: int) -> ExpertAveraging | None:
+    """The averaging that a recipe asks for, not attached yet; None for a dense model."""
+    if recipe.experts == 1:
+        return None
+    ramp = LinearRamp if recipe.ramp_shape == "linear" else CosineRamp
+    schedule = ramp(recipe.share_rate, round(recipe.ramp * recipe.epochs * updates_per_epoch))
+    return ExpertAveraging(model, schedule, every=recipe.average_every, moments=recipe.average_moments)
+
+
+def scale_expert_lr(optimizer: torch.optim.Optimizer, model: nn.Module, factor: float) -> None:
+    """Give the experts of a model groups of their own, whose learning rate timm's schedules multiply."""
+    experts = {id(p) for moe in moe_layers(model).values() for p in moe.experts.parameters()}
+    for group in list(optimizer.param_groups):
+        mine = [parameter for parameter in group["params"] if id(parameter) in experts]
+        if not mine:
+            continue
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in experts]
+        scale = group.get("lr_scale", 1.0) * factor
+        optimizer.add_param_group(group | {"params": mine, "lr_scale": scale})
 
 
 def ffn_input_shapes(model: nn.Module, ffns: list[FFN], sample: Tensor) -> dict[str, torch.Size]:

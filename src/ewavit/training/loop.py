@@ -34,7 +34,6 @@ from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from ewavit.averaging import CosineRamp, ExpertAveraging, LinearRamp
 from ewavit.diagnostics import expert_spread
 from ewavit.errors import EwavitError
 from ewavit.moe import moe_layers
@@ -42,7 +41,13 @@ from ewavit.surgery import dense_state_dict
 from ewavit.theory import SpreadPrediction
 from ewavit.training import report
 from ewavit.training.batches import Batch, entropy
-from ewavit.training.building import build_model, expand_by_recipe, model_settings
+from ewavit.training.building import (
+    build_model,
+    expand_by_recipe,
+    expert_averaging,
+    model_settings,
+    scale_expert_lr,
+)
 from ewavit.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, save_tensors
 from ewavit.training.data import Augmentation, Data, open_data
 from ewavit.training.evaluation import Metrics, evaluate_batches, predictions
@@ -148,16 +153,9 @@ class _Run:
         optimizer = self._optimizer(plain)
         self.scheduler = self._scheduler(optimizer)
         self.average = weight_average(recipe, plain)
-        self.averaging = None
-        if recipe.experts > 1:
-            ramp = LinearRamp if recipe.ramp_shape == "linear" else CosineRamp
-            ramp_steps = round(recipe.ramp * recipe.epochs * self.updates_per_epoch)
-            self.averaging = ExpertAveraging(
-                plain,
-                ramp(recipe.share_rate, ramp_steps),
-                every=recipe.average_every,
-                moments=recipe.average_moments,
-            ).attach(optimizer)
+        self.averaging = expert_averaging(plain, recipe, self.updates_per_epoch)
+        if self.averaging is not None:
+            self.averaging.attach(optimizer)
         self.prediction = None
         predictable = SpreadPrediction.supports(optimizer) and not recipe.average_moments
         if self.averaging is not None and predictable:
@@ -508,18 +506,6 @@ class _Run:
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-
-
-def scale_expert_lr(optimizer: torch.optim.Optimizer, model: nn.Module, factor: float) -> None:
-    """Give the experts of a model groups of their own, whose learning rate timm's schedules multiply."""
-    experts = {id(p) for moe in moe_layers(model).values() for p in moe.experts.parameters()}
-    for group in list(optimizer.param_groups):
-        mine = [parameter for parameter in group["params"] if id(parameter) in experts]
-        if not mine:
-            continue
-        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in experts]
-        scale = group.get("lr_scale", 1.0) * factor
-        optimizer.add_param_group(group | {"params": mine, "lr_scale": scale})
 
 
 def _peak_memory_mib(device: torch.device) -> float:
