@@ -1,0 +1,1 @@
+"""Point clouds: operations, the point transformer and data sets. Needs the extra `ewavit[points]`."""

@@ -1,0 +1,149 @@
+"""Sampling and grouping of point clouds in batched torch, on any device and without compiled extensions.
+
+Shapes: B clouds of N points, M queries, k neighbours, C channels. Indices are int64 and count within a cloud.
+Every function has a slow twin in tests/test_points_ops.py that it equals exactly; points per second:
+benchmarks/point_ops.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ewavit.errors import EwavitError
+
+CHUNK = 2**24  # distances that are held at a time; larger clouds are done in slices of their queries
+
+
+def gather_points(points: Tensor, index: Tensor) -> Tensor:
+    """Take points by index.
+
+    Args:
+        points: (B, N, C).
+        index: (B, ...), int64.
+
+    Returns:
+        (B, ..., C).
+    """
+    rows = index.flatten(1).unsqueeze(-1).expand(-1, -1, points.shape[-1])
+    return points.gather(1, rows).view(*index.shape, points.shape[-1])
+
+
+@torch.no_grad()
+def farthest_point_sample(points: Tensor, count: int) -> Tensor:
+    """Choose points one by one, each the farthest from those chosen before; the first is point 0.
+
+    The public models were trained with an extension that passes over points within 0.03 of the origin; here
+    every point counts.
+
+    Args:
+        points: (B, N, 3).
+        count: points to choose, at most N.
+
+    Returns:
+        Indices (B, count), in the order of choice; once all distinct points are chosen, repetitions.
+
+    Raises:
+        EwavitError: a cloud has fewer points.
+    """
+    _check_count(points, count)
+    planes = points.movedim(-1, 0).contiguous()  # (3, B, N): each pass runs over contiguous memory
+    nearest = points.new_full(points.shape[:2], torch.inf)
+    chosen = torch.zeros(points.shape[0], 1, dtype=torch.int64, device=points.device)
+    result = [chosen]
+    for _ in range(count - 1):
+        centre = planes.gather(2, chosen.expand(3, -1, -1))
+        x, y, z = (planes - centre).square().unbind()
+        nearest = torch.minimum(nearest, x + y + z)
+        chosen = nearest.argmax(1, keepdim=True)
+        result.append(chosen)
+    return torch.cat(result, 1)
+
+
+@torch.no_grad()
+def knn(queries: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k nearest points of each query.
+
+    Args:
+        queries: (B, M, 3).
+        points: (B, N, 3).
+        k: neighbours, at most N.
+
+    Returns:
+        Squared distances (B, M, k), rising, and indices (B, M, k).
+
+    Raises:
+        EwavitError: a cloud has fewer than k points.
+    """
+    _check_count(points, k)
+    parts = [_squared_distances(part, points).topk(k, largest=False) for part in _slices(queries, points)]
+    return torch.cat([part[0] for part in parts], 1), torch.cat([part[1] for part in parts], 1)
+
+
+@torch.no_grad()
+def ball_query(queries: Tensor, points: Tensor, radius: float, k: int) -> Tensor:
+    """The first k points, in the cloud's order, within a radius of each query, as PointNet++ groups them.
+
+    Args:
+        queries: (B, M, 3).
+        points: (B, N, 3).
+        radius: a point at exactly this distance is inside.
+        k: points per ball, at most N.
+
+    Returns:
+        Indices (B, M, k); a ball with fewer points is filled up with its first, an empty one with the point
+        nearest to the query.
+
+    Raises:
+        EwavitError: a cloud has fewer than k points.
+    """
+    _check_count(points, k)
+    size = points.shape[1]
+    order = torch.arange(size, device=points.device)
+    parts = []
+    for part in _slices(queries, points):
+        distances = _squared_distances(part, points)
+        found = torch.where(distances <= radius**2, order, size).topk(k, largest=False)[0]
+        first = torch.where(found[..., :1] < size, found[..., :1], distances.argmin(-1, keepdim=True))
+        parts.append(torch.where(found < size, found, first))
+    return torch.cat(parts, 1)
+
+
+def interpolate(queries: Tensor, points: Tensor, features: Tensor, k: int = 3) -> Tensor:
+    """Features at the queries: those of the k nearest points, weighted by 1 / (squared distance + 1e-8).
+
+    Args:
+        queries: (B, M, 3).
+        points: (B, N, 3).
+        features: (B, N, C), of the points; gradients flow to them.
+        k: neighbours; N where a cloud has fewer.
+
+    Returns:
+        (B, M, C).
+    """
+    distances, index = knn(queries, points, min(k, points.shape[1]))
+    weights = 1 / (distances + 1e-8)
+    weights = weights / weights.sum(-1, keepdim=True)
+    return (gather_points(features, index) * weights.unsqueeze(-1)).sum(2)
+
+
+def _squared_distances(queries: Tensor, points: Tensor) -> Tensor:
+    """(B, M, N), from differences: the expansion into a matrix product would lose small distances."""
+    total: Tensor | None = None
+    for axis in range(queries.shape[-1]):
+        difference = queries[:, :, None, axis] - points[:, None, :, axis]
+        total = difference.square_() if total is None else total.add_(difference.square_())
+    assert total is not None
+    return total
+
+
+def _slices(queries: Tensor, points: Tensor) -> tuple[Tensor, ...]:
+    size = max(1, CHUNK // (points.shape[0] * points.shape[1]))
+    return tuple(queries[:, first : first + size] for first in range(0, queries.shape[1], size))
+
+
+def _check_count(points: Tensor, count: int) -> None:
+    if not 1 <= count <= points.shape[1]:
+        raise EwavitError(
+            f"cannot choose {count} of {points.shape[1]} points: choose fewer or give more points"
+        )

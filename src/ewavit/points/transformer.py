@@ -1,0 +1,452 @@
+"""The standard point transformer of Point-BERT and Point-MAE, for classification and part segmentation.
+
+A cloud becomes G groups: farthest-point centres, each with its k nearest points. A mini-PointNet turns a
+group into one token; an MLP of the centre is added before every block of a plain transformer encoder.
+
+The state-dict keys are those of the public code (Point-BERT, arXiv 2111.14819; Point-MAE, arXiv 2203.06604),
+so that its checkpoints load with `load_point_checkpoint`:
+
+    encoder.first_conv.{0,1,3}, encoder.second_conv.{0,1,3}      mini-PointNet: Conv1d, BatchNorm1d, Conv1d
+    reduce_dim                                                   Point-BERT only
+    pos_embed.{0,2}                                              MLP of the centres
+    cls_token, cls_pos                                           classification only
+    blocks.blocks.I.{norm1,attn.qkv,attn.proj,norm2,mlp.fc1,mlp.fc2}, norm
+    cls_head_finetune.{0,1,4,5,8} or, Point-BERT, .{0,3}         head of a classifier
+    label_conv.{0,1}, propagation_0.mlp_{convs,bns}.{0,1},
+    convs{1,2,3}, bns{1,2}                                       head of part segmentation
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ewavit.errors import EwavitError
+from ewavit.points.ops import farthest_point_sample, gather_points, interpolate, knn
+
+NUM_CATEGORIES = 16  # of ShapeNetPart
+
+
+class Encoder(nn.Module):
+    """The mini-PointNet: one vector per group of points, the same for any order of them.
+
+    Args:
+        channels: of the result.
+        width: channels of the first layer; the next two have twice and four times as many.
+    """
+
+    def __init__(self, channels: int, width: int = 128) -> None:
+        super().__init__()
+        self.first_conv = nn.Sequential(
+            nn.Conv1d(3, width, 1), nn.BatchNorm1d(width), nn.ReLU(), nn.Conv1d(width, 2 * width, 1)
+        )
+        self.second_conv = nn.Sequential(
+            nn.Conv1d(4 * width, 4 * width, 1), nn.BatchNorm1d(4 * width), nn.ReLU(),
+            nn.Conv1d(4 * width, channels, 1),
+        )  # fmt: skip
+
+    def forward(self, groups: Tensor) -> Tensor:
+        """Groups (B, G, k, 3), relative to their centres, to vectors (B, G, channels)."""
+        batch, count, size, _ = groups.shape
+        first: Any = self.first_conv
+        second: Any = self.second_conv
+        narrow, norm, act, wide = first
+        local = _pointwise(wide, act(norm(_pointwise(narrow, groups.reshape(-1, 3)))))
+        whole = local.view(batch * count, size, -1).max(1)[0]  # (groups, 2 width)
+        # The next layer takes [group, point]; its halves are applied apart, once per group and per point.
+        narrow, norm, act, wide = second
+        of_group, of_point = narrow.weight[:, :, 0].split(local.shape[1], 1)
+        joined = F.linear(local, of_point).view(batch * count, size, -1)
+        joined = joined + F.linear(whole, of_group, narrow.bias).unsqueeze(1)
+        result = _pointwise(wide, act(norm(joined.flatten(0, 1))))
+        return result.view(batch, count, size, -1).max(2)[0]
+
+
+def _pointwise(conv: nn.Conv1d, rows: Tensor) -> Tensor:
+    """A convolution of kernel size 1 on rows (points, channels), which are faster than columns on a CPU."""
+    return F.linear(rows, conv.weight[:, :, 0], conv.bias)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: a residual branch is dropped for whole samples and scaled up for the others."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        keep = torch.rand(x.shape[0], *(1,) * (x.ndim - 1), device=x.device) >= self.rate
+        return x * keep / (1 - self.rate)
+
+
+class Mlp(nn.Module):
+    """The FFN of a block; (..., dim) to (..., dim)."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc2(self.act(self.fc1(x)))
+        return x
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, no bias in qkv; (B, tokens, dim) to the same."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = self.proj(x)
+        return x
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return x
+
+
+class TransformerEncoder(nn.Module):
+    """Blocks that add the position to their input, each anew.
+
+    Args:
+        dim, depth, num_heads, mlp_ratio: of the blocks.
+        drop_path_rate: of the last block, rising linearly from 0.
+    """
+
+    def __init__(self, dim: int, depth: int, num_heads: int, mlp_ratio: float, drop_path_rate: float) -> None:
+        super().__init__()
+        rates = [drop_path_rate * block / max(depth - 1, 1) for block in range(depth)]
+        self.blocks = nn.ModuleList([Block(dim, num_heads, mlp_ratio, rate) for rate in rates])
+
+    def forward(self, x: Tensor, pos: Tensor) -> list[Tensor]:
+        """Tokens and positions (B, tokens, dim) to the output of every block."""
+        outputs = []
+        for block in self.blocks:
+            x = block(x + pos)
+            outputs.append(x)
+        return outputs
+
+
+class _Backbone(nn.Module):
+    """What classification and segmentation share: from points to groups, tokens and blocks.
+
+    Args:
+        dim, depth, num_heads, mlp_ratio: of the transformer.
+        num_group: groups G.
+        group_size: points per group, k.
+        drop_path_rate: stochastic depth of the last block.
+        encoder_width: channels of the mini-PointNet's first layer.
+        encoder_dims: channels of the mini-PointNet before a linear layer to `dim` (Point-BERT), or None.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int = 384,
+        depth: int = 12,
+        num_heads: int = 6,
+        num_group: int = 64,
+        group_size: int = 32,
+        mlp_ratio: float = 4.0,
+        drop_path_rate: float = 0.1,
+        encoder_width: int = 128,
+        encoder_dims: int | None = None,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise EwavitError(f"dim={dim} is not a multiple of num_heads={num_heads}: choose one that is")
+        self.num_group, self.group_size = num_group, group_size
+        self.encoder = Encoder(encoder_dims or dim, encoder_width)
+        self.reduce_dim = nn.Identity() if encoder_dims is None else nn.Linear(encoder_dims, dim)
+        self.pos_embed = nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, dim))
+        self.blocks = TransformerEncoder(dim, depth, num_heads, mlp_ratio, drop_path_rate)
+        self.norm = nn.LayerNorm(dim)
+
+    def tokens(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Points (B, N, 3) to tokens and positions (B, G, dim) and centres (B, G, 3)."""
+        if points.ndim != 3 or points.shape[-1] != 3:
+            raise EwavitError(f"points are {tuple(points.shape)}: give (clouds, points, 3)")
+        needed = max(self.num_group, self.group_size)
+        if points.shape[1] < needed:
+            raise EwavitError(
+                f"{points.shape[1]} points a cloud are fewer than the {self.num_group} groups of "
+                f"{self.group_size} need ({needed}): give more points, or a smaller num_group or group_size"
+            )
+        centres = gather_points(points, farthest_point_sample(points, self.num_group))
+        groups = gather_points(points, knn(centres, points, self.group_size)[1])
+        tokens = self.reduce_dim(self.encoder(groups - centres.unsqueeze(2)))
+        return tokens, self.pos_embed(centres), centres
+
+
+class PointTransformer(_Backbone):
+    """Classifies point clouds (B, N, 3) -> logits (B, classes).
+
+    Args:
+        num_classes: classes.
+        head: "point_mae" (three layers with BatchNorm) or "point_bert" (two).
+        settings: of the backbone.
+
+    Raises:
+        EwavitError: a setting does not work, or, when called, clouds have too few points.
+    """
+
+    def __init__(self, num_classes: int = 40, head: str = "point_mae", **settings: Any) -> None:
+        super().__init__(**settings)
+        dim = self.norm.normalized_shape[0]
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.cls_pos = nn.Parameter(torch.empty(1, 1, dim))
+        if head == "point_mae":
+            layers: list[nn.Module] = []
+            for channels in (2 * dim, 256):
+                layers += [nn.Linear(channels, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Dropout(0.5)]
+        elif head == "point_bert":
+            layers = [nn.Linear(2 * dim, 256), nn.ReLU(), nn.Dropout(0.5)]
+        else:
+            raise EwavitError(f"head={head!r} is unknown: choose point_mae or point_bert")
+        self.cls_head_finetune = nn.Sequential(*layers, nn.Linear(256, num_classes))
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.cls_pos, std=0.02)
+        self.apply(_init_weights)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that timm's optimizers leave undecayed, beside vectors."""
+        return {"cls_token", "cls_pos"}
+
+    def forward(self, points: Tensor) -> Tensor:
+        tokens, pos, _ = self.tokens(points)
+        tokens = torch.cat([self.cls_token.expand(len(points), -1, -1), tokens], 1)
+        pos = torch.cat([self.cls_pos.expand(len(points), -1, -1), pos], 1)
+        x = self.norm(self.blocks(tokens, pos)[-1])
+        logits: Tensor = self.cls_head_finetune(torch.cat([x[:, 0], x[:, 1:].max(1)[0]], -1))
+        return logits
+
+
+class PointNetFeaturePropagation(nn.Module):
+    """Carries features from centres back to all points, by interpolation and a pointwise MLP (PointNet++)."""
+
+    def __init__(self, in_channel: int, mlp: tuple[int, ...]) -> None:
+        super().__init__()
+        channels = (in_channel, *mlp)
+        self.mlp_convs = nn.ModuleList([nn.Conv1d(a, b, 1) for a, b in pairwise(channels)])
+        self.mlp_bns = nn.ModuleList([nn.BatchNorm1d(channel) for channel in mlp])
+
+    def forward(self, points: Tensor, centres: Tensor, features: Tensor) -> Tensor:
+        """Points (B, N, 3), centres (B, G, 3) with features (B, G, C), to features (B, N, mlp[-1])."""
+        x = torch.cat([points, interpolate(points, centres, features)], -1).flatten(0, 1)
+        for conv, norm in zip(self.mlp_convs, self.mlp_bns, strict=True):
+            x = F.relu(norm(_pointwise(conv, x)))  # type: ignore[arg-type]
+        return x.view(*points.shape[:2], -1)
+
+
+class PointTransformerSeg(_Backbone):
+    """Segments clouds of known category into parts: points (B, N, 3 + 16) -> logits (B, parts, N).
+
+    Behind the coordinates each point carries its cloud's category, one of 16, as a one-hot vector.
+
+    Args:
+        num_classes: parts, of all categories together.
+        fetch: the blocks whose outputs are used, counted from 0; unless given, three evenly spaced ones.
+        settings: of the backbone; 128 groups unless given.
+    """
+
+    def __init__(self, num_classes: int = 50, fetch: tuple[int, ...] | None = None, **settings: Any) -> None:
+        super().__init__(**{"num_group": 128, **settings})
+        dim, depth = self.norm.normalized_shape[0], len(self.blocks.blocks)
+        self.fetch = fetch or tuple(depth * i // 3 - 1 for i in (1, 2, 3))
+        if not all(0 <= block < depth for block in self.fetch):
+            raise EwavitError(
+                f"fetch={self.fetch} are no blocks of a depth of {depth}: choose 0 to {depth - 1}"
+            )
+        features = len(self.fetch) * dim
+        self.label_conv = nn.Sequential(
+            nn.Conv1d(NUM_CATEGORIES, 64, 1, bias=False), nn.BatchNorm1d(64), nn.LeakyReLU(0.2)
+        )
+        self.propagation_0 = PointNetFeaturePropagation(features + 3, (4 * dim, 1024))
+        self.convs1 = nn.Conv1d(1024 + 2 * features + 64, 512, 1)
+        self.bns1 = nn.BatchNorm1d(512)
+        self.dp1 = nn.Dropout(0.5)
+        self.convs2 = nn.Conv1d(512, 256, 1)
+        self.bns2 = nn.BatchNorm1d(256)
+        self.convs3 = nn.Conv1d(256, num_classes, 1)
+        self.apply(_init_weights)
+
+    def forward(self, points: Tensor) -> Tensor:
+        if points.ndim != 3 or points.shape[-1] != 3 + NUM_CATEGORIES:
+            raise EwavitError(
+                f"points are {tuple(points.shape)}: give (clouds, points, {3 + NUM_CATEGORIES}), "
+                "coordinates and the category as a one-hot vector"
+            )
+        points, category = points[..., :3].contiguous(), points[:, 0, 3:]
+        tokens, pos, centres = self.tokens(points)
+        outputs = self.blocks(tokens, pos)
+        features = torch.cat([self.norm(outputs[block]) for block in self.fetch], -1)  # (B, G, features)
+        label = self.label_conv(category.unsqueeze(-1)).squeeze(-1)
+        whole = torch.cat([features.max(1)[0], features.mean(1), label], -1)
+        local = self.propagation_0(points, centres, features)
+        # One layer on [point, whole cloud], its two halves applied apart.
+        of_point, of_whole = self.convs1.weight[:, :, 0].tensor_split([local.shape[-1]], 1)
+        x = F.linear(local, of_point) + F.linear(whole, of_whole, self.convs1.bias).unsqueeze(1)
+        x = self.dp1(F.relu(self.bns1(x.flatten(0, 1))))
+        x = F.relu(self.bns2(_pointwise(self.convs2, x)))
+        return _pointwise(self.convs3, x).view(*points.shape[:2], -1).transpose(1, 2)
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Conv1d):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+_SMALL: dict[str, Any] = {"dim": 96, "depth": 6, "num_heads": 3, "group_size": 16, "encoder_width": 32}
+MODELS: dict[str, tuple[type[PointTransformer] | type[PointTransformerSeg], dict[str, Any]]] = {
+    "point_transformer": (PointTransformer, {}),
+    "point_transformer_s": (PointTransformer, _SMALL),
+    "point_bert": (PointTransformer, {"encoder_dims": 256, "head": "point_bert"}),
+    "point_transformer_seg": (PointTransformerSeg, {}),
+}
+
+
+def create_point_model(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
+    """A model of this room by name, with fresh weights.
+
+    Args:
+        name: "point_transformer" (Point-MAE's: 384 wide, 12 deep, 6 heads), "point_transformer_s" (for CPUs),
+            "point_bert" (its keys differ in `reduce_dim` and the head) or "point_transformer_seg".
+        num_classes: classes, or parts.
+        kwargs: change the model's settings.
+
+    Raises:
+        EwavitError: an unknown model or setting.
+    """
+    if name not in MODELS:
+        close = difflib.get_close_matches(name, MODELS, 1)
+        hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(MODELS)}"
+        raise EwavitError(f"there is no point model {name!r}: {hint}")
+    kind, defaults = MODELS[name]
+    try:
+        return kind(num_classes=num_classes, **{**defaults, **kwargs})
+    except (TypeError, ValueError, RuntimeError) as problem:
+        raise EwavitError(f"{name} cannot be built: {str(problem).splitlines()[0]}") from None
+
+
+_HEADS = ("cls_head_finetune.", "label_conv.", "propagation_0.", "convs", "bns")
+_FRESH = (*_HEADS, "cls_token", "cls_pos")  # what a pretrained backbone may lack
+_PRETRAINING = ("cls_head.", "lm_head.", "mask_token")  # what only a pretraining needs of its encoder
+_CONTAINERS = ("base_model", "model_state_dict", "state_dict", "model")
+
+
+def point_state_dict(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights of one point transformer in a published checkpoint, under its own keys.
+
+    Looks into `base_model`, `model_state_dict`, `state_dict` or `model`, strips `module.`, `base_model.`,
+    `MAE_encoder.` and `transformer_q.`, and leaves out a pretraining's own parts (decoder, tokenizer,
+    momentum encoder, contrastive head).
+    """
+    inner = next((state[key] for key in _CONTAINERS if isinstance(state.get(key), Mapping)), state)
+    plain = {key.removeprefix("module."): value for key, value in inner.items() if isinstance(value, Tensor)}
+    for prefix in ("MAE_encoder.", "transformer_q."):
+        if any(key.startswith(prefix) for key in plain):
+            plain = {
+                key.removeprefix(prefix): value for key, value in plain.items() if key.startswith(prefix)
+            }
+    plain = {key.removeprefix("base_model."): value for key, value in plain.items()}
+    return {key: value for key, value in plain.items() if not key.startswith(_PRETRAINING)}
+
+
+def load_point_checkpoint(model: nn.Module, file: str | Path) -> list[str]:
+    """Load a published Point-MAE or Point-BERT checkpoint, pretrained or fine-tuned, or a safetensors file.
+
+    The head is loaded where it fits; the backbone must fit entirely.
+
+    Args:
+        model: made by `create_point_model`; changed in place.
+        file: a torch file, read without unpickling anything but tensors and numbers, or a .safetensors file.
+
+    Returns:
+        The names of the parameters and buffers that keep their fresh values.
+
+    Raises:
+        EwavitError: the file cannot be read or holds another model.
+    """
+    weights = point_state_dict(_read_weights(Path(file)))
+    own = model.state_dict()
+    other_head = {
+        key for key, value in weights.items()
+        if key.startswith(_HEADS) and (key not in own or own[key].shape != value.shape)
+    }  # fmt: skip
+    for key in other_head:
+        weights.pop(key)
+    misfits = [
+        *(f"it lacks {key}" for key in own if key not in weights and not key.startswith(_FRESH)),
+        *(f"it has {key}, which the model lacks" for key in weights if key not in own),
+        *(
+            f"{key} is {tuple(value.shape)}, the model's {tuple(own[key].shape)}"
+            for key, value in weights.items() if key in own and own[key].shape != value.shape
+        ),
+    ]  # fmt: skip
+    if misfits:
+        raise EwavitError(
+            f"{file} is the checkpoint of another model ({misfits[0]}; {len(misfits)} such): "
+            "choose the model and settings that it was made with"
+        )
+    model.load_state_dict(weights, strict=False)
+    return [key for key in own if key not in weights]
+
+
+def _read_weights(file: Path) -> Mapping[str, Any]:
+    if not file.is_file():
+        raise EwavitError(f"no file {file}: give the checkpoint of a point transformer")
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(file)
+        # Published files keep their accuracy beside the weights, as a numpy number.
+        with torch.serialization.safe_globals(_numpy_numbers()):
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as problem:  # whatever a damaged or foreign file makes the readers raise
+        reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
+        raise EwavitError(f"{file} cannot be read as weights ({reason})") from None
+    if not isinstance(state, Mapping):
+        raise EwavitError(f"{file} holds a {type(state).__name__}, no weights by name: give a checkpoint")
+    return state
+
+
+def _numpy_numbers() -> list[Any]:
+    """What a pickled numpy number is made of; none of it runs code of the file's."""
+    import numpy as np
+
+    scalar = np.float64(0).__reduce__()[0]
+    old = (scalar, "numpy.core.multiarray.scalar")  # before numpy 2
+    return [scalar, old, np.dtype, *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8"))]
