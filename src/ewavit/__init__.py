@@ -23,6 +23,7 @@ from .experts import SeparateExperts, StackedExperts
 from .ffn import FFN, find_ffns
 from .moe import MoE, moe_layers
 from .partition import RandomPartition
+from .sharding import expert_placement
 from .surgery import (
     Summary,
     collapse,
@@ -55,6 +56,7 @@ __all__ = [
     "collapsed",
     "dense_state_dict",
     "expand",
+    "expert_placement",
     "expert_spread",
     "find_ffns",
     "full_share_rate",

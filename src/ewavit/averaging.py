@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .errors import EwavitError
 from .experts import Of
 from .moe import MoE, moe_layers
+from .sharding import local
 
 Schedule = Callable[[int], float]  # number of optimizer steps done (1, 2, ...) -> share rate
 
@@ -142,7 +143,7 @@ def _expert_tensors(
     if not layers:
         raise EwavitError("the model has no MoE layer: call ewavit.expand(model) first")
     for moe in layers.values():
-        for of in (None, *_moments(moe, optimizer)):
+        for of in (local, *_moments(moe, optimizer)):
             for _, values in moe.experts.families(of):
                 key = (moe.num_experts, values[0].dtype, values[0].device)
                 for expert, value in zip(groups.setdefault(key, [[] for _ in values]), values, strict=True):
@@ -156,7 +157,7 @@ def _moments(moe: MoE, optimizer: torch.optim.Optimizer | None) -> Iterator[Of]:
 
     def read(parameter: nn.Parameter, name: str) -> Tensor | None:
         value = state.get(parameter, {}).get(name)
-        return value if isinstance(value, Tensor) and value.shape == parameter.shape else None
+        return local(value) if isinstance(value, Tensor) and value.shape == parameter.shape else None
 
     parameters = list(moe.experts.parameters())
     for name in dict.fromkeys(name for parameter in parameters for name in state.get(parameter, {})):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .errors import EwavitError
 from .moe import dispatching, moe_layers
+from .sharding import local, summed
 
 
 @torch.no_grad()
@@ -20,16 +21,19 @@ def expert_spread(model: nn.Module) -> dict[str, float]:
 
     Returns:
         By layer name sqrt(mean_i |W_i - Wm|^2) / |Wm|, over all parameters of an FFN; 0 when all are equal.
+        Of a sharded model every process must ask.
     """
     spread = {}
     for layer, moe in moe_layers(model).items():
-        apart = norm = 0.0
-        for _, values in moe.experts.families():
+        squares = []  # per parameter of the deviations and of the mean
+        for _, values in moe.experts.families(local):
             stacked = torch.stack([value.float() for value in values])
             mean = stacked.mean(0)
-            apart += float((stacked - mean).square().sum()) / len(values)
-            norm += float(mean.square().sum())
-        spread[layer] = (apart / norm) ** 0.5 if norm else 0.0
+            apart = (stacked - mean).square().sum() / len(values)
+            squares.append(torch.stack([apart, mean.square().sum()]))
+        total = torch.stack(squares).sum(0)
+        deviations, norm = summed(total, like=next(moe.experts.parameters())).tolist()
+        spread[layer] = (deviations / norm) ** 0.5 if norm else 0.0
     return spread
 
 

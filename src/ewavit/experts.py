@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .errors import EwavitError
+
 Of = Callable[[nn.Parameter], Tensor | None]
 
 
@@ -223,8 +225,14 @@ class StackedExperts(Experts):
     def families(self, of: Of | None = None) -> Iterator[tuple[str, list[Tensor]]]:
         for name, parameter in self.ffn.named_parameters():
             value = parameter if of is None else of(parameter)
-            if value is not None:
-                yield name, list(value.unbind(0))
+            if value is None:
+                continue
+            if value.shape[0] != self.num_experts:
+                raise EwavitError(
+                    f"{name} is sharded over its experts: give every fully_shard "
+                    "shard_placement_fn=ewavit.expert_placement(model, mesh)"
+                )
+            yield name, list(value.unbind(0))
 
     def collapse(self) -> nn.Module:
         leaves = [module for module in self.ffn.modules() if isinstance(module, ExpertLeaf)]

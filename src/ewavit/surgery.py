@@ -10,12 +10,14 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from .errors import EwavitError
 from .experts import ExpertLeaf, Experts, SeparateExperts, StackedExperts
 from .ffn import FFN, find_ffns
 from .moe import MoE, Unit, moe_layers
+from .sharding import is_sharded, whole
 
 Select = str | Iterable[str] | Callable[[str, nn.Module], bool]
 Init = Literal["copy", "perturb", "independent"]
@@ -215,7 +217,7 @@ def collapse(model: Model) -> Model:
     Classes and state-dict keys are the original ones; `eval()` of the expanded model computed the same.
 
     Raises:
-        EwavitError: the model is not expanded.
+        EwavitError: the model is not expanded, or it is sharded (FSDP2).
     """
     layers = moe_layers(model)
     if not layers:
@@ -224,6 +226,11 @@ def collapse(model: Model) -> Model:
         )
     if isinstance(model, MoE):
         raise EwavitError("a single MoE cannot replace itself: use its collapse() method")
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        raise EwavitError(
+            "the model is sharded: call ewavit.dense_state_dict(model) on every process; process 0 gets what "
+            "the plain model loads"
+        )
     for moe in layers.values():
         _replace(model, moe, moe.collapse())
     if isinstance(vars(model).get("no_weight_decay"), _Names):
@@ -251,16 +258,30 @@ def collapsed(model: nn.Module) -> Iterator[list[tuple[MoE, nn.Module]]]:
 def dense_state_dict(model: nn.Module) -> dict[str, Any]:
     """The state dict that the collapsed model would have, under the original keys; the model stays expanded.
 
-    Prefixes of wrappers (`module.`, `_orig_mod.`) are removed, those of EMA models too.
+    Prefixes of wrappers (`module.`, `_orig_mod.`) are removed, those of EMA models too. Of a sharded model
+    (FSDP2) every process must ask: the experts are averaged where they are, each mean is gathered once, and
+    process 0 gets them all on the CPU, the others an empty dict.
     """
     with collapsed(model):
         state = model.state_dict()
+    if any(is_sharded(value) for value in state.values() if isinstance(value, Tensor)):
+        _gather_on_process_0(state)
     for key in list(state) if _wrapped(model) else ():
         plain = re.sub(r"(^|\.)(module\.|_orig_mod\.)+", r"\1", key)
         value = state.pop(key)
         if plain != "n_averaged":  # torch's AveragedModel counts in a buffer of its own
             state[plain] = value
     return state
+
+
+def _gather_on_process_0(state: dict[str, Any]) -> None:
+    """Put the whole tensors into process 0's state, on the CPU; each is on a device for a moment only."""
+    for key in list(state):
+        value = state.pop(key)
+        if isinstance(value, Tensor):
+            value = whole(value)
+        if dist.get_rank() == 0:
+            state[key] = value.cpu() if isinstance(value, Tensor) else value
 
 
 def _wrapped(model: nn.Module) -> bool:
@@ -346,6 +367,8 @@ def param_groups(
     Returns:
         Two groups for any torch optimizer, without decay first.
     """
+    while type(model).__name__ in _WRAPPERS:  # the names that the model lists are those within
+        model = getattr(model, "module", None) or model._orig_mod  # type: ignore[assignment]
     listed = set(no_weight_decay) | _listed_without_decay(model)
     vectors = _stacked_vectors(model)
     decay: list[nn.Parameter] = []
