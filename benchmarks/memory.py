@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 import ewavit as ewa
+from ewavit.training.bench import activation_bytes
 from records import add_model_arguments, write_record
 
 BYTES_PER_PARAMETER = 16
@@ -45,20 +46,8 @@ def measure(args: argparse.Namespace) -> dict[str, int]:
         ewa.expand(model, args.experts)
     optimizer = torch.optim.AdamW(ewa.param_groups(model), lr=1e-4, fused=True)
     averaging = ewa.ExpertAveraging(model, 0.1).attach(optimizer) if args.experts > 1 else None
-    saved: dict[int, int] = {}
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     for _ in range(args.steps):
-        saved.clear()
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = F.cross_entropy(model(images), labels)
-        loss.backward()
+        saved = activation_bytes(model, lambda made: F.cross_entropy(made(images), labels))
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
     if averaging is not None:
@@ -69,7 +58,7 @@ def measure(args: argparse.Namespace) -> dict[str, int]:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "saved": sum(saved.values()),
+        "saved": saved,
         "peak": peak,
     }
 

@@ -1,105 +1,126 @@
-"""Time of a whole training step of EWA over the dense one, and of its parts, interleaved in one process.
+"""Time of a whole training step, and of its parts, over the dense model's: EWA, and naive mixtures of others.
 
-    python benchmarks/step_time.py            # ViT-Tiny at 64x64/8, batch 64, N = 4, every second FFN
+    python benchmarks/step_time.py                      # what this machine can do: a minute or more a model
+    python benchmarks/step_time.py --models ti64 --modes eager --rounds 60
 
-Dense and EWA steps alternate, so that whatever else the machine does hits both; medians of the per-round
-ratios with a bootstrap interval. Writes records/step_time-DEVICE.json.
+Models: ti64 (ViT-Ti, 64x64/8), s32 (ViT-S, 32x32/4), and ti, s, b, l (ViT/16) and swin_t at 224. Modes:
+eager, compiled, checkpointed (activations recomputed; compiled too on a GPU). A GPU trains in bfloat16
+autocast at batches of 256 (l: 64), a CPU in float32 at small ones. All arms of a model are measured in one
+process, one step of each in turn (`ewavit.training.bench`). Writes records/step_time-DEVICE.json after every
+model.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
 
-import numpy as np
 import timm
 import torch
-import torch.nn.functional as F
+from torch import nn
 
 import ewavit as ewa
-from records import add_model_arguments, interval_of_median, write_record
+from ewavit.training.bench import Trainee, measure, ratios
+from records import write_record
+from rivals import check_against_a_loop, installed, replace_ffns
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ti64": ("vit_tiny_patch16_224", {"img_size": 64, "patch_size": 8}),
+    "s32": ("vit_small_patch16_224", {"img_size": 32, "patch_size": 4}),
+    "ti": ("vit_tiny_patch16_224", {}),
+    "s": ("vit_small_patch16_224", {}),
+    "b": ("vit_base_patch16_224", {}),
+    "l": ("vit_large_patch16_224", {}),
+    "swin_t": ("swin_tiny_patch4_window7_224", {}),
+}
+ON_CPU = {"ti64": 64, "s32": 32, "ti": 16, "s": 16, "swin_t": 8}  # images a batch; b and l are for a GPU
+ON_GPU = {name: 64 if name == "l" else 256 for name in MODELS}
+
+Arm = Callable[[nn.Module], nn.Module]
+ARMS: dict[str, Arm] = {
+    "dense": lambda model: model,
+    "ewa-4": lambda model: ewa.expand(model, 4),
+    "ewa-2": lambda model: ewa.expand(model, 2),
+    "ewa-8": lambda model: ewa.expand(model, 8),
+    "ewa-4-all": lambda model: ewa.expand(model, 4, select="all"),
+    "separate-4": lambda model: ewa.expand(model, 4, experts="separate"),
+    "top1-batched_mm": lambda model: replace_ffns(model, 4, "batched_mm"),
+    "top1-grouped_mm": lambda model: replace_ffns(model, 4, "grouped_mm"),
+}
 
 
-def build(args: argparse.Namespace, experts: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    """A model on the device and its optimizer, dense for one expert."""
+def trainee(model: str, arm: str, mode: str, device: str) -> Trainee:
+    """A model on the device with its optimizer and averaging."""
     torch.manual_seed(0)
-    model = timm.create_model(args.model, img_size=args.img_size, patch_size=args.patch_size, num_classes=100)
-    model.to(args.device).train()
-    if experts > 1:
-        ewa.expand(model, experts, select=args.select)
-    groups = ewa.param_groups(model, weight_decay=0.05)
-    return model, torch.optim.AdamW(groups, lr=1e-4, fused=args.fused)
+    name, settings = MODELS[model]
+    made = ARMS[arm](timm.create_model(name, num_classes=100, **settings))
+    if mode == "checkpointed":
+        made.set_grad_checkpointing()
+    made.to(device).train()
+    optimizer = torch.optim.AdamW(ewa.param_groups(made, weight_decay=0.05), lr=1e-4, fused=True)
+    return Trainee(made, optimizer, ewa.ExpertAveraging(made, 0.1) if ewa.moe_layers(made) else None)
 
 
-def step(model, optimizer, averaging, images, labels, synchronize) -> dict[str, float]:
-    """One training step; seconds of its parts."""
-    marks = [time.perf_counter()]
-
-    def mark() -> None:
-        synchronize()
-        marks.append(time.perf_counter())
-
-    loss = F.cross_entropy(model(images), labels)
-    mark()
-    loss.backward()
-    mark()
-    optimizer.step()
-    optimizer.zero_grad()
-    mark()
-    if averaging is not None:
-        averaging.step()
-    mark()
-    names = ("forward", "backward", "optimizer", "averaging")
-    parts = dict(zip(names, np.diff(marks).tolist(), strict=True))
-    return {**parts, "step": sum(parts.values())}
+def run(model: str, mode: str, arms: list[str], rounds: int, device: str) -> dict[str, Any]:
+    """Measure the arms of one model and print a line each."""
+    batch = (ON_GPU if device == "cuda" else ON_CPU)[model]
+    size = MODELS[model][1].get("img_size", 224)
+    images = torch.randn(batch, 3, size, size, device=device)
+    labels = torch.randint(100, (batch,), device=device)
+    times = measure(
+        {arm: trainee(model, arm, mode, device) for arm in arms},
+        images,
+        labels,
+        rounds=rounds,
+        amp_dtype=torch.bfloat16 if device == "cuda" else None,
+        compile=mode == "compiled" or (mode == "checkpointed" and device == "cuda"),
+    )
+    rows: dict[str, Any] = {}
+    for arm, measured in times.items():
+        parts = ratios(measured, times["dense"])
+        rows[arm] = {part: asdict(ratio) for part, ratio in parts.items()} | {
+            "activation_bytes": measured.activation_bytes,
+            "activation_ratio": measured.activation_bytes / times["dense"].activation_bytes,
+            "peak_bytes": measured.peak_bytes,
+            "first_step_s": measured.first_step,
+        }
+        step, averaging = parts["step"], parts["averaging"]
+        print(
+            f"{model:7} {mode:12} {arm:16} {step.ms:9.1f} ms  {step.ratio:.4f} "
+            f"[{step.low:.4f}, {step.high:.4f}]  averaging {averaging.ratio:.2%}  "
+            f"activations {rows[arm]['activation_ratio']:.4f}  first step {measured.first_step:.1f} s",
+            flush=True,
+        )
+    return {"batch_size": batch, "arms": rows}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_model_arguments(parser)
-    parser.add_argument("--select", default="alternate")
-    parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--warm-up", type=int, default=5)
-    parser.add_argument("--no-fused", dest="fused", action="store_false", help="AdamW tensor by tensor")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--models", default=",".join(ON_GPU if device == "cuda" else ON_CPU))
+    parser.add_argument("--modes", default="eager,compiled" + (",checkpointed" if device == "cuda" else ""))
+    parser.add_argument("--arms", default=",".join(ARMS))
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    synchronize = torch.cuda.synchronize if args.device == "cuda" else lambda: None
+    for implementation in ("batched_mm", "grouped_mm"):
+        if (deviation := check_against_a_loop(implementation)) > 1e-5:
+            raise SystemExit(f"{implementation} deviates from a loop over tokens by {deviation:.1e}")
 
-    images = torch.randn(args.batch_size, 3, args.img_size, args.img_size, device=args.device)
-    labels = torch.randint(100, (args.batch_size,), device=args.device)
-    arms = {}
-    for name, experts in (("dense", 1), ("ewa", args.experts)):
-        model, optimizer = build(args, experts)
-        arms[name] = (model, optimizer, ewa.ExpertAveraging(model, 0.1) if experts > 1 else None)
-
-    times: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
-    for number in range(args.warm_up + args.rounds):
-        order = list(arms) if number % 2 else list(arms)[::-1]
-        for name in order:
-            seconds = step(*arms[name], images, labels, synchronize)
-            if number >= args.warm_up:
-                times[name].append(seconds)
-
-    parts = list(times["dense"][0])
-    result: dict[str, object] = {}
-    print(f"{'part':10} {'dense ms':>10} {'EWA ms':>10} {'ratio':>8}  95 % interval")
-    for part in parts:
-        dense, ours = (np.array([seconds[part] for seconds in times[name]]) for name in ("dense", "ewa"))
-        ratio = ours / dense if part != "averaging" else ours / np.array([s["step"] for s in times["ewa"]])
-        low, high = interval_of_median(ratio)
-        middle = float(np.median(ratio))
-        label = "of the step" if part == "averaging" else ""
-        print(f"{part:10} {np.median(dense) * 1e3:10.2f} {np.median(ours) * 1e3:10.2f} {middle:8.4f}  "
-              f"[{low:.4f}, {high:.4f}] {label}")  # fmt: skip
-        result[part] = {
-            "dense_ms": float(np.median(dense) * 1e3),
-            "ewa_ms": float(np.median(ours) * 1e3),
-            "ratio": middle,
-            "interval": [low, high],
-        }
-    write_record(f"step_time-{args.device}", vars(args), result)
+    result: dict[str, Any] = {"importable": installed()}
+    for mode in args.modes.split(","):
+        for model in args.models.split(","):
+            arms = [arm for arm in args.arms.split(",") if not (model == "swin_t" and arm.startswith("top1"))]
+            result[f"{model} {mode}"] = run(model, mode, arms, args.rounds, device)
+            if device == "cuda":
+                torch.cuda.empty_cache()
+            torch.compiler.reset()
+            write_record(f"step_time-{device}", vars(args), result)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_type_hints
 
 from ewavit import __version__
 from ewavit.errors import EwavitError
@@ -21,6 +21,8 @@ try:
 except ModuleNotFoundError as missing:
     sys.exit(f"ewavit: the command line needs {missing.name}: pip install 'ewavit[train]'")
 
+if TYPE_CHECKING:
+    from ewavit.training.data import Data
 
 _OF_COMPARISON = {"arms", "seeds", "lrs", "jobs"}  # what the YAML of a comparison holds beside a recipe
 
@@ -71,6 +73,18 @@ def _parser(name: str = "ewavit") -> argparse.ArgumentParser:
     _add_recipe(plan)
     plan.add_argument("--json", action="store_true", help="print JSON")
     plan.set_defaults(command=_plan)
+
+    bench = commands.add_parser(
+        "bench",
+        help="measure training steps with experts against dense ones, here",
+        description="Take training steps of a recipe's mixture and of its dense model in turn, on random "
+        "images, and print the time of each part, its ratio with an interval, and the activations' memory.",
+        allow_abbrev=False,
+    )
+    _add_recipe(bench)
+    bench.add_argument("--rounds", type=int, default=20, help="steps of each that count (default: 20)")
+    bench.add_argument("--json", action="store_true", help="print JSON")
+    bench.set_defaults(command=_bench)
 
     compare = commands.add_parser(
         "compare",
@@ -237,13 +251,10 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from ewavit.training.loop import open_recipe_data
     from ewavit.training.plan import plan
 
-    recipe, given = _recipe(options)
-    has_data = recipe.model is None or "data" in given  # else the images that timm's weights are for
     try:
-        made = plan(recipe, open_recipe_data(recipe) if has_data else None)
+        made = plan(*_recipe_and_data(options))
     except EwavitError as problem:
         table = str(problem).partition("\n")[2]  # the candidates and why each is refused
         if table and not options.json:
@@ -251,6 +262,27 @@ def _plan(options: argparse.Namespace) -> int:
         raise
     print(json.dumps(made.as_dict(), indent=2) if options.json else made)
     return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from ewavit.training.bench import bench
+
+    if options.rounds < 1:
+        raise EwavitError(f"--rounds {options.rounds} measures nothing: choose 1 or more")
+    recipe, data = _recipe_and_data(options)
+    if recipe.experts == 1:
+        raise EwavitError("--experts 1 is the dense model itself: choose 2 or more")
+    made = bench(recipe, options.rounds, data)
+    print(json.dumps(made.as_dict(), indent=2) if options.json else made)
+    return 0
+
+
+def _recipe_and_data(options: argparse.Namespace) -> tuple[Recipe, Data | None]:
+    """The recipe, and its data unless a model is named alone: then it is for the images of timm's weights."""
+    from ewavit.training.loop import open_recipe_data
+
+    recipe, given = _recipe(options)
+    return recipe, open_recipe_data(recipe) if recipe.model is None or "data" in given else None
 
 
 def _compare(options: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import timm
 import torch
 from timm.models import load_state_dict
+from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
 from ewavit.averaging import CosineRamp, ExpertAveraging, LinearRamp
@@ -16,6 +17,7 @@ from ewavit.errors import EwavitError
 from ewavit.ffn import FFN
 from ewavit.moe import moe_layers
 from ewavit.surgery import expand, select_ffns
+from ewavit.training.batches import Data
 from ewavit.training.recipe import Recipe
 
 MOST_PATCHES = 4096
@@ -70,6 +72,20 @@ def build_model(
     return model, settings
 
 
+def image_facts(recipe: Recipe, data: Data | None = None) -> tuple[int, int, int]:
+    """Classes, channels and side of the images that a recipe's model is for.
+
+    Args:
+        recipe: the settings.
+        data: the images; without them those that timm's weights were made for.
+    """
+    if data is not None:
+        return data.num_classes, data.in_chans, recipe.img_size or data.img_size
+    config = timm.get_pretrained_cfg((recipe.model or "").split(".")[0])
+    in_chans, img_size = config.input_size[:2] if config else (3, 224)
+    return config.num_classes if config else 1000, in_chans, recipe.img_size or img_size
+
+
 def model_settings(recipe: Recipe, img_size: int) -> tuple[str, dict[str, Any]]:
     """The model's name and keyword arguments; without a name a ViT-Tiny with patches that fit the images."""
     kwargs = recipe.parsed_model_kwargs()
@@ -115,7 +131,48 @@ def expert_averaging(model: nn.Module, recipe: Recipe, updates_per_epoch: int) -
     return ExpertAveraging(model, schedule, every=recipe.average_every, moments=recipe.average_moments)
 
 
-def scale_expert_lr(optimizer: torch.optim.Optimizer, model: nn.Module, factor: float) -> None:
+def set_grad_checkpointing(model: nn.Module) -> None:
+    """Let a timm model recompute its blocks' activations in the backward pass.
+
+    Raises:
+        EwavitError: the model cannot.
+    """
+    try:
+        model.set_grad_checkpointing()  # type: ignore[operator]
+    except (AttributeError, AssertionError):
+        raise EwavitError(
+            f"{type(model).__name__} has no activation checkpointing: leave out --grad-checkpointing"
+        ) from None
+
+
+def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The optimizer that a recipe asks for, over a model that is expanded and on its device.
+
+    Raises:
+        EwavitError: timm does not know it, or refuses its settings.
+    """
+    fused = {"fused": True} if recipe.opt in ("adam", "adamw") else {}  # one pass over the weights
+    try:
+        optimizer: torch.optim.Optimizer = create_optimizer_v2(
+            model,
+            opt=recipe.opt,
+            lr=recipe.lr,
+            weight_decay=recipe.weight_decay,
+            momentum=recipe.momentum,
+            layer_decay=recipe.layer_decay,
+            **fused,
+        )
+    except (AssertionError, ValueError, KeyError) as problem:
+        raise EwavitError(f"timm could not build the optimizer {recipe.opt!r} ({problem})") from None
+    if recipe.expert_lr != 1.0:
+        _scale_expert_lr(optimizer, model, recipe.expert_lr)
+        if recipe.sched == "none":
+            for group in optimizer.param_groups:
+                group["lr"] *= group.get("lr_scale", 1.0)
+    return optimizer
+
+
+def _scale_expert_lr(optimizer: torch.optim.Optimizer, model: nn.Module, factor: float) -> None:
     """Give the experts of a model groups of their own, whose learning rate timm's schedules multiply."""
     experts = {id(p) for moe in moe_layers(model).values() for p in moe.experts.parameters()}
     for group in list(optimizer.param_groups):

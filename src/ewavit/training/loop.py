@@ -29,7 +29,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from timm.data import Mixup
-from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
@@ -43,10 +42,11 @@ from ewavit.training import report
 from ewavit.training.batches import Batch, entropy
 from ewavit.training.building import (
     build_model,
+    build_optimizer,
     expand_by_recipe,
     expert_averaging,
     model_settings,
-    scale_expert_lr,
+    set_grad_checkpointing,
 )
 from ewavit.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, save_tensors
 from ewavit.training.data import Augmentation, Data, open_data
@@ -150,7 +150,9 @@ class _Run:
         self.card = ModelCard.of(name, settings, recipe.data, self.data)
         sample = torch.zeros(1, self.data.in_chans, self.data.img_size, self.data.img_size)
         plain = expand_by_recipe(dense, recipe, sample).to(accelerator.device)
-        optimizer = self._optimizer(plain)
+        if recipe.grad_checkpointing:
+            set_grad_checkpointing(plain)
+        optimizer = build_optimizer(plain, recipe)
         self.scheduler = self._scheduler(optimizer)
         self.average = weight_average(recipe, plain)
         self.averaging = expert_averaging(plain, recipe, self.updates_per_epoch)
@@ -176,28 +178,6 @@ class _Run:
                 label_smoothing=recipe.smoothing,
                 num_classes=self.data.num_classes,
             )
-
-    def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        recipe = self.recipe
-        fused = {"fused": True} if recipe.opt in ("adam", "adamw") else {}  # one pass over the weights
-        try:
-            optimizer: torch.optim.Optimizer = create_optimizer_v2(
-                model,
-                opt=recipe.opt,
-                lr=recipe.lr,
-                weight_decay=recipe.weight_decay,
-                momentum=recipe.momentum,
-                layer_decay=recipe.layer_decay,
-                **fused,
-            )
-        except (AssertionError, ValueError, KeyError) as problem:
-            raise EwavitError(f"timm could not build the optimizer {recipe.opt!r} ({problem})") from None
-        if recipe.expert_lr != 1.0:
-            scale_expert_lr(optimizer, model, recipe.expert_lr)
-            if recipe.sched == "none":
-                for group in optimizer.param_groups:
-                    group["lr"] *= group.get("lr_scale", 1.0)
-        return optimizer
 
     def _scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
         recipe = self.recipe

@@ -6,13 +6,18 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ewavit.ffn import find_ffns
 from ewavit.surgery import select_ffns, summary
-from ewavit.training.building import build_model, expand_by_recipe, ffn_input_shapes, model_settings
+from ewavit.training.building import (
+    build_model,
+    expand_by_recipe,
+    ffn_input_shapes,
+    image_facts,
+    model_settings,
+)
 from ewavit.training.data import Data
 from ewavit.training.recipe import Recipe
 
@@ -69,12 +74,7 @@ def plan(recipe: Recipe, data: Data | None = None) -> Plan:
     Raises:
         EwavitError: unknown model, nothing to expand, or more experts than units in a batch.
     """
-    config = timm.get_pretrained_cfg((recipe.model or "").split(".")[0]) if data is None else None
-    in_chans, img_size = config.input_size[:2] if config else (3, 224)
-    num_classes = config.num_classes if config else 1000
-    if data is not None:
-        num_classes, in_chans, img_size = data.num_classes, data.in_chans, data.img_size
-    img_size = recipe.img_size or img_size
+    num_classes, in_chans, img_size = image_facts(recipe, data)
     name, kwargs = model_settings(recipe, img_size)
     model, _ = build_model(name, num_classes=num_classes, in_chans=in_chans, img_size=img_size, **kwargs)
     sample = torch.zeros(1, in_chans, img_size, img_size)

@@ -94,6 +94,7 @@ class Recipe:
     amp: bool = _option(False, "mixed precision")
     amp_dtype: str = _option("bfloat16", "precision under --amp", ("bfloat16", "float16"))
     compile: bool = _option(False, "torch.compile the model")
+    grad_checkpointing: bool = _option(False, "recompute the blocks' activations in the backward pass")
     model_ema: bool = _option(False, "keep and evaluate an exponential moving average of the weights too")
     model_ema_decay: float = _option(0.9998, "decay of the moving average")
     model_ema_warmup: bool = _option(False, "let the decay grow from 0")
