@@ -17,12 +17,13 @@ from .averaging import (
     average_experts_,
     full_share_rate,
 )
-from .diagnostics import CollapseGap, collapse_gap, expert_spread
+from .diagnostics import CollapseGap, RoutingStatistics, collapse_gap, expert_spread, routing_statistics
 from .errors import EwavitError
 from .experts import SeparateExperts, StackedExperts
 from .ffn import FFN, find_ffns
 from .moe import MoE, moe_layers
 from .partition import RandomPartition
+from .routing import TopK, TopKRouter, auxiliary_loss, scale_auxiliary_loss
 from .sharding import expert_placement
 from .surgery import (
     Summary,
@@ -47,9 +48,13 @@ __all__ = [
     "LinearRamp",
     "MoE",
     "RandomPartition",
+    "RoutingStatistics",
     "SeparateExperts",
     "StackedExperts",
     "Summary",
+    "TopK",
+    "TopKRouter",
+    "auxiliary_loss",
     "average_experts_",
     "collapse",
     "collapse_gap",
@@ -63,5 +68,7 @@ __all__ = [
     "load_dense_state_dict",
     "moe_layers",
     "param_groups",
+    "routing_statistics",
+    "scale_auxiliary_loss",
     "summary",
 ]

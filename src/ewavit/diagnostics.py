@@ -1,8 +1,9 @@
-"""How far the experts are apart, and what collapsing them now would change."""
+"""How far the experts are apart, what collapsing them now would change, and what the routers do."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 
 from .errors import EwavitError
 from .moe import dispatching, moe_layers
+from .routing import TopKRouter
 from .sharding import local, summed
+from .surgery import collapsed
 
 
 @torch.no_grad()
@@ -60,7 +63,7 @@ def collapse_gap(
     targets: Tensor | None = None,
     criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
 ) -> CollapseGap:
-    """Compare the mixture, its tokens dealt at random, with its collapse on one batch, both without dropout.
+    """Compare the mixture, dealt at random or routed, with its collapse on one batch; no dropout, no noise.
 
     Args:
         model: an expanded model; its mode is restored.
@@ -71,22 +74,48 @@ def collapse_gap(
     Raises:
         EwavitError: the model has no MoE layer.
     """
-    if not moe_layers(model):
+    layers = moe_layers(model).values()
+    if not layers:
         raise EwavitError("the model has no MoE layer: call ewavit.expand(model) first")
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        collapsed = _logits(model(inputs))
+        with collapsed(model) if any(moe.routed for moe in layers) else nullcontext():
+            dense = _logits(model(inputs))
         with dispatching(model):
             mixture = _logits(model(inputs))
     finally:
         for module, mode in modes:
             module.training = mode
     return CollapseGap(
-        output=float((mixture - collapsed).norm() / collapsed.norm()),
+        output=float((mixture - dense).norm() / dense.norm()),
         loss_mixture=None if targets is None else float(criterion(mixture, targets)),
-        loss_collapsed=None if targets is None else float(criterion(collapsed, targets)),
+        loss_collapsed=None if targets is None else float(criterion(dense, targets)),
     )
+
+
+@dataclass(frozen=True)
+class RoutingStatistics:
+    """What the router of one layer did with the latest batch in training.
+
+    `load`: of each expert, the share of the tokens' choices, before room runs out; 1 / N where balanced.
+    `dropped`: share of the choices whose expert was full. `entropy`: mean of the softmax's, in nats; log N is
+    undecided, 0 is certain.
+    """
+
+    load: tuple[float, ...]
+    dropped: float
+    entropy: float
+
+
+def routing_statistics(model: nn.Module) -> dict[str, RoutingStatistics]:
+    """Load, dropped share and entropy of each router, by layer name; empty for a model without routers."""
+    statistics = {}
+    for layer, moe in moe_layers(model).items():
+        if isinstance(moe.dispatcher, TopKRouter):
+            *load, dropped, entropy, _ = moe.dispatcher.statistics.tolist()
+            statistics[layer] = RoutingStatistics(tuple(load), dropped, entropy)
+    return statistics
 
 
 def _logits(output: Any) -> Tensor:

@@ -23,12 +23,14 @@ Of = Callable[[nn.Parameter], Tensor | None]
 class ExpertLeaf(nn.Module):
     """A layer with N sets of parameters, stacked on dimension 0 under the original names.
 
-    In training mode input and output carry a leading expert dimension. In eval mode, or with one expert, the
-    layer is the original one with the mean parameters and there is no expert dimension.
+    In training mode, and with a router in eval mode too, input and output carry a leading expert dimension.
+    Else, or with one expert, the layer is the original one with the mean parameters and there is no expert
+    dimension.
     """
 
     weight: Tensor
     bias: Tensor | None
+    routed = False  # set by a MoE that has a router
 
     def __init__(self, leaf: nn.Module, num_experts: int) -> None:
         super().__init__()
@@ -47,7 +49,7 @@ class ExpertLeaf(nn.Module):
 
     @property
     def merged(self) -> bool:
-        return not self.training or self.num_experts == 1
+        return self.num_experts == 1 or not (self.training or self.routed)
 
     def mean(self, name: str) -> Tensor | None:
         """The mean over experts of one parameter (None for an absent bias)."""

@@ -46,6 +46,12 @@ class FFN:
         return type(self.module).__name__
 
     @property
+    def dim(self) -> int:
+        """Channels of the tokens it takes; 0 for a candidate that has no Linear or Conv2d."""
+        first = _first_layer(self.module)
+        return 0 if first is None else first.weight.shape[1]
+
+    @property
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.module.parameters())
 
@@ -185,13 +191,17 @@ def _short(problem: Exception) -> str:
     return f"{type(problem).__name__}: {str(problem)[:120]}"
 
 
+def _first_layer(module: nn.Module) -> nn.Linear | nn.Conv2d | None:
+    return next((m for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d)), None)
+
+
 def _probe_inputs(module: nn.Module) -> Iterator[tuple[Tensor, int]]:
     """Random inputs that the module may take, two images of four tokens, with their channel dimension."""
     generator = torch.Generator().manual_seed(0)
-    first = next((m for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d)), None)
+    first = _first_layer(module)
     if first is None:
         return
-    dim = first.in_features if isinstance(first, nn.Linear) else first.in_channels
+    dim = first.weight.shape[1]
     shapes = [((2, 4, dim), -1), ((2, 2, 2, dim), -1), ((2, dim, 2, 2), 1)]
     if isinstance(first, nn.Conv2d):
         shapes.reverse()

@@ -1,4 +1,7 @@
-"""`MoE`: a dispatcher and experts in the place of an FFN. Training dispatches, eval takes the mean expert."""
+"""`MoE`: a dispatcher and experts in the place of an FFN.
+
+Training dispatches. Eval takes the mean expert after a random partition, and routes with a router.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from torch import Tensor, nn
 from .errors import EwavitError
 from .experts import ExpertLeaf, Experts
 from .partition import RandomPartition
+from .routing import TopKRouter
 
 Unit = Literal["token", "image"]
 
@@ -22,7 +26,7 @@ class MoE(nn.Module):
         experts: the N experts.
         partition: what is dealt to the experts, single tokens or whole images.
         channels_first: the FFN takes (batch, channels, height, width).
-        dispatcher: sends units to experts; a `RandomPartition` unless given.
+        dispatcher: sends units to experts; a `RandomPartition` unless given. A `TopKRouter` takes tokens.
     """
 
     def __init__(
@@ -30,7 +34,7 @@ class MoE(nn.Module):
         experts: Experts,
         partition: Unit = "token",
         channels_first: bool = False,
-        dispatcher: RandomPartition | None = None,
+        dispatcher: RandomPartition | TopKRouter | None = None,
     ) -> None:
         super().__init__()
         self.experts = experts
@@ -38,13 +42,21 @@ class MoE(nn.Module):
         self.channels_first = channels_first
         self.dispatcher = dispatcher or RandomPartition(experts.num_experts)
         self.training = self.dispatcher.training = experts.training
+        for layer in experts.modules() if self.routed else ():
+            if isinstance(layer, ExpertLeaf):
+                layer.routed = True
 
     @property
     def num_experts(self) -> int:
         return self.experts.num_experts
 
+    @property
+    def routed(self) -> bool:
+        """Whether a router sends the tokens to their experts, in eval mode too."""
+        return isinstance(self.dispatcher, TopKRouter)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Compute what the FFN would, each unit by its expert in training, by the mean expert in eval.
+        """Compute what the FFN would: units by their experts in training and where routed, else by the mean.
 
         Args:
             x: (tokens, dim), (batch, tokens, dim), (batch, height, width, dim) or, channels first,
@@ -54,15 +66,17 @@ class MoE(nn.Module):
         Returns:
             The FFN's output, in the FFN's shape.
         """
-        if not self.training or self.num_experts == 1:
+        if self.num_experts == 1 or not (self.training or self.routed):
             return self.experts.merged(x, *args, **kwargs)
         if self.partition == "image":
+            state: Any  # of the dispatcher's own kind
             block, state = self.dispatcher.dispatch(x)
             return self.dispatcher.combine(self.experts(block, *args, **kwargs), state)
         return self._by_token(x, *args, **kwargs)
 
     def _by_token(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         last = x.movedim(1, -1) if self.channels_first else x
+        state: Any  # of the dispatcher's own kind
         block, state = self.dispatcher.dispatch(last.flatten(0, -2))
         experts, capacity, dim = block.shape
         # Each expert gets one "image" of `capacity` tokens, of the rank that the FFN is used to.

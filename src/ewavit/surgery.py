@@ -17,6 +17,7 @@ from .errors import EwavitError
 from .experts import ExpertLeaf, Experts, SeparateExperts, StackedExperts
 from .ffn import FFN, find_ffns
 from .moe import MoE, Unit, moe_layers
+from .routing import TopK, TopKRouter
 from .sharding import is_sharded, whole
 
 Select = str | Iterable[str] | Callable[[str, nn.Module], bool]
@@ -38,6 +39,7 @@ def expand(
     *,
     select: Select = "alternate",
     partition: Unit = "token",
+    router: TopK | None = None,
     experts: Literal["auto", "stacked", "separate"] = "auto",
     init: Init = "copy",
     noise: float = 0.01,
@@ -52,6 +54,8 @@ def expand(
         select: "alternate" (every second FFN, the last one in), "all", "last_half", the name of one module, a
             list of names, a regular expression searched in the names, or a callable `(name, module) -> bool`.
         partition: deal single "token"s, or whole "image"s for FFNs that mix tokens.
+        router: send each token where a learned router wants it, not at random: a naive MoE. Its eval mode
+            routes too, so the MoE itself is deployed, or by `collapse` the mean expert.
         experts: "stacked" (one batched matmul), "separate" (N copies), or "auto": stacked where it was tried
             and computes the same.
         init: experts start as a "copy" of the FFN; "perturb" adds relative noise to the copies;
@@ -72,6 +76,8 @@ def expand(
     ):
         if value not in choices:
             raise EwavitError(f"{option}={value!r} is unknown: choose one of {', '.join(choices)}")
+    if router is not None and partition != "token":
+        raise EwavitError(f'partition="{partition}" cannot be routed: a router sends tokens, leave it out')
     _refuse_wrapped(model)
     if moe_layers(model):
         raise EwavitError("the model is expanded already: call ewavit.collapse(model) first")
@@ -85,9 +91,16 @@ def expand(
         kind = SeparateExperts if experts == "separate" or not ffn.stackable else StackedExperts
         made = kind(ffn.module, num_experts)
         _initialise_(made, init, noise)
-        _replace(model, ffn.module, MoE(made, partition, ffn.channels_first))
+        dispatcher = None if router is None else _router(router, num_experts, ffn)
+        _replace(model, ffn.module, MoE(made, partition, ffn.channels_first, dispatcher))
     _exempt_norms_from_decay(model)
     return model
+
+
+def _router(config: TopK, num_experts: int, ffn: FFN) -> TopKRouter:
+    """A router for an FFN's tokens; drawn on the CPU, so that it is the same on every device."""
+    weight = next(ffn.module.parameters())
+    return TopKRouter(config, num_experts, ffn.dim).to(weight.device, weight.dtype)
 
 
 def select_ffns(model: nn.Module, select: Select = "alternate", partition: Unit = "token") -> list[FFN]:
@@ -214,7 +227,8 @@ def _stacked_vectors(model: nn.Module) -> set[int]:
 def collapse(model: Model) -> Model:
     """Put an FFN with the experts' mean where each mixture is, in place, and return the model.
 
-    Classes and state-dict keys are the original ones; `eval()` of the expanded model computed the same.
+    Classes and state-dict keys are the original ones; `eval()` of the expanded model computed the same, but
+    for a routed one, which loses its router.
 
     Raises:
         EwavitError: the model is not expanded, or it is sharded (FSDP2).
@@ -340,14 +354,17 @@ class Summary:
 
 def summary(model: nn.Module) -> Summary:
     """Which layers of a model are mixtures of experts, and how many parameters that takes."""
-    layers = []
+    layers, routers = [], 0
     for name, moe in moe_layers(model).items():
         kind = type(moe.experts).__name__.removesuffix("Experts").lower()
-        each = sum(parameter.numel() for parameter in moe.parameters()) // moe.num_experts
+        each = sum(parameter.numel() for parameter in moe.experts.parameters()) // moe.num_experts
         ffn = type(moe.experts.replicas()[0]).__name__
-        layers.append(LayerSummary(name, ffn, kind, moe.num_experts, moe.partition, each))
+        router = moe.dispatcher if isinstance(moe.dispatcher, TopKRouter) else None
+        dealt = moe.partition if router is None else f"top-{router.config.k} router"
+        layers.append(LayerSummary(name, ffn, kind, moe.num_experts, dealt, each))
+        routers += sum(parameter.numel() for parameter in moe.dispatcher.parameters())
     total = sum(parameter.numel() for parameter in model.parameters())
-    extra = sum((layer.num_experts - 1) * layer.dense_parameters for layer in layers)
+    extra = routers + sum((layer.num_experts - 1) * layer.dense_parameters for layer in layers)
     return Summary(tuple(layers), total, total - extra)
 
 
