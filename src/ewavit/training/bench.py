@@ -278,7 +278,7 @@ class _CudaClock(_Clock):
 
 
 def activation_bytes(model: nn.Module, loss_of: Callable[[nn.Module], Tensor]) -> int:
-    """Bytes that autograd keeps for the backward pass, parameters left out; the pass is run, gradients stay."""
+    """Bytes that autograd keeps for the backward pass, parameters left out; gradients are left behind."""
     kept: dict[int, int] = {}
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
