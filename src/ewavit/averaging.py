@@ -105,21 +105,16 @@ def average_experts_(
     Raises:
         EwavitError: the model has no MoE, or the share rate is out of range.
     """
-    groups = [group for group in _expert_tensors(model, optimizer) if group[0] > 1]
-    for num_experts, _ in groups:
-        check_share_rate(share_rate, num_experts)
-    for num_experts, experts in groups if share_rate else ():
-        weight = min(1.0, share_rate * num_experts / (num_experts - 1))
-        half = experts[0][0].dtype in (torch.bfloat16, torch.float16)
-        work = [[tensor.float() for tensor in expert] for expert in experts] if half else experts
-        mean = torch._foreach_add(work[0], work[1])
-        for expert in work[2:]:
-            torch._foreach_add_(mean, expert)
-        torch._foreach_div_(mean, num_experts)
-        for expert, stored in zip(work, experts, strict=True):
-            torch._foreach_lerp_(expert, mean, weight)
-            if half:
-                torch._foreach_copy_(stored, expert)
+    layers = moe_layers(model)
+    if not layers:
+        raise EwavitError("the model has no MoE layer: call ewavit.expand(model) first")
+    several = [moe for moe in layers.values() if moe.num_experts > 1]
+    for moe in several:
+        check_share_rate(share_rate, moe.num_experts)
+    for moe in several if share_rate else ():
+        weight = min(1.0, share_rate * moe.num_experts / (moe.num_experts - 1))
+        for of in (local, *_moments(moe, optimizer)):
+            moe.experts.pull_(weight, of)
 
 
 @torch.no_grad()
@@ -132,23 +127,6 @@ def average_experts_reference_(model: nn.Module, share_rate: float) -> None:
             for i in range(n):
                 others = sum(share_rate / (n - 1) * old[j] for j in range(n) if j != i)
                 values[i].copy_((1 - share_rate) * old[i] + others)
-
-
-def _expert_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None
-) -> list[tuple[int, list[list[Tensor]]]]:
-    """Per number of experts and dtype: for each expert the list of its tensors over all layers."""
-    groups: dict[tuple[int, torch.dtype, torch.device], list[list[Tensor]]] = {}
-    layers = moe_layers(model)
-    if not layers:
-        raise EwavitError("the model has no MoE layer: call ewavit.expand(model) first")
-    for moe in layers.values():
-        for of in (local, *_moments(moe, optimizer)):
-            for _, values in moe.experts.families(of):
-                key = (moe.num_experts, values[0].dtype, values[0].device)
-                for expert, value in zip(groups.setdefault(key, [[] for _ in values]), values, strict=True):
-                    expert.append(value)
-    return [(num_experts, experts) for (num_experts, _, _), experts in groups.items()]
 
 
 def _moments(moe: MoE, optimizer: torch.optim.Optimizer | None) -> Iterator[Of]:

@@ -18,6 +18,7 @@ from torch.func import functional_call
 from .errors import EwavitError
 
 Of = Callable[[nn.Parameter], Tensor | None]
+_HALF = (torch.bfloat16, torch.float16)
 
 
 class ExpertLeaf(nn.Module):
@@ -169,6 +170,17 @@ class Experts(nn.Module):
         """
         raise NotImplementedError
 
+    def pull_(self, weight: float, of: Of | None = None) -> None:
+        """Move every expert towards their mean, in place: `W_i <- W_i + weight (mean - W_i)`.
+
+        Half-precision values are moved in float32.
+
+        Args:
+            weight: 0 leaves the experts where they are, 1 makes them equal.
+            of: as in `families`.
+        """
+        raise NotImplementedError
+
     def replicas(self) -> list[nn.Module]:
         """The modules that hold the FFN's buffers."""
         raise NotImplementedError
@@ -225,6 +237,11 @@ class StackedExperts(Experts):
     merged = forward  # the layers themselves compute with the mean when they are not dispatched to
 
     def families(self, of: Of | None = None) -> Iterator[tuple[str, list[Tensor]]]:
+        for name, stack in self._stacks(of):
+            yield name, list(stack.unbind(0))
+
+    def _stacks(self, of: Of | None) -> Iterator[tuple[str, Tensor]]:
+        """What `families` yields before it is taken apart, (experts, ...)."""
         for name, parameter in self.ffn.named_parameters():
             value = parameter if of is None else of(parameter)
             if value is None:
@@ -234,7 +251,15 @@ class StackedExperts(Experts):
                     f"{name} is sharded over its experts: give every fully_shard "
                     "shard_placement_fn=ewavit.expert_placement(model, mesh)"
                 )
-            yield name, list(value.unbind(0))
+            yield name, value
+
+    @torch.no_grad()
+    def pull_(self, weight: float, of: Of | None = None) -> None:
+        for _, stack in self._stacks(of):
+            work = stack.float() if stack.dtype in _HALF else stack
+            work.lerp_(work.mean(0), weight)
+            if work is not stack:
+                stack.copy_(work)
 
     def collapse(self) -> nn.Module:
         leaves = [module for module in self.ffn.modules() if isinstance(module, ExpertLeaf)]
@@ -263,6 +288,14 @@ class SeparateExperts(Experts):
             return cast(Tensor, self.copies[0](x, *args, **kwargs))
         mean = {name: torch.stack(values).mean(0) for name, values in self.families()}
         return cast(Tensor, functional_call(self.copies[0], mean, (x, *args), kwargs))
+
+    @torch.no_grad()
+    def pull_(self, weight: float, of: Of | None = None) -> None:
+        for _, values in self.families(of):
+            work = [value.float() if value.dtype in _HALF else value for value in values]
+            mean = torch.stack(work).mean(0)
+            for value, moved in zip(values, work, strict=True):
+                value.copy_(moved.lerp_(mean, weight))
 
     def replicas(self) -> list[nn.Module]:
         return list(self.copies)
