@@ -1,6 +1,8 @@
 """Naive MoE: the router against its references, its losses and where they go, and what surrounds it."""
 
 import copy
+import csv
+import json
 import math
 import re
 
@@ -14,9 +16,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import ewavit as ewa
+from ewavit.cli import main
+from ewavit.compare.arms import arm_recipe, make_arms
 from ewavit.routing import _Gather, routed_reference
+from ewavit.training import loop
+from ewavit.training.building import expert_averaging
+from ewavit.training.export import evaluate
+from ewavit.training.loop import Interrupted, resume, train
+from ewavit.training.recipe import Recipe
 from small_models import DIM, MlpNet, ffn, images, randomised, separated, tiny_vit, tokens
 from test_invariants import assert_same, check_compiled, fresh_compiler, gradients, labels
+from test_training import TINY, assert_same_end, fresh_accelerator, recipe, stop_after
+
+__all__ = ["fresh_accelerator"]  # an autouse fixture
 
 KINDS = {"stacked": ewa.StackedExperts, "separate": ewa.SeparateExperts}
 both_kinds = pytest.mark.parametrize("kind", KINDS)
@@ -572,3 +584,144 @@ def test_no_parameter_is_named_token_and_the_router_decays_like_a_matrix():
     assert any(parameter is router for parameter in decay["params"])
     assert not any(parameter is router for parameter in no_decay["params"])
     assert model(images()).shape == (2, 3)
+
+
+# ---------------------------------------------------------------- runs
+
+
+ROUTED = {"router": "topk", "k": 2, "experts": 3}
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """One finished run whose experts were kept, for tests that only look at it."""
+    return train(Recipe(**{**TINY, **ROUTED}, output=str(tmp_path_factory.mktemp("runs")), name="kept"))
+
+
+def test_a_routed_run_leaves_one_file_that_loads_as_the_mixture_it_trained(kept):
+    model = ewa.load(kept.run)
+    (layer,) = ewa.moe_layers(model).values()
+    assert layer.routed
+    assert not model.training
+    assert (layer.num_experts, layer.dispatcher.config) == (3, ewa.TopK(k=2))
+    x = torch.randn(4, 1, 28, 28)
+    expected = model(x)
+    for source in (kept.model_file, str(kept.run / "checkpoint")):
+        assert torch.equal(ewa.load(source)(x), expected)
+    assert evaluate(kept.run, batch_size=32).top1 == pytest.approx(kept.row["eval_top1"], abs=0.01)
+
+
+def test_what_cannot_be_loaded_is_named(tmp_path):
+    with pytest.raises(ewa.EwavitError, match="missing"):
+        ewa.load(tmp_path / "missing")
+
+
+def test_the_routers_statistics_are_in_the_summary(kept):
+    rows = list(csv.DictReader((kept.run / "summary.csv").open()))
+    for row in rows:
+        load = [float(row[f"load/blocks.1.mlp/{expert}"]) for expert in range(3)]
+        assert sum(load) == pytest.approx(1.0, abs=1e-5)
+        assert 0 <= float(row["dropped"]) == float(row["dropped/blocks.1.mlp"]) < 1
+        assert 0 < float(row["router_entropy/blocks.1.mlp"]) < math.log(3) + 1e-6
+        assert float(row["auxiliary_loss"]) > 0
+        assert "predicted_spread" not in row
+
+
+def test_only_the_mean_expert_of_a_routed_run_is_exported_and_only_when_asked_for(kept, tmp_path, capsys):
+    file = tmp_path / "plain.safetensors"
+    words = ["export", str(kept.run), "--to", str(file)]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "--collapse" in said
+    assert not file.exists()
+    assert main([*words, "--collapse"]) == 0
+    assert f"the run had {kept.row['eval_top1']:.2f} %" in capsys.readouterr().out
+    expected, found = ewa.collapse(ewa.load(kept.run)), ewa.load(file)
+    x = torch.randn(2, 1, 28, 28)
+    assert not ewa.moe_layers(found)
+    assert torch.equal(found(x), expected(x))
+
+
+def test_a_collapsed_routed_run_is_evaluated_and_left_as_the_plain_model(tmp_path):
+    result = train(
+        recipe(tmp_path, "collapsed", **ROUTED, collapse=True, model_ema=True, model_ema_decay=0.9)
+    )
+    plain = ewa.load(result.run)
+    assert not ewa.moe_layers(plain)
+    assert evaluate(result.run).top1 == pytest.approx(result.row["eval_top1"], abs=0.01)
+    average = evaluate(result.run / "model-average.safetensors").top1
+    assert average == pytest.approx(result.row["average_top1"], abs=0.01)
+    assert not ewa.moe_layers(ewa.load(result.run / "checkpoint"))
+
+
+@pytest.mark.parametrize("updates", [3, 4], ids=["mid-epoch", "epoch end"])
+def test_a_routed_run_resumes_exactly(tmp_path, monkeypatch, updates):
+    settings = {**ROUTED, "early": 0.6, "grad_accum_steps": 2, "model_ema": True, "model_ema_decay": 0.9}
+    whole = train(recipe(tmp_path, "whole", **settings)).run
+    with monkeypatch.context() as patch:
+        stop_after(patch, updates)
+        with pytest.raises(Interrupted):
+            train(recipe(tmp_path, "parts", **settings))
+    resume(tmp_path / "parts")
+    assert_same_end(whole, tmp_path / "parts")
+
+
+def test_the_loop_scales_the_auxiliary_losses_like_its_own(tmp_path):
+    settings = {**ROUTED, "grad_accum_steps": 4}
+    run = loop._Run(recipe(tmp_path, "scaled", **settings), tmp_path / "scaled", loop.Accelerator(cpu=True))
+    one = torch.ones(())
+    assert float(only_router(run.plain).scale_loss(one)) == 0.25
+    run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    run._forward_backward(run._training_batches(0))
+    assert float(only_router(run.plain).scale_loss(one)) == 2.0
+
+
+def test_early_averaging_ends_after_its_share_of_the_training_and_ramps_within_it():
+    settings = Recipe(early=0.3, ramp=0.5, share_rate=0.4, epochs=10)
+    averaging = expert_averaging(ewa.expand(MlpNet(), 4), settings, updates_per_epoch=10)
+    assert [averaging.schedule(step) for step in (0, 15, 30, 31, 100)] == [0.0, 0.4, 0.4, 0.0, 0.0]
+
+
+def test_the_arms_with_a_router_differ_in_it_and_in_the_averaging():
+    names = ["dense", "moe", "moe+ewa", "moe+early-ewa", "moe-collapsed"]
+    arms = make_arms(names, Recipe(partition="image"))
+    recipes = {arm.name: arm_recipe(Recipe(partition="image"), arm) for arm in arms}
+    assert [arm.role for arm in arms] == ["control", *["method"] * 4]
+    assert recipes["dense"].top_k is None
+    assert all(recipes[name].top_k == ewa.TopK() for name in names[1:])
+    assert [recipes[name].share_rate for name in names[1:]] == [0.0, 0.3, 0.3, 0.0]
+    assert [recipes[name].early for name in names[1:]] == [None, None, 0.3, None]
+    assert [recipes[name].keeps_experts for name in names] == [False, True, True, True, False]
+    with pytest.raises(ewa.EwavitError, match="leave it out of the recipe"):
+        make_arms(["dense", "ewa"], Recipe(router="topk"))
+
+
+def test_plan_counts_the_routers_and_the_spare_room_of_their_experts(capsys):
+    words = ["plan", "--model", TINY["model"], "--model-kwargs", TINY["model_kwargs"], "--img-size", "28"]
+    assert main([*words, "--router", "topk", "--capacity-ratio", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["router_parameters"] == 4 * 32
+    tokens, room = 17, 4 * math.ceil(17 * 2 / 4)
+    extra = 2 * (room - tokens) * 2 * 32 * 128 + 2 * tokens * 4 * 32
+    assert found["routed_flops_per_image"] - found["forward_flops_per_image"] == extra
+    assert main(words) == 0
+    assert "router" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--k", "5"], "--k 5"),
+        (["--k", "0"], "--k 0"),
+        (["--capacity-ratio", "0"], "--capacity-ratio 0.0"),
+        (["--capacity-ratio", "inf"], "inf"),
+        (["--partition", "image"], "--partition image"),
+        (["--early", "1.5"], "--early 1.5"),
+    ],
+)
+def test_wrong_settings_of_a_routed_run_are_named_in_one_line(capsys, tmp_path, words, said):
+    assert main(["train", "--router", "topk", "--output", str(tmp_path), *words]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1

@@ -18,7 +18,7 @@ import ewavit as ewa
 from ewavit import EwavitError
 from ewavit.training import loop
 from ewavit.training.checkpoint import load_checkpoint
-from ewavit.training.export import evaluate, export, load_collapsed
+from ewavit.training.export import evaluate, export, load_model
 from ewavit.training.loop import Interrupted, resume, train
 from ewavit.training.recipe import Recipe
 
@@ -179,7 +179,7 @@ print(model(torch.randn(1, 1, 28, 28))[0, 0].item())
 assert "ewavit" not in sys.modules
 """
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    model, _ = load_collapsed(finished.run)
+    model, _ = load_model(finished.run)
     torch.manual_seed(0)
     assert float(said) == pytest.approx(model(torch.randn(1, 1, 28, 28))[0, 0].item(), abs=1e-6)
 

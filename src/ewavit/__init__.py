@@ -8,6 +8,11 @@
 >>> model = ewa.collapse(model)
 """
 
+from os import PathLike
+from pathlib import Path
+
+from torch.nn import Module
+
 from .averaging import (
     Constant,
     CosineRamp,
@@ -37,6 +42,23 @@ from .surgery import (
 )
 
 __version__ = "0.1.0"
+
+
+def load(run: str | PathLike[str]) -> Module:
+    """The model that a run of `ewavit train`, its checkpoint or an exported file deploys, in eval mode.
+
+    The plain model, or the mixture itself where a router was trained and its experts were kept.
+
+    Raises:
+        EwavitError: nothing there that ewavit wrote, or `ewavit[train]` is not installed.
+    """
+    try:
+        from .training.export import load_model
+    except ModuleNotFoundError as missing:
+        raise EwavitError(f"ewavit.load needs {missing.name}: pip install 'ewavit[train]'") from None
+    return load_model(Path(run))[0]
+
+
 __all__ = [
     "FFN",
     "CollapseGap",
@@ -65,6 +87,7 @@ __all__ = [
     "expert_spread",
     "find_ffns",
     "full_share_rate",
+    "load",
     "load_dense_state_dict",
     "moe_layers",
     "param_groups",

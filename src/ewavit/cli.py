@@ -122,6 +122,9 @@ def _parser(name: str = "ewavit") -> argparse.ArgumentParser:
         "--to", required=True, type=Path, metavar="FILE", help="ends in .safetensors or .onnx"
     )
     export.add_argument("--data", help="check the accuracy on this data instead of the run's")
+    export.add_argument(
+        "--collapse", action="store_true", help="of a routed run the plain model with the mean expert"
+    )
     export.set_defaults(command=_export)
     return parser
 
@@ -357,7 +360,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from ewavit.training.export import export
 
-    print(export(options.source, options.to, options.data))
+    print(export(options.source, options.to, options.data, mean_expert=options.collapse))
     return 0
 
 

@@ -19,6 +19,9 @@ TUNED = "-lr"  # an arm's name that ends so: its learning rate is chosen from th
 # window is step^(2/3), 5 to 10 % of a run of 1,000 to 10,000 steps, and the decay set is only its upper end.
 _EMA = {"model_ema": True, "model_ema_warmup": True}
 
+# A naive MoE, with a learned router; it is what is deployed, but for moe-collapsed: the mean of its experts.
+_ROUTED = {"router": "topk", "partition": "token"}
+
 BUILT_IN: dict[str, Callable[[Recipe], dict[str, Any]]] = {
     "dense": lambda recipe: {"experts": 1},
     "ema": lambda recipe: {"experts": 1, **_EMA},
@@ -30,6 +33,10 @@ BUILT_IN: dict[str, Callable[[Recipe], dict[str, Any]]] = {
     "full": lambda recipe: {"share_rate": (recipe.experts - 1) / recipe.experts, "ramp": 0.0},
     "ewa": lambda recipe: {},
     "ewa+ema": lambda recipe: dict(_EMA),
+    "moe": lambda recipe: {**_ROUTED, "share_rate": 0.0},
+    "moe+ewa": lambda recipe: dict(_ROUTED),
+    "moe+early-ewa": lambda recipe: {**_ROUTED, "early": recipe.early or 0.3},
+    "moe-collapsed": lambda recipe: {**_ROUTED, "share_rate": 0.0, "collapse": True},
 }
 # What a difference between two arms must not come from: other images, other seeds, other folders.
 _SHARED = {
@@ -64,6 +71,11 @@ def make_arms(
         raise EwavitError(
             f"{averages[0]} would average the weights of every arm: leave it out of the recipe and compare "
             "arms that do, e.g. ema, swa, twa, ewa+ema"
+        )
+    if recipe.router != "random":
+        raise EwavitError(
+            f"router {recipe.router} would route every arm: leave it out of the recipe and compare arms that "
+            "have one, e.g. moe, moe+ewa, moe+early-ewa, moe-collapsed"
         )
     arms = tuple(_arm(name, recipe, mine) for name in dict.fromkeys(names))
     if "dense" not in {arm.name for arm in arms}:

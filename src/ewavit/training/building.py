@@ -12,7 +12,7 @@ from timm.models import load_state_dict
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
-from ewavit.averaging import CosineRamp, ExpertAveraging, LinearRamp
+from ewavit.averaging import CosineRamp, Early, ExpertAveraging, LinearRamp, Schedule
 from ewavit.errors import EwavitError
 from ewavit.ffn import FFN
 from ewavit.moe import moe_layers
@@ -119,7 +119,9 @@ def expand_by_recipe(model: nn.Module, recipe: Recipe, sample: Tensor | None = N
                     f"{recipe.partition}s of a batch in {name}: take fewer experts or a larger --batch-size"
                 )
     names = [ffn.name for ffn in chosen]
-    return expand(model, recipe.experts, select=names, partition=recipe.partition, init=recipe.init)
+    return expand(
+        model, recipe.experts, select=names, partition=recipe.partition, router=recipe.top_k, init=recipe.init
+    )
 
 
 def expert_averaging(model: nn.Module, recipe: Recipe, updates_per_epoch: int) -> ExpertAveraging | None:
@@ -127,7 +129,10 @@ def expert_averaging(model: nn.Module, recipe: Recipe, updates_per_epoch: int) -
     if recipe.experts == 1:
         return None
     ramp = LinearRamp if recipe.ramp_shape == "linear" else CosineRamp
-    schedule = ramp(recipe.share_rate, round(recipe.ramp * recipe.epochs * updates_per_epoch))
+    last = round((1.0 if recipe.early is None else recipe.early) * recipe.epochs * updates_per_epoch)
+    schedule: Schedule = ramp(recipe.share_rate, round(recipe.ramp * last))
+    if recipe.early is not None:
+        schedule = Early(schedule, last)
     return ExpertAveraging(model, schedule, every=recipe.average_every, moments=recipe.average_moments)
 
 

@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ewavit.errors import EwavitError
-from ewavit.surgery import collapse
+from ewavit.moe import moe_layers
+from ewavit.routing import TopK, TopKRouter
+from ewavit.surgery import collapse, expand
 from ewavit.training.building import expand_by_recipe
 from ewavit.training.checkpoint import load_checkpoint, save_tensors
 from ewavit.training.data import Data, open_data
@@ -28,10 +30,27 @@ LARGEST_TOP1_CHANGE = 0.1  # percentage points
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """How to expand a dense model into the routed mixture that a file holds."""
+
+    num_experts: int
+    layers: tuple[str, ...]
+    router: dict[str, Any]  # the settings of `TopK`
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Mixture:
+        """The mixture that an expanded model with routers is."""
+        layers = moe_layers(model)
+        router = next(module for module in model.modules() if isinstance(module, TopKRouter))
+        return cls(router.num_experts, tuple(layers), asdict(router.config))
+
+
+@dataclass(frozen=True)
 class ModelCard:
-    """What is needed to build a collapsed model again and to feed it; kept in its file's metadata.
+    """What is needed to build a run's model again and to feed it; kept in its file's metadata.
 
     `model_kwargs` is all that `timm.create_model` takes beside the name. `top1` is in percent, on `data`.
+    `mixture` is None for a plain model.
     """
 
     model: str
@@ -43,6 +62,7 @@ class ModelCard:
     std: tuple[float, ...]
     data: str
     top1: float | None = None
+    mixture: Mixture | None = None
 
     @classmethod
     def of(cls, model: str, model_kwargs: dict[str, Any], spec: str, data: Data) -> ModelCard:
@@ -55,6 +75,8 @@ class ModelCard:
     def from_dict(cls, card: dict[str, Any]) -> ModelCard:
         """The inverse of `asdict` after a trip through JSON."""
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in card.items()}
+        if mixture := values.get("mixture"):
+            values["mixture"] = Mixture(**mixture | {"layers": tuple(mixture["layers"])})
         return cls(**values)
 
     def metadata(self) -> dict[str, str]:
@@ -62,12 +84,17 @@ class ModelCard:
         return {"ewavit": json.dumps(asdict(self))}
 
     def build(self) -> nn.Module:
-        """The dense model, with fresh weights."""
+        """The model, with fresh weights."""
         model: nn.Module = timm.create_model(self.model, **self.model_kwargs)
+        if self.mixture is not None:
+            router = TopK(**self.mixture.router)
+            expand(model, self.mixture.num_experts, select=self.mixture.layers, router=router)
         return model
 
     def loading_code(self, file: Path) -> str:
-        """Three lines of timm that load the file."""
+        """Lines that load the file: of timm, or of ewavit for a mixture."""
+        if self.mixture is not None:
+            return f"import ewavit\nmodel = ewavit.load({str(file)!r})"
         arguments = ", ".join(f"{key}={value!r}" for key, value in self.model_kwargs.items())
         return (
             "import timm\n"
@@ -76,8 +103,10 @@ class ModelCard:
         )
 
 
-def load_collapsed(source: Path) -> tuple[nn.Module, ModelCard]:
-    """The plain model of a run, a checkpoint folder or an exported safetensors file, in eval mode.
+def load_model(source: Path) -> tuple[nn.Module, ModelCard]:
+    """What a run, a checkpoint folder or an exported safetensors file deploys, in eval mode.
+
+    That is the plain model, or the mixture itself where a router was trained and its experts were kept.
 
     Raises:
         EwavitError: nothing there that ewavit wrote, or it is damaged.
@@ -109,7 +138,7 @@ def _from_checkpoint(source: Path) -> tuple[nn.Module, ModelCard]:
     card = ModelCard.from_dict(checkpoint.facts["card"])
     model = expand_by_recipe(card.build(), recipe)
     model.load_state_dict(checkpoint.model)
-    if recipe.experts > 1:
+    if recipe.experts > 1 and not recipe.keeps_experts:
         collapse(model)
     progress = checkpoint.facts["progress"]
     if progress["rows"] and progress["batch"] == 0:
@@ -120,7 +149,7 @@ def _from_checkpoint(source: Path) -> tuple[nn.Module, ModelCard]:
 def predictor(source: Path) -> tuple[Callable[[Tensor], Tensor], ModelCard]:
     """What maps normalised images (batch, channels, height, width) to logits, and its card."""
     if source.suffix != ".onnx":
-        model, card = load_collapsed(source)
+        model, card = load_model(source)
         return model, card
     import onnxruntime
 
@@ -170,7 +199,7 @@ def _open_for(card: ModelCard, spec: str | None, batch_size: int, **options: Any
     return data
 
 
-def export(source: Path, to: Path, data: str | None = None) -> str:
+def export(source: Path, to: Path, data: str | None = None, mean_expert: bool = False) -> str:
     """Write the plain model of a run or checkpoint as one file, and check the file against it.
 
     The logits of the file on random images must be the model's, and, where the run's data can be opened, its
@@ -180,12 +209,14 @@ def export(source: Path, to: Path, data: str | None = None) -> str:
         source: a run's folder, or a checkpoint folder.
         to: a path ending in .safetensors (loaded by stock timm) or .onnx.
         data: data spec; the one it was trained on unless given.
+        mean_expert: collapse a routed mixture; its accuracy is said, and not compared with the run's.
 
     Returns:
         What was written and checked, in words.
 
     Raises:
-        EwavitError: wrong source or ending, an unwritable path, or a file that does not compute the same.
+        EwavitError: wrong source or ending, an unwritable path, a file that does not compute the same, or a
+            routed mixture without `mean_expert`.
     """
     if to.suffix not in (".safetensors", ".onnx"):
         raise EwavitError(
@@ -193,14 +224,23 @@ def export(source: Path, to: Path, data: str | None = None) -> str:
         )
     if not to.parent.is_dir():
         raise EwavitError(f"no folder {to.parent}: make it first")
-    model, card = load_collapsed(source)
+    model, card = load_model(source)
+    routed, of_file = bool(moe_layers(model)), card
+    if routed:
+        if not mean_expert:
+            raise EwavitError(
+                f"{source} keeps the experts of its router, which no plain model equals: use "
+                f"ewavit.load({str(source)!r}), or --collapse to export the mean expert, another model"
+            )
+        collapse(model)
+        of_file = replace(card, top1=None, mixture=None)
     partial = to.with_name(f"unchecked-{to.name}")
     try:
         if to.suffix == ".onnx":
-            _write_onnx(model, card, partial)
+            _write_onnx(model, of_file, partial)
         else:
-            save_tensors(model.state_dict(), partial, card.metadata())
-        checked = _check(partial, model, card, data)
+            save_tensors(model.state_dict(), partial, of_file.metadata())
+        checked = _check(partial, model, card, data, collapsed=routed)
         os.replace(partial, to)
     finally:
         partial.unlink(missing_ok=True)
@@ -223,7 +263,7 @@ def _write_onnx(model: nn.Module, card: ModelCard, file: Path) -> None:
 
 
 @torch.no_grad()
-def _check(file: Path, model: nn.Module, card: ModelCard, data: str | None) -> str:
+def _check(file: Path, model: nn.Module, card: ModelCard, data: str | None, collapsed: bool) -> str:
     predict, _ = predictor(file)
     images = torch.randn(4, card.in_chans, card.img_size, card.img_size)
     expected, found = model(images), predict(images)
@@ -245,6 +285,8 @@ def _check(file: Path, model: nn.Module, card: ModelCard, data: str | None) -> s
     said += f", top-1 {metrics.top1:.2f} % on {metrics.images:,} images"
     if card.top1 is None or data is not None:
         return said
+    if collapsed:
+        return f"{said} (with its router and all experts the run had {card.top1:.2f} %)"
     if abs(metrics.top1 - card.top1) > LARGEST_TOP1_CHANGE:
         raise EwavitError(f"{said}, but the run had {card.top1:.2f} %: the file was removed")
     return f"{said} (the run: {card.top1:.2f} %)"

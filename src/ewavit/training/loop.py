@@ -15,7 +15,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from itertools import zip_longest
@@ -33,10 +33,11 @@ from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from ewavit.diagnostics import expert_spread
+from ewavit.diagnostics import expert_spread, routing_statistics
 from ewavit.errors import EwavitError
 from ewavit.moe import moe_layers
-from ewavit.surgery import dense_state_dict
+from ewavit.routing import auxiliary_loss, scale_auxiliary_loss
+from ewavit.surgery import collapsed, dense_state_dict
 from ewavit.theory import SpreadPrediction
 from ewavit.training import report
 from ewavit.training.batches import Batch, entropy
@@ -51,7 +52,7 @@ from ewavit.training.building import (
 from ewavit.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, save_tensors
 from ewavit.training.data import Augmentation, Data, open_data
 from ewavit.training.evaluation import Metrics, evaluate_batches, predictions
-from ewavit.training.export import ModelCard
+from ewavit.training.export import Mixture, ModelCard
 from ewavit.training.recipe import Recipe
 from ewavit.training.weight_average import WeightAverage, weight_average
 
@@ -160,6 +161,7 @@ class _Run:
             self.averaging.attach(optimizer)
         self.prediction = None
         predictable = SpreadPrediction.supports(optimizer) and not recipe.average_moments
+        predictable = predictable and recipe.top_k is None  # a router's experts differ by more than noise
         if self.averaging is not None and predictable:
             self.prediction = SpreadPrediction(plain, optimizer, self.averaging)
         self.progress = Progress()
@@ -170,6 +172,10 @@ class _Run:
         if recipe.compile:
             plain.compile()
         self.model, self.optimizer = accelerator.prepare(plain, optimizer)
+        self.loss_scale = torch.full((), 1 / recipe.grad_accum_steps, device=accelerator.device)
+        if recipe.top_k is not None:
+            scale = self.loss_scale
+            scale_auxiliary_loss(plain, lambda loss: loss * scale)
         self.mixup = None
         if recipe.mixup or recipe.cutmix:
             self.mixup = Mixup(
@@ -274,7 +280,9 @@ class _Run:
             **({"predicted_spread": fmean(predicted.values())} if predicted else {}),
             "images_per_second": images / seconds,
             "peak_memory_mib": _peak_memory_mib(self.accelerator.device),
-        } | {f"spread/{layer}": value for layer, value in spread.items()}
+            **{f"spread/{layer}": value for layer, value in spread.items()},
+            **_routing_columns(self.plain),
+        }
 
     def _training_batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """An epoch's batches, each drawn, and then trained on, from generators seeded for it alone."""
@@ -293,6 +301,9 @@ class _Run:
         return F.cross_entropy(model(images), targets, label_smoothing=smoothing)
 
     def _forward_backward(self, batches: Iterator[Batch]) -> Tensor:
+        if (scaler := self.accelerator.scaler) is not None:
+            share = torch.full_like(self.loss_scale, 1 / self.recipe.grad_accum_steps)
+            self.loss_scale.copy_(scaler.scale(share))
         loss = self._loss(self.model, *next(batches))
         self.accelerator.backward(loss / self.recipe.grad_accum_steps)
         return loss.detach()
@@ -353,7 +364,7 @@ class _Run:
 
     def _evaluate(self) -> report.Row:
         def measure(model: nn.Module) -> Metrics:
-            with self.accelerator.autocast():
+            with self.accelerator.autocast(), self._deployed(model):
                 return evaluate_batches(
                     model.eval(), self.data.eval_batches(), self.data.num_classes, self.accelerator.device
                 )
@@ -364,6 +375,10 @@ class _Run:
             averaged = measure(self.average.module) if self.average.ready else metrics
             row |= {"average_loss": averaged.loss, "average_top1": averaged.top1}
         return row
+
+    def _deployed(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """Within, a model in eval mode is what will be deployed: a routed one may have to be collapsed."""
+        return collapsed(model) if self.recipe.top_k and self.recipe.collapse else nullcontext()
 
     def _complete_average(self, average: WeightAverage, row: report.Row) -> None:
         """Let the average learn what it has to from further epochs of training images, and count them."""
@@ -382,7 +397,7 @@ class _Run:
     def _write_predictions(self) -> None:
         """Leave the final weights' prediction for every evaluation image in `predictions.csv`."""
         counts = self.plain if self.average is None else self.average.module
-        with self.accelerator.autocast():
+        with self.accelerator.autocast(), self._deployed(counts):
             mine = predictions(counts.eval(), self.data.eval_batches())
         shares = gather_object([mine])  # rank r has every so-many-th image from the r-th on
         if self.accelerator.is_main_process:
@@ -439,20 +454,24 @@ class _Run:
         row, model_file = self.progress.rows[-1], self.folder / "model.safetensors"
         self._write_predictions()
         if self.accelerator.is_main_process:
+            if self.recipe.keeps_experts:
+                self.card = replace(self.card, mixture=Mixture.of(self.plain))
+            state_of = nn.Module.state_dict if self.recipe.keeps_experts else dense_state_dict
             title = f"{self.folder.name}: {self.card.model} on {self.data.name}"
             report.draw_curves(self.progress.rows, self.folder / "curves.png", title)
             if self.average is not None:
                 card = replace(self.card, top1=row["average_top1"])
                 average_file = self.folder / "model-average.safetensors"
-                save_tensors(dense_state_dict(self.average.module), average_file, card.metadata())
+                save_tensors(state_of(self.average.module), average_file, card.metadata())
             card = replace(self.card, top1=row["eval_top1"])
-            save_tensors(dense_state_dict(self.plain), model_file, card.metadata())
+            save_tensors(state_of(self.plain), model_file, card.metadata())
             skipped = f", {self.data.bad_images} unreadable images skipped" if self.data.bad_images else ""
             kind = "held-out" if self.recipe.holdout else "test"
             report.say(f"top-1 {row['eval_top1']:.2f} % on {self.data.num_eval:,} {kind} images{skipped}")
             if self.average is not None:
                 report.say(f"top-1 {row['average_top1']:.2f} % of the averaged weights, {average_file}")
-            report.say(f"the plain model is {model_file}; load it with\n\n{card.loading_code(model_file)}\n")
+            what = "the mixture of experts" if self.recipe.keeps_experts else "the plain model"
+            report.say(f"{what} is {model_file}; load it with\n\n{card.loading_code(model_file)}\n")
             mean, std = (", ".join(f"{value:.4f}" for value in values) for values in (card.mean, card.std))
             report.say(f"and give it images in 0 to 1, less the mean {mean}, divided by {std}")
         self.accelerator.wait_for_everyone()
@@ -462,7 +481,8 @@ class _Run:
     def _opening(self) -> str:
         data, recipe, layers = self.data, self.recipe, moe_layers(self.plain)
         mixtures = "1 mixture" if len(layers) == 1 else f"{len(layers)} mixtures"
-        method = f"{mixtures} of {recipe.experts} experts" if layers else "dense"
+        router = f", top-{recipe.k} router" if recipe.top_k else ""
+        method = f"{mixtures} of {recipe.experts} experts{router}" if layers else "dense"
         resumed = f", resumed at epoch {self.progress.epoch + 1}, batch {self.progress.batch}"
         return (
             f"{self.folder}: {self.card.model} on {data.num_train:,} images of {data.name} "
@@ -486,6 +506,22 @@ class _Run:
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+
+def _routing_columns(model: nn.Module) -> report.Row:
+    """What the routers did with the latest batch; nothing for a model without."""
+    statistics = routing_statistics(model)
+    if not statistics:
+        return {}
+    columns = {
+        "auxiliary_loss": float(auxiliary_loss(model)),
+        "dropped": fmean(layer.dropped for layer in statistics.values()),
+        "router_entropy": fmean(layer.entropy for layer in statistics.values()),
+    }
+    for name, layer in statistics.items():
+        columns |= {f"dropped/{name}": layer.dropped, f"router_entropy/{name}": layer.entropy}
+        columns |= {f"load/{name}/{expert}": load for expert, load in enumerate(layer.load)}
+    return columns
 
 
 def _peak_memory_mib(device: torch.device) -> float:

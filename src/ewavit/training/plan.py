@@ -7,9 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ewavit.ffn import find_ffns
+from ewavit.moe import moe_layers
 from ewavit.surgery import select_ffns, summary
 from ewavit.training.building import (
     build_model,
@@ -40,7 +42,9 @@ class Plan:
     training_parameters: int
     dense_optimizer_bytes: int
     training_optimizer_bytes: int
-    forward_flops_per_image: int
+    forward_flops_per_image: int  # dense, and of a mixture dealt at random
+    routed_flops_per_image: int | None  # with a router, whose experts have spare room
+    router_parameters: int
     expected_step_ratio: float
 
     def as_dict(self) -> dict[str, Any]:
@@ -55,10 +59,16 @@ class Plan:
             lines.append("  " + "  ".join(columns))
         dense, training = self.dense_optimizer_bytes / 2**20, self.training_optimizer_bytes / 2**20
         flops = self.forward_flops_per_image / 1e9
+        where, routed = "in training and deployed", []
+        if self.routed_flops_per_image is not None:
+            where = "dense"
+            gflops, parameters = self.routed_flops_per_image / 1e9, self.router_parameters
+            routed = [f"routed       {gflops:>12.3f} GFLOPs an image, {parameters:,} parameters of routers"]
         lines += [
             f"parameters   {self.dense_parameters:>12,} dense  {self.training_parameters:>12,} in training",
             f"optimizer    {dense:>8,.1f} MiB dense  {training:>8,.1f} MiB in training (AdamW's two moments)",
-            f"forward      {flops:>12.3f} GFLOPs an image (a multiply-add is two), in training and deployed",
+            f"forward      {flops:>12.3f} GFLOPs an image (a multiply-add is two), {where}",
+            *routed,
             f"step time    {self.expected_step_ratio:>12.3f} x dense, estimated from this machine's rates",
         ]
         return "\n".join(lines)
@@ -85,12 +95,12 @@ def plan(recipe: Recipe, data: Data | None = None) -> Plan:
         {"name": ffn.name, "class": ffn.class_name, "verdict": _verdict(ffn.name in names, ffn.reason)}
         for ffn in find_ffns(model)
     )
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(sample)
-    flops = counter.get_total_flops()
+    flops = _forward_flops(model, sample)
     dense = sum(parameter.numel() for parameter in model.parameters())
     expand_by_recipe(model, recipe, sample)
     training = summary(model).parameters
+    routers = [p.numel() for moe in moe_layers(model).values() for p in moe.dispatcher.parameters()]
+    routed_flops = _forward_flops(model, sample) if routers else None
     extra_bytes = BYTES * (
         (training - dense) * ACCESSES_PER_PARAMETER + 2 * MOVES_PER_TOKEN * moved * recipe.batch_size
     )
@@ -99,8 +109,15 @@ def plan(recipe: Recipe, data: Data | None = None) -> Plan:
     images = f"{img_size}x{img_size}x{in_chans} images, {num_classes} classes"
     return Plan(
         name, images, recipe.experts, candidates, dense, training, 2 * BYTES * dense, 2 * BYTES * training,
-        flops, 1 + extra_bytes / copy / seconds,
+        flops, routed_flops, sum(routers), (routed_flops or flops) / flops + extra_bytes / copy / seconds,
     )  # fmt: skip
+
+
+def _forward_flops(model: nn.Module, sample: Tensor) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(sample)
+    flops: int = counter.get_total_flops()
+    return flops
 
 
 def _verdict(chosen: bool, reason: str) -> str:

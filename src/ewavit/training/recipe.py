@@ -13,6 +13,7 @@ import yaml
 from ewavit.averaging import check_share_rate
 from ewavit.errors import EwavitError
 from ewavit.moe import Unit
+from ewavit.routing import TopK
 from ewavit.surgery import Init
 
 
@@ -63,6 +64,15 @@ class Recipe:
         "alternate", "which FFNs: alternate, all, last_half, a name or a regular expression"
     )
     partition: Unit = _option("token", "what is dealt to the experts", ("token", "image"))
+    router: str = _option(
+        "random", "who deals: chance, or a learned top-k router (naive MoE)", ("random", "topk")
+    )
+    k: int = _option(1, "experts that a router sends each token to")
+    capacity_ratio: float = _option(1.25, "room of a routed expert, in equal shares of the tokens")
+    early: float | None = _option(
+        None, "average in this first share of the training only (Early EWA); --ramp is then a share of it"
+    )
+    collapse: bool = _option(False, "make a routed run's result the plain model too, with the mean expert")
 
     epochs: int = _option(300, "passes over the training images")
     batch_size: int = _option(128, "images per batch and process")
@@ -117,9 +127,10 @@ class Recipe:
             if value is not None and not value >= lowest:
                 raise EwavitError(f"--{flag(name)} {value} is too small: choose {lowest} or more")
         shares = ("ramp", "hflip", "reprob", "smoothing", "momentum", "model_ema_decay", "decay_rate", "swa")
-        for name in shares:
-            if not 0 <= getattr(self, name) <= 1:
-                raise EwavitError(f"--{flag(name)} {getattr(self, name)} is out of range: choose 0 to 1")
+        for name in (*shares, "early"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise EwavitError(f"--{flag(name)} {value} is out of range: choose 0 to 1")
         for name in ("drop_path", "holdout"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
@@ -140,6 +151,13 @@ class Recipe:
                 )
         if self.experts > 1:
             check_share_rate(self.share_rate, self.experts)
+        if self.top_k is not None:
+            if self.k > self.experts:
+                raise EwavitError(f"--k {self.k} is more than --experts {self.experts}: choose less")
+            if self.partition != "token":
+                raise EwavitError(
+                    f"--router {self.router} sends tokens: leave out --partition {self.partition}"
+                )
         if self.pretrained and self.initial_checkpoint:
             raise EwavitError("--pretrained and --initial-checkpoint both give the first weights: choose one")
         averages = {"model_ema": self.model_ema, "swa": self.swa, "twa": self.twa}
@@ -155,6 +173,17 @@ class Recipe:
                 f"--batch-size {self.batch_size} is odd: mixup and cutmix pair images, choose even"
             )
         self.parsed_model_kwargs()
+
+    @property
+    def top_k(self) -> TopK | None:
+        """The router's settings; None where chance deals, or nothing is dealt."""
+        routed = self.router == "topk" and self.experts > 1
+        return TopK(k=self.k, capacity_ratio=self.capacity_ratio) if routed else None
+
+    @property
+    def keeps_experts(self) -> bool:
+        """Whether the result is the mixture itself, not the plain model with the mean expert."""
+        return self.top_k is not None and not self.collapse
 
     def parsed_model_kwargs(self) -> dict[str, Any]:
         """`model_kwargs` as a dict; values are Python literals or else strings.
@@ -201,7 +230,7 @@ _LOWEST = {
     "limit": 1, "workers": 0, "experts": 1, "share_rate": 0.0, "epochs": 1, "batch_size": 1, "img_size": 1,
     "grad_accum_steps": 1, "weight_decay": 0.0, "warmup_epochs": 0, "mixup": 0.0, "cutmix": 0.0,
     "min_lr": 0.0, "warmup_lr": 0.0, "crop_padding": -1, "average_every": 1, "val_interval": 1, "twa": 0,
-    "recovery_interval": 0, "seed": 0, "layer_decay": 0.0,
+    "recovery_interval": 0, "seed": 0, "layer_decay": 0.0, "k": 1, "capacity_ratio": 0.001,
 }  # fmt: skip
 
 
