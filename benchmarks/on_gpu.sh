@@ -9,34 +9,36 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD/src PYTHONUNBUFFERED=1
-gpu=$(python3 -c "import torch; print(int(torch.cuda.is_available()))")
+python=.venv/bin/python
+[ -x $python ] || python=python3
+gpu=$($python -c "import torch; print(int(torch.cuda.is_available()))")
 
 case ${1:-} in
   check)
-    python3 benchmarks/device_check.py
-    python3 benchmarks/parts.py
+    $python benchmarks/device_check.py
+    $python benchmarks/parts.py
     if [ "$gpu" = 1 ]; then
-      python3 benchmarks/memory.py --model vit_base_patch16_224 --img-size 224 --patch-size 16 --batch-size 128 --repeats 1
+      $python benchmarks/memory.py --model vit_base_patch16_224 --img-size 224 --patch-size 16 --batch-size 128 --repeats 1
     else
-      python3 benchmarks/memory.py --batch-size 8 --repeats 1
+      $python benchmarks/memory.py --batch-size 8 --repeats 1
     fi
     ;;
   speed)
     if [ "$gpu" = 1 ]; then
       few=dense,ewa-4,ewa-4-all,top1-grouped_mm
-      python3 benchmarks/step_time.py --models s,b --modes compiled --arms $few --rounds 30
+      $python benchmarks/step_time.py --models s,b --modes compiled --arms $few --rounds 30
       cp records/step_time-cuda.json records/step_time-cuda-compiled.json
-      python3 benchmarks/step_time.py --modes eager,checkpointed --rounds 10
+      $python benchmarks/step_time.py --modes eager,checkpointed --rounds 10
     else
-      python3 benchmarks/step_time.py --models ti64 --modes eager --arms dense,ewa-4 --rounds 5
+      $python benchmarks/step_time.py --models ti64 --modes eager --arms dense,ewa-4 --rounds 5
     fi
     ;;
   accuracy)
     cifar=${2:?give the folder of CIFAR-100 in its python format}
-    small=()
-    [ "$gpu" = 1 ] || small=(--limit 256 --epochs 2 --val-interval 1 --seeds 2 --no-amp --arms dense,ewa)
-    python3 -m ewavit.cli compare --config recipes/search/cifar100.yaml --data "$cifar" "${small[@]}"
-    python3 benchmarks/keep.py runs/cifar100
+    more=(--jobs 8)
+    [ "$gpu" = 1 ] || more=(--limit 256 --epochs 2 --val-interval 1 --seeds 2 --no-amp --arms dense,ewa)
+    $python -m ewavit.cli compare --config recipes/search/cifar100.yaml --data "$cifar" "${more[@]}"
+    $python benchmarks/keep.py runs/cifar100
     ;;
   *)
     sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
