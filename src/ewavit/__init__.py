@@ -28,6 +28,7 @@ from .experts import SeparateExperts, StackedExperts
 from .ffn import FFN, find_ffns
 from .moe import MoE, moe_layers
 from .partition import RandomPartition
+from .replicas import ReplicaExperts, clip_grad_norm_, load_stacked_state_dict, stacked_state_dict
 from .routing import TopK, TopKRouter, auxiliary_loss, scale_auxiliary_loss
 from .sharding import expert_placement
 from .surgery import (
@@ -70,6 +71,7 @@ __all__ = [
     "LinearRamp",
     "MoE",
     "RandomPartition",
+    "ReplicaExperts",
     "RoutingStatistics",
     "SeparateExperts",
     "StackedExperts",
@@ -78,6 +80,7 @@ __all__ = [
     "TopKRouter",
     "auxiliary_loss",
     "average_experts_",
+    "clip_grad_norm_",
     "collapse",
     "collapse_gap",
     "collapsed",
@@ -89,9 +92,11 @@ __all__ = [
     "full_share_rate",
     "load",
     "load_dense_state_dict",
+    "load_stacked_state_dict",
     "moe_layers",
     "param_groups",
     "routing_statistics",
     "scale_auxiliary_loss",
+    "stacked_state_dict",
     "summary",
 ]

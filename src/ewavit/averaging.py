@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from .errors import EwavitError
 from .experts import Of
 from .moe import MoE, moe_layers
+from .replicas import check_peers
 from .sharding import local
 
+CHECK_EVERY = 100  # optimizer steps between two looks whether processes with replica experts agree
 Schedule = Callable[[int], float]  # number of optimizer steps done (1, 2, ...) -> share rate
 
 
@@ -245,6 +247,8 @@ class ExpertAveraging:
             optimizer: whose moments are averaged, if `moments` asks for that.
         """
         self.steps_done += 1
+        if self.steps_done <= 2 or self.steps_done % CHECK_EVERY == 0:
+            check_peers(self.model)
         if self.steps_done % self.every == 0:
             average_experts_(self.model, self.share_rate, optimizer if self.moments else None)
 

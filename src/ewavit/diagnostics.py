@@ -24,19 +24,23 @@ def expert_spread(model: nn.Module) -> dict[str, float]:
 
     Returns:
         By layer name sqrt(mean_i |W_i - Wm|^2) / |Wm|, over all parameters of an FFN; 0 when all are equal.
-        Of a sharded model every process must ask.
+        Of sharded and of replica experts every process must ask.
     """
     spread = {}
     for layer, moe in moe_layers(model).items():
-        squares = []  # per parameter of the deviations and of the mean
+        peers, apart, norm = moe.experts.peers, [], []
         for _, values in moe.experts.families(local):
             stacked = torch.stack([value.float() for value in values])
-            mean = stacked.mean(0)
-            apart = (stacked - mean).square().sum() / len(values)
-            squares.append(torch.stack([apart, mean.square().sum()]))
-        total = torch.stack(squares).sum(0)
-        deviations, norm = summed(total, like=next(moe.experts.parameters())).tolist()
-        spread[layer] = (deviations / norm) ** 0.5 if norm else 0.0
+            total = stacked.sum(0) if peers is None else peers.sum([stacked.sum(0)])[0]
+            mean = total / moe.num_experts
+            apart.append((stacked - mean).square().sum())
+            norm.append(mean.square().sum())
+        deviations = torch.stack(apart).sum() / moe.num_experts
+        if peers is not None:
+            (deviations,) = peers.sum([deviations])
+        both = torch.stack([deviations, torch.stack(norm).sum()])
+        variance, square = summed(both, like=next(moe.experts.parameters())).tolist()
+        spread[layer] = (variance / square) ** 0.5 if square else 0.0
     return spread
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Container, Iterator
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .errors import EwavitError
+
+if TYPE_CHECKING:
+    from .replicas import Peers
 
 Of = Callable[[nn.Parameter], Tensor | None]
 _HALF = (torch.bfloat16, torch.float16)
@@ -156,13 +159,14 @@ class Experts(nn.Module):
     """
 
     num_experts: int
+    peers: Peers | None = None  # the processes, where each holds one expert only
 
     def merged(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The FFN with the mean parameters on a dense input: what will be deployed."""
         raise NotImplementedError
 
     def families(self, of: Of | None = None) -> Iterator[tuple[str, list[Tensor]]]:
-        """For each parameter of the FFN its name and its N values, one per expert, as writable views.
+        """For each parameter of the FFN its name and its values, one per expert here, as writable views.
 
         Args:
             of: maps a parameter to a tensor of its shape that is wanted in its stead (its gradient, a moment

@@ -80,6 +80,27 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "device_mesh")
 
 
+def sharded_like(tensor: Tensor, part: Tensor) -> Tensor:
+    """A `DTensor` that is sharded as another, of which this process holds the given part."""
+    from torch.distributed.tensor import DTensor
+
+    like = cast(DTensor, tensor)
+    return DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+def cut_like(tensor: Tensor, full: Tensor) -> Tensor:
+    """A tensor that every process has in full, sharded as another one."""
+    if not is_sharded(tensor):
+        return full
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    like = cast(DTensor, tensor)
+    full = full.to(like.device)
+    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
+
+
 def summed(value: Tensor, like: Tensor) -> Tensor:
     """The sum of a value over the processes among which a tensor is sharded; each must call."""
     if not is_sharded(like):

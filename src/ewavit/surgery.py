@@ -17,6 +17,7 @@ from .errors import EwavitError
 from .experts import ExpertLeaf, Experts, SeparateExperts, StackedExperts
 from .ffn import FFN, find_ffns
 from .moe import MoE, Unit, moe_layers
+from .replicas import DealtByProcess, Peers, ReplicaExperts, keep_from_ddp
 from .routing import TopK, TopKRouter
 from .sharding import is_sharded, whole
 
@@ -35,7 +36,7 @@ _WRAPPERS = {
 
 def expand(
     model: Model,
-    num_experts: int = 4,
+    num_experts: int | None = None,
     *,
     select: Select = "alternate",
     partition: Unit = "token",
@@ -43,6 +44,8 @@ def expand(
     experts: Literal["auto", "stacked", "separate"] = "auto",
     init: Init = "copy",
     noise: float = 0.01,
+    placement: Literal["local", "replicas"] = "local",
+    process_group: dist.ProcessGroup | None = None,
 ) -> Model:
     """Turn FFNs of a model into mixtures of experts, in place, and return the model.
 
@@ -50,7 +53,7 @@ def expand(
 
     Args:
         model: a timm, torchvision, transformers or own model.
-        num_experts: N. With N = 1 the model computes exactly what it did.
+        num_experts: N, 4 unless given. With N = 1 the model computes exactly what it did.
         select: "alternate" (every second FFN, the last one in), "all", "last_half", the name of one module, a
             list of names, a regular expression searched in the names, or a callable `(name, module) -> bool`.
         partition: deal single "token"s, or whole "image"s for FFNs that mix tokens.
@@ -62,38 +65,62 @@ def expand(
             "independent" shuffles the weights within each row, which for freshly initialised weights is a new
             draw of the same distribution. Their mean then has 1/N of the variance.
         noise: standard deviation of the noise of "perturb", relative to each tensor's root mean square.
+        placement: "local", every process has all experts; or "replicas", each data-parallel process has one,
+            a plain FFN for its own samples, which starts as a copy of the first process's. N is then the
+            number of processes. Every process must call `expand`, and wrap this very model in DDP.
+        process_group: of the replicas; all processes unless given.
 
     Raises:
         EwavitError: nothing to expand, an unknown name, an FFN that cannot be dealt this way (with the table
             of candidates and reasons), a model that is expanded, wrapped or compiled already.
     """
+    peers = Peers(process_group) if placement == "replicas" else None
+    if num_experts is None:
+        num_experts = 4 if peers is None else peers.size
     if num_experts < 1 or num_experts != int(num_experts):
         raise EwavitError(f"num_experts={num_experts} is not a number of experts: choose 1 or more")
+    if peers is not None and num_experts != peers.size:
+        raise EwavitError(
+            f"num_experts={num_experts}, but {peers.size} processes hold one replica each: leave it out"
+        )
+    if peers is not None and (experts, init) != ("auto", "copy"):
+        raise EwavitError(f'replicas are copies of the FFN: leave out experts="{experts}", init="{init}"')
     for option, value, choices in (
         ("partition", partition, ("token", "image")),
         ("experts", experts, ("auto", "stacked", "separate")),
         ("init", init, ("copy", "perturb", "independent")),
+        ("placement", placement, ("local", "replicas")),
     ):
         if value not in choices:
             raise EwavitError(f"{option}={value!r} is unknown: choose one of {', '.join(choices)}")
+    if router is not None and peers is not None:
+        raise EwavitError("replicas cannot be routed: each process has one expert for all of its tokens")
     if router is not None and partition != "token":
         raise EwavitError(f'partition="{partition}" cannot be routed: a router sends tokens, leave it out')
     _refuse_wrapped(model)
     if moe_layers(model):
         raise EwavitError("the model is expanded already: call ewavit.collapse(model) first")
-    chosen = select_ffns(model, select, partition)
+    chosen = select_ffns(model, select, partition if peers is None else "image")
     for ffn in chosen:
         if experts == "stacked" and not ffn.stackable:
             raise EwavitError(
                 f'{ffn.name} ({ffn.class_name}) cannot be stacked: use experts="separate" or "auto"'
             )
     for ffn in chosen:
+        if peers is not None:
+            replica = ReplicaExperts(ffn.module, peers)
+            _replace(
+                model, ffn.module, MoE(replica, "image", ffn.channels_first, DealtByProcess(num_experts))
+            )
+            continue
         kind = SeparateExperts if experts == "separate" or not ffn.stackable else StackedExperts
         made = kind(ffn.module, num_experts)
         _initialise_(made, init, noise)
         dispatcher = None if router is None else _router(router, num_experts, ffn)
         _replace(model, ffn.module, MoE(made, partition, ffn.channels_first, dispatcher))
     _exempt_norms_from_decay(model)
+    if peers is not None:
+        keep_from_ddp(model)
     return model
 
 
@@ -228,7 +255,7 @@ def collapse(model: Model) -> Model:
     """Put an FFN with the experts' mean where each mixture is, in place, and return the model.
 
     Classes and state-dict keys are the original ones; `eval()` of the expanded model computed the same, but
-    for a routed one, which loses its router.
+    for a routed one, which loses its router. Of replica experts every process must call it.
 
     Raises:
         EwavitError: the model is not expanded, or it is sharded (FSDP2).
@@ -272,9 +299,9 @@ def collapsed(model: nn.Module) -> Iterator[list[tuple[MoE, nn.Module]]]:
 def dense_state_dict(model: nn.Module) -> dict[str, Any]:
     """The state dict that the collapsed model would have, under the original keys; the model stays expanded.
 
-    Prefixes of wrappers (`module.`, `_orig_mod.`) are removed, those of EMA models too. Of a sharded model
-    (FSDP2) every process must ask: the experts are averaged where they are, each mean is gathered once, and
-    process 0 gets them all on the CPU, the others an empty dict.
+    Prefixes of wrappers (`module.`, `_orig_mod.`) are removed, those of EMA models too. Of replica experts
+    every process must ask, and each gets it. Of a sharded model (FSDP2) too: the experts are averaged where
+    they are, each mean is gathered once, and process 0 gets them all on the CPU, the others an empty dict.
     """
     with collapsed(model):
         state = model.state_dict()
@@ -354,17 +381,17 @@ class Summary:
 
 def summary(model: nn.Module) -> Summary:
     """Which layers of a model are mixtures of experts, and how many parameters that takes."""
-    layers, routers = [], 0
+    layers, extra = [], 0
     for name, moe in moe_layers(model).items():
         kind = type(moe.experts).__name__.removesuffix("Experts").lower()
-        each = sum(parameter.numel() for parameter in moe.experts.parameters()) // moe.num_experts
+        here = moe.num_experts if moe.experts.peers is None else 1
+        each = sum(parameter.numel() for parameter in moe.experts.parameters()) // here
         ffn = type(moe.experts.replicas()[0]).__name__
         router = moe.dispatcher if isinstance(moe.dispatcher, TopKRouter) else None
         dealt = moe.partition if router is None else f"top-{router.config.k} router"
         layers.append(LayerSummary(name, ffn, kind, moe.num_experts, dealt, each))
-        routers += sum(parameter.numel() for parameter in moe.dispatcher.parameters())
+        extra += (here - 1) * each + sum(parameter.numel() for parameter in moe.dispatcher.parameters())
     total = sum(parameter.numel() for parameter in model.parameters())
-    extra = routers + sum((layer.num_experts - 1) * layer.dense_parameters for layer in layers)
     return Summary(tuple(layers), total, total - extra)
 
 
