@@ -287,9 +287,9 @@ def fresh_compiler():
         torch.compiler.reset()
 
 
-def check_compiled(backend: str, kind: str, depth: int = 2, router: ewa.TopK | None = None) -> None:
+def check_compiled(backend: str, kind: str, depth: int = 2) -> None:
     """Without a graph break, the gradients of eager mode under the same seed, and its outputs in eval."""
-    model = separated(ewa.expand(tiny_vit(depth), 4, select="all", experts=kind, router=router))
+    model = separated(ewa.expand(tiny_vit(depth), 4, select="all", experts=kind))
     x = images(3)
     with fresh_compiler():
         compiled = torch.compile(model, backend=backend, fullgraph=True)
