@@ -31,6 +31,7 @@ from .partition import RandomPartition
 from .replicas import ReplicaExperts, clip_grad_norm_, load_stacked_state_dict, stacked_state_dict
 from .routing import TopK, TopKRouter, auxiliary_loss, scale_auxiliary_loss
 from .sharding import expert_placement
+from .streaming import collapse_checkpoint, expert_metadata
 from .surgery import (
     Summary,
     collapse,
@@ -82,10 +83,12 @@ __all__ = [
     "average_experts_",
     "clip_grad_norm_",
     "collapse",
+    "collapse_checkpoint",
     "collapse_gap",
     "collapsed",
     "dense_state_dict",
     "expand",
+    "expert_metadata",
     "expert_placement",
     "expert_spread",
     "find_ffns",

@@ -113,13 +113,25 @@ def _parser(name: str = "ewavit") -> argparse.ArgumentParser:
     evaluate.set_defaults(command=_evaluate)
 
     export = commands.add_parser(
-        "export", help="write the plain model as one checked file", allow_abbrev=False
+        "export",
+        help="write the plain model as one checked file",
+        description="Write the plain model. That of a run is built and the file checked against it, logits "
+        "and accuracy; safetensors of any expanded model are collapsed tensor by tensor, in little memory.",
+        allow_abbrev=False,
     )
     export.add_argument(
-        "source", metavar="RUN_OR_CHECKPOINT", type=Path, help="a run's folder or its checkpoint"
+        "source",
+        metavar="RUN_OR_FILE",
+        type=Path,
+        help="a run's folder, its checkpoint, or .safetensors (the index or folder of shards) of any "
+        "expanded model",
     )
     export.add_argument(
-        "--to", required=True, type=Path, metavar="FILE", help="ends in .safetensors or .onnx"
+        "--to",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="ends in .safetensors or .onnx; for shards also a new folder",
     )
     export.add_argument("--data", help="check the accuracy on this data instead of the run's")
     export.add_argument(

@@ -59,7 +59,13 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
         raise _unwritable(path, problem) from None
 
 
-def save_checkpoint(run: Path, model: Mapping[str, Tensor], training: Any, facts: dict[str, Any]) -> None:
+def save_checkpoint(
+    run: Path,
+    model: Mapping[str, Tensor],
+    training: Any,
+    facts: dict[str, Any],
+    metadata: dict[str, str] | None = None,
+) -> None:
     """Write a checkpoint; the one in place is replaced only when the new one is whole.
 
     Args:
@@ -67,6 +73,7 @@ def save_checkpoint(run: Path, model: Mapping[str, Tensor], training: Any, facts
         model: state dict of the expanded model.
         training: nested dicts, lists and tuples of tensors and plain values (optimizer state and the like).
         facts: JSON-compatible, read back as they are.
+        metadata: of the model's file, so that it can be read by itself.
 
     Raises:
         EwavitError: the disk is full or the folder cannot be written; the last checkpoint stays.
@@ -77,7 +84,7 @@ def save_checkpoint(run: Path, model: Mapping[str, Tensor], training: Any, facts
         new.mkdir(parents=True)
         tensors: dict[str, Tensor] = {}
         skeleton = _split(training, "training", tensors)
-        save_tensors(model, new / "model.safetensors")
+        save_tensors(model, new / "model.safetensors", metadata)
         save_tensors(tensors, new / "training.safetensors")
         sizes = {file.name: file.stat().st_size for file in new.iterdir()}
         state = {"format": FORMAT, "sizes": sizes, "facts": facts, "training": skeleton}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ewavit.errors import EwavitError
 from ewavit.moe import moe_layers
 from ewavit.routing import TopK, TopKRouter
+from ewavit.streaming import EXPERTS, collapse_checkpoint, is_checkpoint_file
 from ewavit.surgery import collapse, expand
 from ewavit.training.building import expand_by_recipe
 from ewavit.training.checkpoint import load_checkpoint, save_tensors
@@ -126,6 +127,10 @@ def load_model(source: Path) -> tuple[nn.Module, ModelCard]:
         raise EwavitError(f"{file} cannot be read as safetensors ({problem}): export it again") from None
     if "ewavit" not in metadata:
         raise EwavitError(f"{file} does not say which model it holds: give a file or run that ewavit wrote")
+    if EXPERTS in metadata:
+        raise EwavitError(
+            f"{file} holds experts: give the folder that it is in, or export it to .safetensors first"
+        )
     card = ModelCard.from_dict(json.loads(metadata["ewavit"]))
     model = card.build()
     model.load_state_dict(weights)
@@ -202,12 +207,15 @@ def _open_for(card: ModelCard, spec: str | None, batch_size: int, **options: Any
 def export(source: Path, to: Path, data: str | None = None, mean_expert: bool = False) -> str:
     """Write the plain model of a run or checkpoint as one file, and check the file against it.
 
+    Safetensors of an expanded model, one file or shards, are collapsed tensor by tensor instead, whatever
+    model that is and however large (`collapse_checkpoint`); nothing is run then.
+
     The logits of the file on random images must be the model's, and, where the run's data can be opened, its
     accuracy the run's. A file that fails is not left behind.
 
     Args:
-        source: a run's folder, or a checkpoint folder.
-        to: a path ending in .safetensors (loaded by stock timm) or .onnx.
+        source: a run's folder, a checkpoint folder, or safetensors of an expanded model.
+        to: a path ending in .safetensors (loaded by stock timm) or .onnx; for shards a new folder as well.
         data: data spec; the one it was trained on unless given.
         mean_expert: collapse a routed mixture; its accuracy is said, and not compared with the run's.
 
@@ -218,6 +226,9 @@ def export(source: Path, to: Path, data: str | None = None, mean_expert: bool = 
         EwavitError: wrong source or ending, an unwritable path, a file that does not compute the same, or a
             routed mixture without `mean_expert`.
     """
+    to_run = data is not None or mean_expert
+    if is_checkpoint_file(source) and to.suffix in (".safetensors", "") and not to_run:
+        return f"{collapse_checkpoint(source, to)}; no logits or accuracy compared: nothing was run"
     if to.suffix not in (".safetensors", ".onnx"):
         raise EwavitError(
             f"{to} ends in {to.suffix or 'nothing'}: choose a name ending in .safetensors or .onnx"

@@ -37,6 +37,7 @@ from ewavit.diagnostics import expert_spread, routing_statistics
 from ewavit.errors import EwavitError
 from ewavit.moe import moe_layers
 from ewavit.routing import auxiliary_loss, scale_auxiliary_loss
+from ewavit.streaming import expert_metadata
 from ewavit.surgery import collapsed, dense_state_dict
 from ewavit.theory import SpreadPrediction
 from ewavit.training import report
@@ -422,7 +423,8 @@ class _Run:
             "progress": asdict(self.progress),
             "layers": list(moe_layers(self.plain)),
         }
-        save_checkpoint(self.folder, self.plain.state_dict(), training, facts)
+        metadata = self.card.metadata() | expert_metadata(self.plain)
+        save_checkpoint(self.folder, self.plain.state_dict(), training, facts, metadata)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         layers = list(moe_layers(self.plain))

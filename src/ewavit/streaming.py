@@ -1,0 +1,421 @@
+"""`collapse_checkpoint`: from files of an expanded model to files of the plain one, a few MiB at a time.
+
+Reads and writes the safetensors format itself (8 bytes with the header's length, a JSON header, the data), so
+that a checkpoint may be many times larger than memory; torch is all it needs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import nn
+
+from .errors import EwavitError
+from .experts import SeparateExperts
+from .moe import MoE
+
+EXPERTS = "ewavit_experts"  # the key of a file's metadata that says which tensors are experts
+INDEX = ".safetensors.index.json"
+BLOCK = (
+    2**22
+)  # bytes that are read and averaged at a time: what fits a cache is fastest (benchmarks/export.py)
+LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
+ITEM_BYTES = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
+}
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_EXPERT_KEY = re.compile(r"(?P<mixture>.+?)\.experts\.(?:ffn|copies\.(?P<copy>\d+))\.(?P<name>.+)")
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What a file holds of one MoE: N experts, "stacked" or "separate", and the FFN's parameters by name.
+
+    What else lies among the experts are the FFN's buffers, of which `collapse` keeps the first expert's.
+    """
+
+    num_experts: int
+    experts: str
+    parameters: frozenset[str]
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor, or one expert's share of a stacked one, as it lies in a file."""
+
+    file: Path
+    begin: int
+    size: int  # bytes
+    dtype: str
+    shape: tuple[int, ...]
+
+    def unstacked(self) -> list[_Stored]:
+        """The parts along dimension 0."""
+        count, *shape = self.shape
+        size = self.size // count
+        return [
+            _Stored(self.file, self.begin + number * size, size, self.dtype, tuple(shape))
+            for number in range(count)
+        ]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What there is to read: tensors by key, each file's metadata, and the index of sharded files."""
+
+    tensors: dict[str, _Stored]
+    metadata: dict[Path, dict[str, str]]
+    index: Path | None
+    index_metadata: dict[str, Any]
+
+
+def expert_metadata(model: nn.Module) -> dict[str, str]:
+    """Which tensors of an expanded model's state dict are experts, as metadata for a safetensors file.
+
+    Returns:
+        An empty dict for a model without mixtures.
+
+    Example:
+        >>> metadata = {"format": "pt", **expert_metadata(model)}
+        >>> safetensors.torch.save_file(model.state_dict(), "expanded.safetensors", metadata)
+        >>> collapse_checkpoint("expanded.safetensors", "plain.safetensors")
+    """
+    found = {}
+    for name, module in model.named_modules(remove_duplicate=False):  # state dicts repeat shared layers too
+        if isinstance(module, MoE):
+            ffn = module.experts.replicas()[0]
+            found[name] = {
+                "num_experts": module.num_experts,
+                "experts": "separate" if isinstance(module.experts, SeparateExperts) else "stacked",
+                "parameters": [key for key, _ in ffn.named_parameters(remove_duplicate=False)],
+            }
+    return {EXPERTS: json.dumps(found)} if found else {}
+
+
+def is_checkpoint_file(source: Path) -> bool:
+    """Whether this is what `collapse_checkpoint` reads, judged by its name: a file or a folder of shards."""
+    return source.suffix == ".safetensors" or source.name.endswith(INDEX) or any(source.glob(f"*{INDEX}"))
+
+
+def collapse_checkpoint(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> str:
+    """Write the plain model of an expanded model's safetensors, without either model in memory.
+
+    Every mixture becomes an FFN with the experts' mean, computed in float32 (float64 for float64) in pieces;
+    all other tensors are copied as they are. Keys, types and metadata are those that `collapse` would leave.
+    Which tensors are experts is read from the metadata that `expert_metadata` makes, which `ewavit train`
+    writes, or else from the keys.
+
+    Args:
+        source: a .safetensors file, an index of shards (.safetensors.index.json), or the folder of either.
+        target: a .safetensors file; or, for shards, a new folder, which gets shards and an index again.
+
+    Returns:
+        What was written, in words.
+
+    Raises:
+        EwavitError: the source is damaged, incomplete or not expanded, or the target cannot be written.
+            Nothing is left behind then.
+    """
+    source, target = Path(source), Path(target)
+    found = _open(source)
+    outputs, mixtures = _plan(found, source)
+    single = target.suffix == ".safetensors"
+    if not single and (found.index is None or target.suffix):
+        shards = "" if found.index is None else ", or a new folder for shards"
+        raise EwavitError(f"{target} is no name for {source}'s plain model: end it in .safetensors{shards}")
+    if not target.parent.is_dir():
+        raise EwavitError(f"no folder {target.parent}: make it first")
+    if target.exists() and (not single or any(target.samefile(file) for file in found.metadata)):
+        what = "the source" if single else "there already"
+        raise EwavitError(f"{target} is {what}: choose another name")
+    partial = target.with_name(f"{target.name}.partial")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # one core adds faster than a disk reads, and the sum's order is then fixed
+    try:
+        with _Reader() as reader:
+            if single:
+                merged = {key: value for each in found.metadata.values() for key, value in each.items()}
+                written = _write(partial, outputs, merged, reader)
+            else:
+                written = _write_shards(partial, outputs, found, reader)
+        os.replace(partial, target)
+    except OSError as problem:
+        raise EwavitError(
+            f"{target} could not be written ({problem.strerror or problem}): make room there"
+        ) from None
+    finally:
+        torch.set_num_threads(threads)
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)
+    return f"wrote {target} ({written / 1e6:,.1f} MB): {mixtures} mixtures became FFNs, tensor by tensor"
+
+
+# Reading
+
+
+def _open(source: Path) -> _Source:
+    """Find the files of a source and read their headers."""
+    if source.is_dir():
+        indices = sorted(source.glob(f"*{INDEX}"))
+        if len(indices) > 1:
+            raise EwavitError(f"{source} holds {len(indices)} indices of shards: name one of them")
+        source = indices[0] if indices else source / "model.safetensors"
+    if not source.is_file():
+        raise EwavitError(
+            f"no file {source}: give a .safetensors file, an index of shards, or the folder of either"
+        )
+    if not source.name.endswith(INDEX):
+        tensors, metadata = _read_header(source)
+        return _Source(tensors, {source: metadata}, None, {})
+    try:
+        index = json.loads(source.read_bytes())
+        of_key = {str(key): source.parent / name for key, name in index["weight_map"].items()}
+        index_metadata = dict(index.get("metadata") or {})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise EwavitError(f"{source} cannot be read as an index of shards ({_said(problem)})") from None
+    shards = dict.fromkeys(of_key.values())
+    if missing := [file.name for file in shards if not file.is_file()]:
+        raise EwavitError(f"{source} names {missing[0]}, which is missing: fetch all {len(shards)} shards")
+    headers = {file: _read_header(file) for file in shards}
+    if lost := [key for key, file in of_key.items() if key not in headers[file][0]]:
+        raise EwavitError(
+            f"{of_key[lost[0]]} lacks {lost[0]}, which {source.name} puts there: fetch it again"
+        )
+    tensors = {key: headers[file][0][key] for key, file in of_key.items()}
+    return _Source(tensors, {file: header[1] for file, header in headers.items()}, source, index_metadata)
+
+
+def _read_header(file: Path) -> tuple[dict[str, _Stored], dict[str, str]]:
+    """Where each tensor lies in a file, and the file's metadata; the whole header is checked."""
+    try:
+        with file.open("rb") as handle:
+            total = os.fstat(handle.fileno()).st_size
+            length = int.from_bytes(handle.read(8), "little")
+            start = 8 + length
+            if not 2 <= length <= min(total - 8, LARGEST_HEADER):
+                raise ValueError(f"a header of {length:,} bytes in a file of {total:,}")
+            header = json.loads(handle.read(length))
+        metadata = {str(key): str(value) for key, value in header.pop("__metadata__", {}).items()}
+        tensors = {}
+        for key, entry in header.items():
+            begin, end = entry["data_offsets"]
+            dtype, shape = entry["dtype"], tuple(entry["shape"])
+            size = prod(shape) * ITEM_BYTES[dtype] if dtype in ITEM_BYTES else end - begin
+            if end - begin != size or any(not isinstance(n, int) or n < 0 for n in (begin, end, *shape)):
+                raise ValueError(f"{key} of shape {shape} and type {dtype} in bytes {begin} to {end}")
+            tensors[key] = _Stored(file, start + begin, size, dtype, shape)
+        expected = start
+        for stored in sorted(tensors.values(), key=lambda each: (each.begin, each.size)):
+            if stored.begin != expected:
+                raise ValueError("tensors overlap or leave gaps")
+            expected += stored.size
+        if expected != total:
+            raise ValueError(f"{total:,} of {expected:,} bytes")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise EwavitError(
+            f"{file} cannot be read as safetensors ({_said(problem)}): fetch it again"
+        ) from None
+    return tensors, metadata
+
+
+class _Reader(ExitStack):
+    """Open files, and one buffer that all reading goes through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._files: dict[Path, BinaryIO] = {}
+        self.buffer = bytearray(BLOCK)
+
+    def fill(self, file: Path, begin: int, view: memoryview) -> None:
+        """Read `len(view)` bytes of a file."""
+        try:
+            if file not in self._files:
+                self._files[file] = self.enter_context(file.open("rb", buffering=0))
+            handle = self._files[file]
+            handle.seek(begin)
+            while view:
+                count = handle.readinto(view)  # type: ignore[attr-defined]
+                if not count:
+                    raise OSError(None, "it ended while it was read")
+                view = view[count:]
+        except OSError as problem:
+            raise EwavitError(f"{file} cannot be read ({problem.strerror}): fetch it again") from None
+
+
+def _said(problem: Exception) -> str:
+    if isinstance(problem, OSError):
+        return problem.strerror or str(problem)
+    return f"no {problem}" if isinstance(problem, KeyError) else str(problem)
+
+
+# Which tensors become which
+
+
+def _plan(found: _Source, source: Path) -> tuple[dict[str, list[_Stored]], int]:
+    """For each key of the plain model the one tensor that is copied or the N that are averaged."""
+    mixtures = _mixtures(found, source)
+    outputs: dict[str, list[_Stored]] = {}
+    matches = {key: _EXPERT_KEY.fullmatch(key) for key in found.tensors}
+    in_order = sorted(matches.items(), key=lambda item: int((item[1] and item[1]["copy"]) or 0))
+    for key, match in in_order:  # of the copies, so that their sum is that of `collapse` to the bit
+        stored = found.tensors[key]
+        if match is None or match["mixture"] not in mixtures:
+            if any(key.startswith(f"{name}.") for name in mixtures):
+                raise EwavitError(
+                    f"{source} has {key}, a router's, which no plain model has: to take the mean expert "
+                    "nevertheless, load the model and use ewavit.collapse"
+                )
+            outputs.setdefault(key, []).append(stored)
+            continue
+        name, mixture = match["name"], mixtures[match["mixture"]]
+        target = f"{match['mixture']}.{name}"
+        if name not in mixture.parameters:
+            if match["copy"] in (None, "0"):
+                outputs.setdefault(target, []).append(stored)
+        elif mixture.experts == "separate":
+            outputs.setdefault(target, []).append(stored)
+        elif stored.shape[:1] == (mixture.num_experts,):
+            outputs.setdefault(target, []).extend(stored.unstacked())
+        else:
+            raise EwavitError(f"{source}: {key} {stored.shape} is not {mixture.num_experts} experts stacked")
+    wanted = {f"{name}.{key}": each.num_experts for name, each in mixtures.items() for key in each.parameters}
+    for key in {**wanted, **outputs}:
+        parts, count = outputs.get(key, []), wanted.get(key, 1)
+        if len(parts) != count or len({(part.dtype, part.shape) for part in parts}) != 1:
+            raise EwavitError(
+                f"{source} holds {len(parts)} tensors for {key}, not {count} alike: it is damaged"
+            )
+        if count > 1 and parts[0].dtype not in FLOATS:
+            raise EwavitError(f"{source}: experts of type {parts[0].dtype} ({key}) cannot be averaged")
+    return outputs, len(mixtures)
+
+
+def _mixtures(found: _Source, source: Path) -> dict[str, Mixture]:
+    """The mixtures that the metadata names, or else those that the keys show."""
+    said = [each[EXPERTS] for each in (*found.metadata.values(), found.index_metadata) if EXPERTS in each]
+    try:
+        mixtures = {
+            str(name): Mixture(int(each["num_experts"]), str(each["experts"]), frozenset(each["parameters"]))
+            for text in said
+            for name, each in json.loads(text).items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise EwavitError(f"{source} does not say its experts in a known way ({_said(problem)})") from None
+    mixtures = mixtures or _guessed(found.tensors, source)
+    if not mixtures:
+        raise EwavitError(f"{source} holds no mixture of experts: it is a plain model already")
+    return mixtures
+
+
+def _guessed(tensors: Mapping[str, _Stored], source: Path) -> dict[str, Mixture]:
+    """The mixtures as the keys show them, where that leaves no doubt."""
+    parts: dict[str, list[tuple[str | None, str, _Stored]]] = {}
+    for key, stored in tensors.items():
+        if match := _EXPERT_KEY.fullmatch(key):
+            parts.setdefault(match["mixture"], []).append((match["copy"], match["name"], stored))
+    mixtures = {}
+    for mixture, found in parts.items():
+        copies = {copy for copy, _, _ in found}
+        stacked = copies == {None}
+        counts = {stored.shape[:1] for _, _, stored in found} if stacked else {(len(copies),)}
+        names = frozenset(name for _, name, _ in found)
+        numbered = stacked or copies == {str(number) for number in range(len(copies))}
+        floats = all(stored.dtype in FLOATS for _, _, stored in found)
+        dims = {len(stored.shape) for _, _, stored in found}
+        one_ffn = stacked and (min(dims) < 2 or max(dims) < 3)  # with neither stacked vectors nor matrices
+        if len(counts) != 1 or counts == {(0,)} or one_ffn or not numbered or not floats:
+            raise EwavitError(
+                f"{source} leaves open which tensors of {mixture} are experts: save it with the metadata of "
+                "ewavit.expert_metadata(model)"
+            )
+        (count,) = counts.pop()
+        mixtures[mixture] = Mixture(count, "stacked" if stacked else "separate", names)
+    return mixtures
+
+
+# Writing
+
+
+def _write(
+    file: Path, outputs: Mapping[str, Sequence[_Stored]], metadata: Mapping[str, str], reader: _Reader
+) -> int:
+    """Write one safetensors file; returns its size in bytes."""
+    # As safetensors itself does it: the widest types first, which keeps all tensors aligned.
+    order = sorted(outputs, key=lambda key: (-ITEM_BYTES.get(outputs[key][0].dtype, 1), key))
+    header: dict[str, Any] = {"__metadata__": _without_experts({"format": "pt", **metadata})}
+    end = 0
+    for key in order:
+        first = outputs[key][0]
+        begin, end = end, end + first.size
+        header[key] = {"dtype": first.dtype, "shape": first.shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as handle:
+        handle.write(len(text).to_bytes(8, "little") + text)
+        for key in order:
+            for piece in _averaged(outputs[key], reader):
+                handle.write(piece)
+        handle.flush()
+        os.fsync(handle.fileno())
+    return 8 + len(text) + end
+
+
+def _write_shards(
+    folder: Path, outputs: Mapping[str, Sequence[_Stored]], found: _Source, reader: _Reader
+) -> int:
+    """Write a folder of shards under their old names, without those that became empty, and the index."""
+    assert found.index is not None
+    folder.mkdir()
+    shards: dict[Path, dict[str, Sequence[_Stored]]] = {}
+    for key, parts in outputs.items():
+        shards.setdefault(parts[0].file, {})[key] = parts
+    written = sum(
+        _write(folder / file.name, tensors, found.metadata[file], reader) for file, tensors in shards.items()
+    )
+    size = sum(parts[0].size for parts in outputs.values())
+    index = {
+        "metadata": _without_experts({**found.index_metadata, "total_size": size}),
+        "weight_map": {key: parts[0].file.name for key, parts in sorted(outputs.items())},
+    }
+    (folder / found.index.name).write_text(json.dumps(index, indent=2) + "\n")
+    return written
+
+
+def _without_experts(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in metadata.items() if key != EXPERTS}
+
+
+def _averaged(experts: Sequence[_Stored], reader: _Reader) -> Iterator[memoryview]:
+    """The bytes of the mean of equal tensors, or of a single one, in pieces that are valid until the next."""
+    count, size = len(experts), experts[0].size
+    width = BLOCK // count // 4096 * 4096  # bytes of each expert at a time
+    dtype = FLOATS.get(experts[0].dtype, torch.uint8)
+    mean = torch.empty(0, dtype=torch.promote_types(dtype, torch.float32))
+    result = bytearray(width if count > 1 else 0)
+    for done in range(0, size, width):
+        each = min(width, size - done)
+        piece = memoryview(reader.buffer)[: count * each]
+        for number, expert in enumerate(experts):
+            reader.fill(expert.file, expert.begin + done, piece[number * each : (number + 1) * each])
+        if count == 1:
+            yield piece
+            continue
+        values = torch.frombuffer(piece, dtype=dtype).view(count, -1)
+        torch.mean(values, 0, dtype=mean.dtype, out=mean.resize_(values.shape[1]))
+        torch.frombuffer(result, dtype=dtype, count=len(mean)).copy_(mean)
+        yield memoryview(result)[:each]
