@@ -71,6 +71,9 @@ def _parser(name: str = "ewavit") -> argparse.ArgumentParser:
 
     plan = commands.add_parser("plan", help="show what train would do, and its cost", allow_abbrev=False)
     _add_recipe(plan)
+    plan.add_argument(
+        "--devices", type=int, metavar="D", help="also what each of D devices needs, dense and with experts"
+    )
     plan.add_argument("--json", action="store_true", help="print JSON")
     plan.set_defaults(command=_plan)
 
@@ -269,7 +272,7 @@ def _plan(options: argparse.Namespace) -> int:
     from ewavit.training.plan import plan
 
     try:
-        made = plan(*_recipe_and_data(options))
+        made = plan(*_recipe_and_data(options), options.devices)
     except EwavitError as problem:
         table = str(problem).partition("\n")[2]  # the candidates and why each is refused
         if table and not options.json:

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ewavit.ffn import find_ffns
+from ewavit.errors import EwavitError
+from ewavit.ffn import FFN, find_ffns
 from ewavit.moe import moe_layers
+from ewavit.scaling import Work, table
 from ewavit.surgery import select_ffns, summary
+from ewavit.training.bench import activation_bytes
 from ewavit.training.building import (
     build_model,
     expand_by_recipe,
     ffn_input_shapes,
     image_facts,
     model_settings,
+    set_grad_checkpointing,
 )
 from ewavit.training.data import Data
 from ewavit.training.recipe import Recipe
@@ -46,6 +52,8 @@ class Plan:
     routed_flops_per_image: int | None  # with a router, whose experts have spare room
     router_parameters: int
     expected_step_ratio: float
+    devices: int | None = None
+    layouts: tuple[tuple[str, ...], ...] = ()  # a row of titles, then what each device needs in each layout
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`."""
@@ -71,18 +79,30 @@ class Plan:
             *routed,
             f"step time    {self.expected_step_ratio:>12.3f} x dense, estimated from this machine's rates",
         ]
+        if self.layouts:
+            widths = [max(map(len, column)) for column in zip(*self.layouts, strict=True)]
+            lines.append(
+                f"each of {self.devices} devices, bf16 with AdamW (docs/scaling.md says what is left out)"
+            )
+            lines += [
+                f"  {row[0].ljust(widths[0])}"
+                + "".join(f"  {c:>{w}}" for c, w in zip(row[1:], widths[1:], strict=True))
+                for row in self.layouts
+            ]
         return "\n".join(lines)
 
 
-def plan(recipe: Recipe, data: Data | None = None) -> Plan:
+def plan(recipe: Recipe, data: Data | None = None, devices: int | None = None) -> Plan:
     """Find the FFNs that a recipe expands and what that costs, without training.
 
     Args:
         recipe: the settings.
         data: what the model is for; without it the images and classes that timm's weights were made for.
+        devices: also what each of so many would need, in each layout of experts over devices.
 
     Raises:
-        EwavitError: unknown model, nothing to expand, or more experts than units in a batch.
+        EwavitError: unknown model, nothing to expand, more experts than units in a batch, or a router, which
+            the forms for many devices do not know.
     """
     num_classes, in_chans, img_size = image_facts(recipe, data)
     name, kwargs = model_settings(recipe, img_size)
@@ -97,6 +117,20 @@ def plan(recipe: Recipe, data: Data | None = None) -> Plan:
     )
     flops = _forward_flops(model, sample)
     dense = sum(parameter.numel() for parameter in model.parameters())
+    layouts: tuple[tuple[str, ...], ...] = ()
+    if devices is not None:
+        if devices < 1 or recipe.router != "random":
+            raise EwavitError(
+                f"--devices {devices} --router {recipe.router} has no closed form: give 1 device or more "
+                "and the random partition"
+            )
+        work = _work(model, chosen, sample, dense, flops, recipe.grad_checkpointing)
+        layouts = tuple(
+            table(
+                work, devices, num_experts=recipe.experts, batch_size=recipe.batch_size,
+                checkpointing=recipe.grad_checkpointing,
+            )
+        )  # fmt: skip
     expand_by_recipe(model, recipe, sample)
     training = summary(model).parameters
     routers = [p.numel() for moe in moe_layers(model).values() for p in moe.dispatcher.parameters()]
@@ -110,6 +144,38 @@ def plan(recipe: Recipe, data: Data | None = None) -> Plan:
     return Plan(
         name, images, recipe.experts, candidates, dense, training, 2 * BYTES * dense, 2 * BYTES * training,
         flops, routed_flops, sum(routers), (routed_flops or flops) / flops + extra_bytes / copy / seconds,
+        devices, layouts,
+    )  # fmt: skip
+
+
+def _work(
+    model: nn.Module, chosen: list[FFN], sample: Tensor, parameters: int, flops: int, checkpointing: bool
+) -> Work:
+    """What a model asks of its devices, its activations measured on images of this shape."""
+
+    measured = copy.deepcopy(model).train()
+
+    def per_image() -> int:  # the second image's, without what a batch keeps once: weights in half precision
+        def loss(model: nn.Module, batch: int) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                output: Tensor = model(sample.expand(batch, -1, -1, -1).clone())
+            return output.float().sum()
+
+        one, two = (activation_bytes(measured, partial(loss, batch=batch)) for batch in (1, 2))
+        return two - one
+
+    blocks = {ffn.name.rpartition(".")[0] for ffn in chosen or find_ffns(model)}
+    block = max(sum(p.numel() for p in model.get_submodule(name).parameters()) for name in blocks)
+    plain = checkpointed = per_image()
+    if checkpointing:
+        set_grad_checkpointing(measured)
+        checkpointed = per_image()
+        checkpointed += (plain - checkpointed) // len(
+            {ffn.name.rpartition(".")[0] for ffn in find_ffns(model)}
+        )
+    return Work(
+        parameters, sum(p.numel() for ffn in chosen for p in ffn.module.parameters()), len(chosen), block,
+        flops, plain, checkpointed,
     )  # fmt: skip
 
 
