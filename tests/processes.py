@@ -64,8 +64,9 @@ def _one(rank, world, port, pipe, check, args) -> None:
     try:
         dist.init_process_group("gloo", timeout=timedelta(seconds=60))
         check(*args)
-        dist.barrier()
-        dist.destroy_process_group()
+        if dist.is_initialized():  # accelerate ends the group itself
+            dist.barrier()
+            dist.destroy_process_group()
         pipe.send(None)
     except BaseException:
         pipe.send(traceback.format_exc())

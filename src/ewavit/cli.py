@@ -250,7 +250,7 @@ def _parsed(content: Mapping[str, Any], source: str, command: str) -> dict[str, 
 
 
 def _train(options: argparse.Namespace) -> int:
-    from ewavit.training.loop import Interrupted, resume, train
+    from ewavit.training.loop import Interrupted, ProcessLost, resume, train
 
     try:
         if options.resume is None:
@@ -263,7 +263,7 @@ def _train(options: argparse.Namespace) -> int:
             raise EwavitError(f"--resume takes all settings from the run: leave out {what}")
         resume(Path(options.resume), **given)
         return 0
-    except Interrupted as stopped:
+    except (Interrupted, ProcessLost) as stopped:
         print(f"ewavit: {stopped}", file=sys.stderr)
         return stopped.exit_status
 

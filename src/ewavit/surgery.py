@@ -23,6 +23,7 @@ from .sharding import is_sharded, whole
 
 Select = str | Iterable[str] | Callable[[str, nn.Module], bool]
 Init = Literal["copy", "perturb", "independent"]
+Placement = Literal["local", "replicas"]
 Model = TypeVar("Model", bound=nn.Module)
 
 _WRAPPERS = {
@@ -44,7 +45,7 @@ def expand(
     experts: Literal["auto", "stacked", "separate"] = "auto",
     init: Init = "copy",
     noise: float = 0.01,
-    placement: Literal["local", "replicas"] = "local",
+    placement: Placement = "local",
     process_group: dist.ProcessGroup | None = None,
 ) -> Model:
     """Turn FFNs of a model into mixtures of experts, in place, and return the model.

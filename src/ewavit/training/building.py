@@ -110,7 +110,13 @@ def expand_by_recipe(model: nn.Module, recipe: Recipe, sample: Tensor | None = N
     if recipe.experts == 1:
         return model
     chosen = select_ffns(model, recipe.select, recipe.partition)
-    if sample is not None:
+    replicas = recipe.placement == "replicas"
+    if replicas and (unfit := [ffn for ffn in chosen if not ffn.stackable]):
+        raise EwavitError(
+            f"{unfit[0].name} ({unfit[0].class_name}) cannot be stacked, as a checkpoint of replicas needs: "
+            "choose others with --select"
+        )
+    if sample is not None and not replicas:
         for name, shape in ffn_input_shapes(model, chosen, sample).items():
             per_image = 1 if recipe.partition == "image" else units_per_image(model, name, shape)
             if recipe.experts > per_image * recipe.batch_size:
@@ -118,9 +124,14 @@ def expand_by_recipe(model: nn.Module, recipe: Recipe, sample: Tensor | None = N
                     f"--experts {recipe.experts} is more than the {per_image * recipe.batch_size} "
                     f"{recipe.partition}s of a batch in {name}: take fewer experts or a larger --batch-size"
                 )
-    names = [ffn.name for ffn in chosen]
     return expand(
-        model, recipe.experts, select=names, partition=recipe.partition, router=recipe.top_k, init=recipe.init
+        model,
+        recipe.experts,
+        select=[ffn.name for ffn in chosen],
+        partition=recipe.partition,
+        router=recipe.top_k,
+        init=recipe.init,
+        placement=recipe.placement,
     )
 
 

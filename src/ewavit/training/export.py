@@ -140,6 +140,7 @@ def load_model(source: Path) -> tuple[nn.Module, ModelCard]:
 def _from_checkpoint(source: Path) -> tuple[nn.Module, ModelCard]:
     checkpoint = load_checkpoint(source)
     recipe = Recipe.from_dict(checkpoint.facts["recipe"], str(checkpoint.path))
+    recipe = replace(recipe, placement="local")  # replicas are saved stacked
     card = ModelCard.from_dict(checkpoint.facts["card"])
     model = expand_by_recipe(card.build(), recipe)
     model.load_state_dict(checkpoint.model)

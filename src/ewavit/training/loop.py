@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import re
 import resource
 import signal
 import sys
@@ -25,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -36,6 +38,7 @@ from torch.nn.utils import get_total_norm
 from ewavit.diagnostics import expert_spread, routing_statistics
 from ewavit.errors import EwavitError
 from ewavit.moe import moe_layers
+from ewavit.replicas import clip_grad_norm_, load_stacked_state_dict, stacked_state_dict
 from ewavit.routing import auxiliary_loss, scale_auxiliary_loss
 from ewavit.streaming import expert_metadata
 from ewavit.surgery import collapsed, dense_state_dict
@@ -50,7 +53,14 @@ from ewavit.training.building import (
     model_settings,
     set_grad_checkpointing,
 )
-from ewavit.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, save_tensors
+from ewavit.training.checkpoint import (
+    CURRENT,
+    PREVIOUS,
+    Checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    save_tensors,
+)
 from ewavit.training.data import Augmentation, Data, open_data
 from ewavit.training.evaluation import Metrics, evaluate_batches, predictions
 from ewavit.training.export import Mixture, ModelCard
@@ -67,6 +77,12 @@ class Result:
     run: Path
     row: report.Row
     model_file: Path
+
+
+class ProcessLost(Exception):
+    """Another process of the run ended."""
+
+    exit_status = 1
 
 
 class Interrupted(Exception):
@@ -96,11 +112,19 @@ def train(recipe: Recipe) -> Result:
 
     Raises:
         EwavitError: wrong input, a loss that is not finite, or a disk that is full.
+        ProcessLost: another process of the run ended.
         Interrupted: SIGINT or SIGTERM; the checkpoint is written.
+
+    Started again by `torchrun --max-restarts`, it resumes the run of its name from the last checkpoint.
     """
+    if recipe.name is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+        raise EwavitError("a run that torchrun may restart is found by its name: give --name")
+    if recipe.name is not None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+        run = Path(recipe.output) / recipe.name
+        if any((run / folder).exists() for folder in (CURRENT, PREVIOUS)):
+            return resume(run)
     run = _run_folder(recipe)
-    accelerator = _accelerator(recipe, run)
-    return _Run(recipe, run, accelerator).train()
+    return _trained(recipe, run, _accelerator(recipe, run))
 
 
 def resume(run: Path, **changes: Any) -> Result:
@@ -120,7 +144,25 @@ def resume(run: Path, **changes: Any) -> Result:
     accelerator = _accelerator(recipe, run)
     if checkpoint.warning and accelerator.is_main_process:
         report.say(f"warning: {checkpoint.warning}")
-    return _Run(recipe, run, accelerator, checkpoint).train()
+    return _trained(recipe, run, accelerator, checkpoint)
+
+
+def _trained(
+    recipe: Recipe, run: Path, accelerator: Accelerator, checkpoint: Checkpoint | None = None
+) -> Result:
+    try:
+        return _Run(recipe, run, accelerator, checkpoint).train()
+    except RuntimeError as problem:
+        lost = re.search("gloo|nccl|connection|socket", str(problem), re.IGNORECASE)
+        if accelerator.num_processes == 1 or not lost:
+            raise
+        reason = re.sub(r"^\[\S+\] |\. This is .*", "", str(problem).strip().splitlines()[0])
+        kept = "its last checkpoint is whole" if (run / CURRENT).exists() else "no checkpoint was written yet"
+        raise ProcessLost(
+            f"process {accelerator.process_index} lost another one ({reason}), which says why itself or was "
+            f"killed; {kept}: start the same processes with `train --resume {run}`, or let "
+            "`torchrun --max-restarts` do it"
+        ) from None
 
 
 class _Run:
@@ -129,6 +171,10 @@ class _Run:
     def __init__(
         self, recipe: Recipe, run: Path, accelerator: Accelerator, checkpoint: Checkpoint | None = None
     ) -> None:
+        if recipe.placement == "replicas":
+            recipe = replace(recipe, experts=accelerator.num_processes)
+            if recipe.experts == 1:
+                raise EwavitError("--placement replicas takes one process for each expert: use torchrun")
         self.recipe, self.folder, self.accelerator = recipe, run, accelerator
         self.data = open_recipe_data(recipe, accelerator)
         self.updates_per_epoch = self.data.batches_per_epoch // recipe.grad_accum_steps
@@ -151,6 +197,8 @@ class _Run:
         )
         self.card = ModelCard.of(name, settings, recipe.data, self.data)
         sample = torch.zeros(1, self.data.in_chans, self.data.img_size, self.data.img_size)
+        if recipe.placement == "replicas":
+            dense.to(accelerator.device)  # where the processes can send it to each other
         plain = expand_by_recipe(dense, recipe, sample).to(accelerator.device)
         if recipe.grad_checkpointing:
             set_grad_checkpointing(plain)
@@ -163,6 +211,7 @@ class _Run:
         self.prediction = None
         predictable = SpreadPrediction.supports(optimizer) and not recipe.average_moments
         predictable = predictable and recipe.top_k is None  # a router's experts differ by more than noise
+        predictable = predictable and recipe.placement == "local"
         if self.averaging is not None and predictable:
             self.prediction = SpreadPrediction(plain, optimizer, self.averaging)
         self.progress = Progress()
@@ -310,7 +359,9 @@ class _Run:
         return loss.detach()
 
     def _update(self) -> None:
-        if self.recipe.clip_grad is not None:
+        if self.recipe.clip_grad is not None and self.recipe.placement == "replicas":
+            clip_grad_norm_(self.plain, self.recipe.clip_grad)
+        elif self.recipe.clip_grad is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip_grad)
         groups = self.raw_optimizer.param_groups
         self.progress.lr = max(group["lr"] / group.get("lr_scale", 1.0) for group in groups)
@@ -407,14 +458,18 @@ class _Run:
 
     def _save(self) -> None:
         self._gather_loss()
+        state = stacked_state_dict(self.plain, self.raw_optimizer)
+        average = self.average.state_dict() if self.average else None
+        if average is not None and self.average is not None:
+            average["module"] = stacked_state_dict(self.average.module).get("model")
         if not self.accelerator.is_main_process:
             return
         scaler = self.accelerator.scaler
         training = {
-            "optimizer": self.raw_optimizer.state_dict(),
+            "optimizer": state["optimizer"],
             "averaging": self.averaging.state_dict() if self.averaging else None,
             "prediction": self.prediction.state_dict() if self.prediction else None,
-            "average": self.average.state_dict() if self.average else None,
+            "average": average,
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
         facts = {
@@ -422,30 +477,39 @@ class _Run:
             "card": asdict(self.card),
             "progress": asdict(self.progress),
             "layers": list(moe_layers(self.plain)),
+            "processes": self.accelerator.num_processes,
         }
         metadata = self.card.metadata() | expert_metadata(self.plain)
-        save_checkpoint(self.folder, self.plain.state_dict(), training, facts, metadata)
+        save_checkpoint(self.folder, state["model"], training, facts, metadata)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
+        processes = self.accelerator.num_processes
+        if (saved := checkpoint.facts.get("processes", processes)) != processes:
+            raise EwavitError(
+                f"{checkpoint.path} is of a run in {saved} processes, whose steps and learning rates go by "
+                f"that number, and here are {processes}: start as many"
+            )
         layers = list(moe_layers(self.plain))
         if checkpoint.facts["layers"] != layers:
             raise EwavitError(
                 f"{checkpoint.path} has {len(checkpoint.facts['layers'])} mixtures "
                 f"({', '.join(checkpoint.facts['layers'])}), this model {len(layers)}: it is another model's"
             )
+        training = checkpoint.training
+        state = {"model": checkpoint.model, "optimizer": training["optimizer"]}
         try:
-            self.plain.load_state_dict(checkpoint.model)
+            load_stacked_state_dict(self.plain, state, self.raw_optimizer)
         except RuntimeError as problem:
             first = str(problem).strip().splitlines()[-1].strip()
             raise EwavitError(f"{checkpoint.path} is the checkpoint of another model ({first})") from None
-        training = checkpoint.training
-        self.raw_optimizer.load_state_dict(training["optimizer"])
         if self.averaging is not None:
             self.averaging.load_state_dict(training["averaging"])
         if self.prediction is not None:
             self.prediction.load_state_dict(training["prediction"])
         if self.average is not None:
-            self.average.load_state_dict(training["average"])
+            load_stacked_state_dict(self.average.module, {"model": training["average"]["module"]})
+            mine = training["average"] | {"module": self.average.module.state_dict()}
+            self.average.load_state_dict(mine)
         if training["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(training["scaler"])
         self.progress = Progress(**checkpoint.facts["progress"])
@@ -455,18 +519,20 @@ class _Run:
     def _finish(self) -> Result:
         row, model_file = self.progress.rows[-1], self.folder / "model.safetensors"
         self._write_predictions()
+        state_of = nn.Module.state_dict if self.recipe.keeps_experts else dense_state_dict
+        weights = state_of(self.plain)  # by all: replicas meet for it
+        averaged = None if self.average is None else state_of(self.average.module)
         if self.accelerator.is_main_process:
             if self.recipe.keeps_experts:
                 self.card = replace(self.card, mixture=Mixture.of(self.plain))
-            state_of = nn.Module.state_dict if self.recipe.keeps_experts else dense_state_dict
             title = f"{self.folder.name}: {self.card.model} on {self.data.name}"
             report.draw_curves(self.progress.rows, self.folder / "curves.png", title)
-            if self.average is not None:
+            if averaged is not None:
                 card = replace(self.card, top1=row["average_top1"])
                 average_file = self.folder / "model-average.safetensors"
-                save_tensors(state_of(self.average.module), average_file, card.metadata())
+                save_tensors(averaged, average_file, card.metadata())
             card = replace(self.card, top1=row["eval_top1"])
-            save_tensors(state_of(self.plain), model_file, card.metadata())
+            save_tensors(weights, model_file, card.metadata())
             skipped = f", {self.data.bad_images} unreadable images skipped" if self.data.bad_images else ""
             kind = "held-out" if self.recipe.holdout else "test"
             report.say(f"top-1 {row['eval_top1']:.2f} % on {self.data.num_eval:,} {kind} images{skipped}")
@@ -563,12 +629,29 @@ def _accelerator(recipe: Recipe, run: Path) -> Accelerator:
     cpu = (
         not torch.accelerator.is_available()
     )  # said, or accelerate leaves launched CPU processes on their own
+    _meet_again(cpu)
     try:
         return Accelerator(cpu=cpu, mixed_precision=precision, log_with=log_with, project_dir=str(run))
     except ValueError as problem:
         if not recipe.amp:
             raise
         raise EwavitError(f"--amp-dtype {recipe.amp_dtype} does not work here ({problem})") from None
+
+
+def _meet_again(cpu: bool) -> None:
+    """After a restart by torchrun on one machine: let the processes find each other by keys of this start.
+
+    torchrun keeps one store for all its starts, in which they might read where the dead ones listened
+    (pytorch/pytorch#135712). On several machines the starts are not counted together; there set
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
+    """
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    if start == "0" or not one_machine or dist.is_initialized():
+        return
+    store, rank, processes = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+    store = dist.PrefixStore(f"start-{start}", store)  # type: ignore[attr-defined]
+    dist.init_process_group("gloo" if cpu else None, store=store, rank=rank, world_size=processes)
 
 
 def _run_folder(recipe: Recipe) -> Path:

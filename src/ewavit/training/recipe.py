@@ -14,7 +14,7 @@ from ewavit.averaging import check_share_rate
 from ewavit.errors import EwavitError
 from ewavit.moe import Unit
 from ewavit.routing import TopK
-from ewavit.surgery import Init
+from ewavit.surgery import Init, Placement
 
 
 def _option(default: Any, help_text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -55,6 +55,11 @@ class Recipe:
     average_every: int = _option(1, "average after every so many optimizer steps only")
     average_moments: bool = _option(False, "average the optimizer's moments of the experts too")
     expert_lr: float = _option(1.0, "factor on the experts' learning rate")
+    placement: Placement = _option(
+        "local",
+        "all experts in every process, or replicas: one in each process of torchrun, whose number N is",
+        ("local", "replicas"),
+    )
     init: Init = _option(
         "copy",
         "how experts start: copies of the FFN, noisy copies, own draws",
@@ -158,6 +163,8 @@ class Recipe:
                 raise EwavitError(
                     f"--router {self.router} sends tokens: leave out --partition {self.partition}"
                 )
+        if self.placement == "replicas":
+            self._check_replicas()
         if self.pretrained and self.initial_checkpoint:
             raise EwavitError("--pretrained and --initial-checkpoint both give the first weights: choose one")
         averages = {"model_ema": self.model_ema, "swa": self.swa, "twa": self.twa}
@@ -184,6 +191,17 @@ class Recipe:
     def keeps_experts(self) -> bool:
         """Whether the result is the mixture itself, not the plain model with the mean expert."""
         return self.top_k is not None and not self.collapse
+
+    def _check_replicas(self) -> None:
+        """Refuse what one expert in each process cannot do."""
+        unfit = {
+            "router": self.router != "random",
+            "init": self.init != "copy",
+            "twa": self.twa > 0,
+            "amp-dtype": self.amp and self.amp_dtype == "float16",  # one process may skip a step, others not
+        }
+        if names := [f"--{name}" for name, given in unfit.items() if given]:
+            raise EwavitError(f"--placement replicas does not go with this {names[0]}: leave {names[0]} out")
 
     def parsed_model_kwargs(self) -> dict[str, Any]:
         """`model_kwargs` as a dict; values are Python literals or else strings.

@@ -1,0 +1,136 @@
+"""`ewavit train` in several processes: replicas, a killed process, the restart by torchrun."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import ewavit as ewa
+from ewavit.training import loop
+from ewavit.training.checkpoint import load_checkpoint
+from ewavit.training.export import evaluate, export
+from ewavit.training.recipe import Recipe
+from processes import in_processes
+from test_training import TINY
+
+SETTINGS = {**TINY, "placement": "replicas", "recovery_interval": 2, "share_rate": 0.2, "clip_grad": 0.5}
+
+
+def recipe(folder, name, **settings):
+    return Recipe(**{**SETTINGS, **settings}, output=str(folder), name=name)
+
+
+def train(folder, name, settings=()):
+    loop.train(recipe(folder, name, **dict(settings)))
+
+
+def assert_same_end(one: Path, other: Path):
+    for file in ("model.safetensors", "checkpoint/model.safetensors", "checkpoint/training.safetensors"):
+        first, second = load_file(one / file), load_file(other / file)
+        assert list(first) == list(second)
+        for name, tensor in first.items():
+            assert torch.equal(tensor, second[name]), f"{file}: {name}"
+
+
+def stopped_after(updates, folder, name, settings):
+    """Train until an error in every process."""
+    original = loop._Run._update
+
+    def update(run):
+        original(run)
+        if run.progress.update == updates:
+            raise KeyError
+
+    loop._Run._update = update
+    with pytest.raises(KeyError):
+        train(folder, name, settings)
+    loop._Run._update = original
+
+
+def resume(folder, name):
+    loop.resume(Path(folder) / name)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of two replicas that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("runs")
+    in_processes(2, train, str(folder), "whole")
+    return folder / "whole"
+
+
+def test_a_run_of_replicas_leaves_a_plain_model_and_every_expert(whole, tmp_path):
+    (*_, row) = csv.DictReader((whole / "summary.csv").open())
+    assert float(row["expert_spread"]) > 1e-3
+    checkpoint = load_checkpoint(whole)
+    assert checkpoint.facts["recipe"]["experts"] == checkpoint.facts["processes"] == 2
+    experts = checkpoint.model["blocks.1.mlp.experts.ffn.fc1.weight"]
+    assert experts.shape == (2, 128, 32)
+    assert not torch.equal(experts[0], experts[1])
+    moments = [values["exp_avg"] for values in checkpoint.training["optimizer"]["state"].values()]
+    (of_fc1,) = [moment for moment in moments if moment.shape == experts.shape]
+    assert not torch.equal(of_fc1[0], of_fc1[1])
+    plain = load_file(whole / "model.safetensors")
+    assert torch.allclose(plain["blocks.1.mlp.fc1.weight"], experts.mean(0), atol=1e-7)
+    for source in (whole, whole / "checkpoint"):
+        assert evaluate(source).top1 == pytest.approx(float(row["eval_top1"]), abs=0.05)
+    assert f"top-1 {float(row['eval_top1']):.2f} %" in export(whole, tmp_path / "plain.safetensors")
+
+
+def test_a_run_of_replicas_resumes_exactly_with_a_moving_average(tmp_path):
+    settings = {"model_ema": True, "model_ema_decay": 0.5, "epochs": 1}
+    in_processes(2, train, str(tmp_path), "whole", settings)
+    in_processes(2, stopped_after, 3, str(tmp_path), "parts", settings)
+    in_processes(2, resume, str(tmp_path), "parts")
+    assert_same_end(tmp_path / "whole", tmp_path / "parts")
+    averages = [load_file(tmp_path / name / "model-average.safetensors") for name in ("whole", "parts")]
+    assert all(torch.equal(averages[0][key], averages[1][key]) for key in averages[0])
+
+
+def torchrun(restarts, folder, name):
+    words = {**SETTINGS, "output": str(folder), "name": name}
+    flags = [word for key, value in words.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", str(restarts), str(Path(__file__).parent / "killed_process.py"), "train"]
+    return subprocess.run([*command, *flags], capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_job_and_leaves_a_checkpoint_that_resumes_exactly(whole, tmp_path):
+    done = torchrun(0, tmp_path, "killed")
+    assert done.returncode == 1
+    assert "rank      : 1" in done.stderr
+    assert "Signal 9 (SIGKILL)" in done.stderr
+    checkpoint = load_checkpoint(tmp_path / "killed")
+    assert checkpoint.warning is None
+    assert checkpoint.facts["progress"]["update"] == 4
+    in_processes(2, resume, str(tmp_path), "killed")
+    assert_same_end(whole, tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_killed_run_which_goes_on_exactly(whole, tmp_path):
+    done = torchrun(1, tmp_path, "restarted")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "resumed at epoch 2, batch 0" in done.stdout
+    assert_same_end(whole, tmp_path / "restarted")
+
+
+def test_what_replicas_cannot_do_is_told_before_anything_starts(tmp_path, monkeypatch):
+    for settings, told in (
+        ({"twa": 1}, "--placement replicas does not go with this --twa"),
+        ({"router": "topk"}, "with this --router"),
+        ({"amp": True, "amp_dtype": "float16"}, "with this --amp-dtype"),
+    ):
+        with pytest.raises(ewa.EwavitError, match=told):
+            recipe(tmp_path, "wrong", **settings)
+    with pytest.raises(ewa.EwavitError, match="takes one process for each expert: use torchrun"):
+        train(tmp_path, "alone")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    with pytest.raises(ewa.EwavitError, match="found by its name: give --name"):
+        loop.train(Recipe(**TINY, output=str(tmp_path)))
+    assert not (tmp_path / "alone").exists()
