@@ -107,7 +107,12 @@ def _parser(name: str = "ewavit") -> argparse.ArgumentParser:
         "source", metavar="RUN_OR_FILE", type=Path, help="run, checkpoint, .safetensors or .onnx"
     )
     evaluate.add_argument("--data", help="data spec; the one it was trained on unless given")
-    evaluate.add_argument("--batch-size", type=int, default=128, help="images per batch (default: 128)")
+    evaluate.add_argument(
+        "--batch-size",
+        type=int,
+        default=128,
+        help="images per batch, which compete for the room of routed experts (default: 128)",
+    )
     evaluate.add_argument("--workers", type=int, default=4, help="processes that read images (default: 4)")
     evaluate.add_argument("--data-dir", help="root folder for timm's data specs")
     evaluate.add_argument("--val-split", default="validation", help="name of the split (default: validation)")
