@@ -116,6 +116,7 @@ def _parser(name: str = "ewavit") -> argparse.ArgumentParser:
     evaluate.add_argument("--workers", type=int, default=4, help="processes that read images (default: 4)")
     evaluate.add_argument("--data-dir", help="root folder for timm's data specs")
     evaluate.add_argument("--val-split", default="validation", help="name of the split (default: validation)")
+    evaluate.add_argument("--votes", type=int, default=1, help="passes over each cloud (default: 1)")
     evaluate.add_argument("--skip-bad-images", action="store_true", help="go on without unreadable images")
     evaluate.add_argument("--json", action="store_true", help="print JSON")
     evaluate.set_defaults(command=_evaluate)
@@ -365,14 +366,19 @@ def _evaluate(options: argparse.Namespace) -> int:
 
     from ewavit.training.export import evaluate
 
-    names = ("data", "batch_size", "workers", "data_dir", "val_split", "skip_bad_images")
+    names = ("data", "batch_size", "workers", "data_dir", "val_split", "votes", "skip_bad_images")
     metrics = evaluate(options.source, **{name: getattr(options, name) for name in names})
     if options.json:
         print(json.dumps(asdict(metrics)))
+    elif metrics.instance_iou is not None:
+        print(
+            f"instance mIoU {metrics.instance_iou:.2f} %, class mIoU {metrics.class_iou:.2f} %, "
+            f"of points {metrics.top1:.2f} % right, loss {metrics.loss:.4f} on {metrics.images:,} clouds"
+        )
     else:
         print(
-            f"top-1 {metrics.top1:.2f} %, top-5 {metrics.top5:.2f} %, "
-            f"loss {metrics.loss:.4f} on {metrics.images:,} images"
+            f"top-1 {metrics.top1:.2f} % (mean of classes {metrics.mean_class:.2f} %), "
+            f"top-5 {metrics.top5:.2f} %, loss {metrics.loss:.4f} on {metrics.images:,} images"
         )
     return 0
 

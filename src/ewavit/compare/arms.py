@@ -41,6 +41,7 @@ BUILT_IN: dict[str, Callable[[Recipe], dict[str, Any]]] = {
 # What a difference between two arms must not come from: other images, other seeds, other folders.
 _SHARED = {
     "data", "data_dir", "train_split", "val_split", "img_size", "limit", "holdout", "skip_bad_images",
+    "num_points", "votes",
     "seed", "output", "name",
 }  # fmt: skip
 _AVERAGES = ("model_ema", "swa", "twa")

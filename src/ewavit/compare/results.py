@@ -113,5 +113,8 @@ def read_run(folder: Path, seed: int) -> Run:
                 )
             )
             peak = float(row["peak_memory_mib"])
-    table = np.loadtxt(folder / "predictions.csv", delimiter=",", skiprows=1, dtype=np.int64, ndmin=2)
+    rows = (folder / "predictions.csv").read_text().split()[1:]
+    if not rows:  # of part segmentation
+        return Run(seed, tuple(points), peak)
+    table = np.loadtxt(rows, delimiter=",", dtype=np.int64, ndmin=2)
     return Run(seed, tuple(points), peak, labels=table[:, 0], predictions=table[:, 1])

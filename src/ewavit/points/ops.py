@@ -138,6 +138,8 @@ def _squared_distances(queries: Tensor, points: Tensor) -> Tensor:
 
 
 def _slices(queries: Tensor, points: Tensor) -> tuple[Tensor, ...]:
+    if torch.compiler.is_compiling():  # or exporting: the number of clouds may not be known
+        return (queries,)
     size = max(1, CHUNK // (points.shape[0] * points.shape[1]))
     return tuple(queries[:, first : first + size] for first in range(0, queries.shape[1], size))
 

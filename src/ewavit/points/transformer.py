@@ -244,8 +244,8 @@ class PointTransformer(_Backbone):
 
     def forward(self, points: Tensor) -> Tensor:
         tokens, pos, _ = self.tokens(points)
-        tokens = torch.cat([self.cls_token.expand(len(points), -1, -1), tokens], 1)
-        pos = torch.cat([self.cls_pos.expand(len(points), -1, -1), pos], 1)
+        tokens = torch.cat([self.cls_token.expand(points.shape[0], -1, -1), tokens], 1)
+        pos = torch.cat([self.cls_pos.expand(points.shape[0], -1, -1), pos], 1)
         x = self.norm(self.blocks(tokens, pos)[-1])
         logits: Tensor = self.cls_head_finetune(torch.cat([x[:, 0], x[:, 1:].max(1)[0]], -1))
         return logits
@@ -328,12 +328,15 @@ def _init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-_SMALL: dict[str, Any] = {"dim": 96, "depth": 6, "num_heads": 3, "group_size": 16, "encoder_width": 32}
+_SMALL: dict[str, Any] = {
+    "dim": 96, "depth": 6, "num_heads": 3, "num_group": 32, "group_size": 16, "encoder_width": 32
+}  # fmt: skip
 MODELS: dict[str, tuple[type[PointTransformer] | type[PointTransformerSeg], dict[str, Any]]] = {
     "point_transformer": (PointTransformer, {}),
     "point_transformer_s": (PointTransformer, _SMALL),
     "point_bert": (PointTransformer, {"encoder_dims": 256, "head": "point_bert"}),
     "point_transformer_seg": (PointTransformerSeg, {}),
+    "point_transformer_seg_s": (PointTransformerSeg, _SMALL),
 }
 
 
@@ -342,7 +345,8 @@ def create_point_model(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
 
     Args:
         name: "point_transformer" (Point-MAE's: 384 wide, 12 deep, 6 heads), "point_transformer_s" (for CPUs),
-            "point_bert" (its keys differ in `reduce_dim` and the head) or "point_transformer_seg".
+            "point_bert" (its keys differ in `reduce_dim` and the head), "point_transformer_seg" (Point-MAE's)
+            or "point_transformer_seg_s".
         num_classes: classes, or parts.
         kwargs: change the model's settings.
 

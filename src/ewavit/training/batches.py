@@ -1,8 +1,9 @@
 """`Data`, what a training loop sees of a data set; the order of its images; and sets that lie in memory."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -57,14 +58,50 @@ class BatchPlan:
             yield mine[first : first + self.batch_size]
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What a model is for: the number of classes, and images of `img_size` pixels or clouds of `num_points`.
+
+    `parts` says that not clouds but their points are classified.
+    """
+
+    num_classes: int
+    in_chans: int
+    img_size: int
+    num_points: int | None = None
+    parts: bool = False
+
+    @property
+    def kind(self) -> str:
+        """What one calls them."""
+        return "images" if self.num_points is None else "clouds"
+
+    @property
+    def size(self) -> str:
+        """Of one, in words."""
+        sides = (self.img_size, self.img_size) if self.num_points is None else (self.num_points,)
+        return "x".join(map(str, (*sides, self.in_chans)))
+
+    def sample(self, batch: int = 1) -> Tensor:
+        """Zeros, images (batch, channels, height, width) or clouds (batch, points, channels)."""
+        if self.num_points is None:
+            return torch.zeros(batch, self.in_chans, self.img_size, self.img_size)
+        return torch.zeros(batch, self.num_points, self.in_chans)
+
+    def __str__(self) -> str:
+        return f"{self.size} {self.kind}, {self.num_classes} classes"
+
+
 class Data(ABC):
     """A training and an evaluation set, as batches.
 
     Attributes:
         name: short name for logs.
         classes: class names, in the order of the labels.
-        in_chans: channels of the images, 1 or 3.
-        img_size: height and width, pixels.
+        in_chans: channels of the images, 1 or 3, or of the points.
+        img_size: height and width, pixels; 0 for clouds.
+        num_points: points per cloud; None for images.
+        categories: of clouds with labelled parts, the parts of each category; else empty.
         mean: mean of each channel that was subtracted, of values in 0..1.
         std: standard deviation of each channel that was divided by.
         num_train: training images (after `limit`).
@@ -76,6 +113,8 @@ class Data(ABC):
     classes: tuple[str, ...]
     in_chans: int
     img_size: int
+    num_points: int | None = None
+    categories: tuple[tuple[int, ...], ...] = ()
     mean: tuple[float, ...]
     std: tuple[float, ...]
     num_train: int
@@ -86,6 +125,18 @@ class Data(ABC):
     def num_classes(self) -> int:
         """Number of classes."""
         return len(self.classes)
+
+    @property
+    def inputs(self) -> Inputs:
+        """What a model for this data is for."""
+        return Inputs(len(self.classes), self.in_chans, self.img_size, self.num_points, bool(self.categories))
+
+    def voting(self, predict: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """What evaluation asks for logits: `predict` itself, or its mean over several views of an input."""
+        return predict
+
+    def picture(self, predictions: Sequence[tuple[int, int]], path: Path) -> None:  # noqa: B027 (optional)
+        """Draw a few evaluation inputs, given each one's label and predicted class, where there is a way."""
 
     @property
     def bad_images(self) -> int:
@@ -101,8 +152,8 @@ class Data(ABC):
             start: number of the first batch, to resume within an epoch.
 
         Returns:
-            An iterator of images (batch, channels, height, width), float32, normalised, and labels
-            (batch,), int64, both on the device. All batches are full.
+            An iterator of images (batch, channels, height, width), float32, normalised, or clouds (batch,
+            points, channels), and labels (batch,), int64, all on the device. All batches are full.
 
         Raises:
             EwavitError: an image cannot be read and bad images are not skipped.

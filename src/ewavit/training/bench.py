@@ -24,7 +24,7 @@ from ewavit.training.building import (
     build_optimizer,
     expand_by_recipe,
     expert_averaging,
-    image_facts,
+    model_inputs,
     model_settings,
     set_grad_checkpointing,
 )
@@ -123,22 +123,22 @@ def bench(recipe: Recipe, rounds: int = 20, data: Data | None = None) -> Bench:
         EwavitError: what `train` would refuse in the model and its mixtures.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    num_classes, in_chans, img_size = image_facts(recipe, data)
-    name, kwargs = model_settings(recipe, img_size)
+    inputs = model_inputs(recipe, data)
+    name, kwargs = model_settings(recipe, inputs)
 
     def trainee(experts: bool) -> Trainee:
         torch.manual_seed(recipe.seed)
-        model, _ = build_model(name, num_classes=num_classes, in_chans=in_chans, img_size=img_size, **kwargs)
+        model, _ = build_model(name, inputs, **kwargs)
         if experts:
-            expand_by_recipe(model, recipe, torch.zeros(1, in_chans, img_size, img_size))
+            expand_by_recipe(model, recipe, inputs.sample())
         if recipe.grad_checkpointing:
             set_grad_checkpointing(model)
         model.to(device).train()
         averaging = expert_averaging(model, recipe, updates_per_epoch=1) if experts else None
         return Trainee(model, build_optimizer(model, recipe), averaging)
 
-    images = torch.randn(recipe.batch_size, in_chans, img_size, img_size, device=device)
-    labels = torch.randint(num_classes, (recipe.batch_size,), device=device)
+    images = torch.randn_like(inputs.sample(recipe.batch_size).to(device))
+    labels = torch.randint(inputs.num_classes, (recipe.batch_size,), device=device)
     precision = {"bfloat16": torch.bfloat16, "float16": torch.float16}[recipe.amp_dtype]
     times = measure(
         {"dense": trainee(False), "ewa": trainee(True)},
@@ -151,7 +151,7 @@ def bench(recipe: Recipe, rounds: int = 20, data: Data | None = None) -> Bench:
     dense, ewa = times["dense"], times["ewa"]
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
     return Bench(
-        name, f"{recipe.batch_size} images of {img_size}x{img_size}x{in_chans}", where, rounds,
+        name, f"{recipe.batch_size} {inputs.kind} of {inputs.size}", where, rounds,
         ratios(dense, dense), ratios(ewa, dense), dense.activation_bytes, ewa.activation_bytes,
         dense.first_step, ewa.first_step,
     )  # fmt: skip

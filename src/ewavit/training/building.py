@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from ewavit.averaging import CosineRamp, Early, ExpertAveraging, LinearRamp, Sch
 from ewavit.errors import EwavitError
 from ewavit.ffn import FFN
 from ewavit.moe import moe_layers
+from ewavit.points.transformer import MODELS as POINT_MODELS
+from ewavit.points.transformer import create_point_model, load_point_checkpoint
 from ewavit.surgery import expand, select_ffns
-from ewavit.training.batches import Data
+from ewavit.training.batches import Data, Inputs
 from ewavit.training.recipe import Recipe
 
 MOST_PATCHES = 4096
@@ -26,33 +29,40 @@ FEWEST_PATCHES = 4
 
 def build_model(
     name: str,
+    inputs: Inputs,
     *,
-    num_classes: int,
-    in_chans: int,
-    img_size: int,
     pretrained: bool = False,
     initial_checkpoint: str | None = None,
     **kwargs: Any,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """A timm model that fits the images, checked with one forward pass, and the settings timm was given.
+    """A model that fits the data, checked with one forward pass, and the settings it was built with.
 
     Args:
-        name: any timm model name.
-        num_classes, in_chans, img_size: of the data; img_size in pixels.
+        name: any timm model name, or for point clouds one of `ewavit.points.transformer.MODELS`.
+        inputs: classes and shape of the data.
         pretrained: load timm's weights.
         initial_checkpoint: load this file of the same model, with its head if the class counts agree.
-        kwargs: handed to timm.
+        kwargs: handed to timm or the point transformer.
 
     Raises:
-        EwavitError: unknown model, patches that do not fit the image, settings timm refuses, weights that are
-            missing or of another model.
+        EwavitError: unknown model, too few points, patches that do not fit the image, settings it refuses,
+            weights that are missing or of another model.
     """
+    if inputs.num_points is not None:
+        return _point_model(name, inputs, pretrained, initial_checkpoint, kwargs)
+    img_size = inputs.img_size
+    if name in POINT_MODELS:
+        raise EwavitError(
+            f"{name} is for point clouds: give --data solids or modelnet10:PATH, or another --model"
+        )
     if not timm.is_model(name.split(".")[0]):
         close = difflib.get_close_matches(name, timm.list_models(), 3)
         hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() names them all"
         raise EwavitError(f"timm has no model {name!r}: {hint}")
     _check_patches(kwargs.get("patch_size"), img_size)
-    settings = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size, **kwargs}
+    settings = {
+        "num_classes": inputs.num_classes, "in_chans": inputs.in_chans, "img_size": img_size, **kwargs
+    }  # fmt: skip
     if initial_checkpoint is not None:
         model = _from_file(name, initial_checkpoint, settings)
     else:
@@ -62,7 +72,7 @@ def build_model(
     try:
         with torch.no_grad():
             was_training = model.training
-            model.eval()(torch.zeros(1, in_chans, img_size, img_size))
+            model.eval()(inputs.sample())
             model.train(was_training)
     except (RuntimeError, AssertionError, ValueError) as problem:
         raise EwavitError(
@@ -72,27 +82,43 @@ def build_model(
     return model, settings
 
 
-def image_facts(recipe: Recipe, data: Data | None = None) -> tuple[int, int, int]:
-    """Classes, channels and side of the images that a recipe's model is for.
+def _point_model(
+    name: str, inputs: Inputs, pretrained: bool, initial_checkpoint: str | None, kwargs: dict[str, Any]
+) -> tuple[nn.Module, dict[str, Any]]:
+    if pretrained:
+        raise EwavitError("--pretrained fetches timm's weights: give a point model an --initial-checkpoint")
+    settings = {"num_classes": inputs.num_classes, **kwargs}
+    model = create_point_model(name, **settings)
+    if initial_checkpoint is not None:
+        load_point_checkpoint(model, initial_checkpoint)
+    with torch.no_grad():
+        model.eval()(inputs.sample())
+    return model.train(), settings
+
+
+def model_inputs(recipe: Recipe, data: Data | None = None) -> Inputs:
+    """What a recipe's model is for.
 
     Args:
         recipe: the settings.
-        data: the images; without them those that timm's weights were made for.
+        data: the images or clouds; without them the images that timm's weights were made for.
     """
     if data is not None:
-        return data.num_classes, data.in_chans, recipe.img_size or data.img_size
+        return replace(data.inputs, img_size=recipe.img_size or data.img_size)
     config = timm.get_pretrained_cfg((recipe.model or "").split(".")[0])
     in_chans, img_size = config.input_size[:2] if config else (3, 224)
-    return config.num_classes if config else 1000, in_chans, recipe.img_size or img_size
+    return Inputs(config.num_classes if config else 1000, in_chans, recipe.img_size or img_size)
 
 
-def model_settings(recipe: Recipe, img_size: int) -> tuple[str, dict[str, Any]]:
-    """The model's name and keyword arguments; without a name a ViT-Tiny with patches that fit the images."""
+def model_settings(recipe: Recipe, inputs: Inputs) -> tuple[str, dict[str, Any]]:
+    """The model's name and keyword arguments; without a name a small one that fits the inputs."""
     kwargs = recipe.parsed_model_kwargs()
     if recipe.drop_path is not None:
         kwargs["drop_path_rate"] = recipe.drop_path
+    if inputs.num_points is not None:
+        return recipe.model or ("point_transformer_seg_s" if inputs.parts else "point_transformer_s"), kwargs
     if recipe.model is None:
-        kwargs.setdefault("patch_size", _fitting_patch(img_size))
+        kwargs.setdefault("patch_size", _fitting_patch(inputs.img_size))
     return recipe.model or "vit_tiny_patch16_224", kwargs
 
 

@@ -1,7 +1,8 @@
 """The door to every data set: `open_data` turns a spec into `Data`, training and evaluation batches.
 
 Small sets are one uint8 tensor on the training device, augmented there in batches (`TensorData`); images in
-files go through worker processes and timm's transforms (`LoaderData`); timm's streamed sets are `StreamData`.
+files go through worker processes and timm's transforms (`LoaderData`); timm's streamed sets are `StreamData`;
+point clouds are `PointData`.
 """
 
 from dataclasses import replace
@@ -39,13 +40,16 @@ def open_data(
     data_dir: str | None = None,
     train_split: str = "train",
     val_split: str = "validation",
+    num_points: int | None = None,
+    votes: int = 1,
 ) -> Data:
     """Open a data set for training and evaluation.
 
     Args:
         spec: "fashion-mnist-mini" (bundled); a folder with train/ and val/ of class folders, of CIFAR-10/100
             in the python format, or of Tiny-ImageNet; or what timm's create_dataset takes: "torch/...",
-            "hfds/...", "wds/...", "tfds/...".
+            "hfds/...", "wds/...", "tfds/..."; or point clouds: "solids" (bundled), "modelnet10:PATH" and the
+            others of `ewavit.points.data.read_points`.
         batch_size: images per batch and rank.
         seed: decides the order of the images and the augmentation of images read from files.
         augmentation: what happens to training images.
@@ -64,6 +68,8 @@ def open_data(
         data_dir: folder of timm's sets.
         train_split: training split, of timm's sets and folders.
         val_split: evaluation split, of timm's sets and folders.
+        num_points: points per cloud; None takes 1,024, or 2,048 where parts are labelled.
+        votes: passes over each cloud in evaluation that are averaged.
 
     Returns:
         The data, with batches for this rank.
@@ -107,6 +113,25 @@ def open_data(
 
     def plan(num_train: int, num_eval: int) -> BatchPlan:
         return BatchPlan(num_train, num_eval, batch_size, seed, rank, world_size)
+
+    if spec == "solids" or spec.partition(":")[0] in sources.POINT_PREFIXES:
+        options = {"img_size": img_size, "reprob": augmentation.reprob}
+        if given := [name for name, value in options.items() if value]:
+            raise EwavitError(f"{given[0]} is for images: leave it out for the point clouds of {spec}")
+        from ewavit.points.augmentation import PointAugmentation
+        from ewavit.points.data import read_points
+        from ewavit.training.clouds import PointData
+
+        num_points = num_points or (2048 if spec.startswith("shapenetpart") else 1024)
+        points = read_points(spec, num_points, skip_bad_images)
+        by = points.train_labels if points.train_category is None else points.train_category
+        indices, held = _hold_out(_first(by, limit), holdout)
+        if holdout:
+            points = points.holding_out(held)
+        order = plan(len(indices), len(points.eval_labels))
+        return PointData(
+            points, indices, order, PointAugmentation.parse(augmentation.aa), num_points, votes, device
+        )
 
     arrays: Arrays | None = None
     train: ImageSource

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 from ewavit.errors import EwavitError
 from ewavit.moe import moe_layers
+from ewavit.points.transformer import create_point_model
 from ewavit.routing import TopK, TopKRouter
 from ewavit.streaming import EXPERTS, collapse_checkpoint, is_checkpoint_file
 from ewavit.surgery import collapse, expand
+from ewavit.training.batches import Inputs
 from ewavit.training.building import expand_by_recipe
 from ewavit.training.checkpoint import load_checkpoint, save_tensors
 from ewavit.training.data import Data, open_data
@@ -64,13 +66,15 @@ class ModelCard:
     data: str
     top1: float | None = None
     mixture: Mixture | None = None
+    num_points: int | None = None
 
     @classmethod
     def of(cls, model: str, model_kwargs: dict[str, Any], spec: str, data: Data) -> ModelCard:
         """The card of a timm model trained on some data."""
         kwargs = {key: value for key, value in model_kwargs.items() if key != "drop_path_rate"}
         mean, std = tuple(data.mean), tuple(data.std)
-        return cls(model, kwargs, tuple(data.classes), data.in_chans, data.img_size, mean, std, spec)
+        card = cls(model, kwargs, tuple(data.classes), data.in_chans, data.img_size, mean, std, spec)
+        return replace(card, num_points=data.num_points)
 
     @classmethod
     def from_dict(cls, card: dict[str, Any]) -> ModelCard:
@@ -86,22 +90,44 @@ class ModelCard:
 
     def build(self) -> nn.Module:
         """The model, with fresh weights."""
-        model: nn.Module = timm.create_model(self.model, **self.model_kwargs)
+        model: nn.Module
+        if self.num_points is not None:
+            model = create_point_model(self.model, **self.model_kwargs)
+        else:
+            model = timm.create_model(self.model, **self.model_kwargs)
         if self.mixture is not None:
             router = TopK(**self.mixture.router)
             expand(model, self.mixture.num_experts, select=self.mixture.layers, router=router)
         return model
 
     def loading_code(self, file: Path) -> str:
-        """Lines that load the file: of timm, or of ewavit for a mixture."""
+        """Lines that load the file: of timm, or of ewavit for a mixture or a point transformer."""
         if self.mixture is not None:
             return f"import ewavit\nmodel = ewavit.load({str(file)!r})"
         arguments = ", ".join(f"{key}={value!r}" for key, value in self.model_kwargs.items())
+        if self.num_points is not None:
+            return (
+                "from ewavit.points.transformer import create_point_model, load_point_checkpoint\n"
+                f"model = create_point_model({self.model!r}, {arguments}).eval()\n"
+                f"load_point_checkpoint(model, {str(file)!r})"
+            )
         return (
             "import timm\n"
             f"settings = dict({arguments})\n"
             f"model = timm.create_model({self.model!r}, checkpoint_path={str(file)!r}, **settings).eval()"
         )
+
+    def input_text(self) -> str:
+        """What the model is to be given."""
+        if self.num_points is not None:
+            return f"clouds (batch, {self.num_points}, {self.in_chans}), centred, scaled into the unit sphere"
+        mean, std = (", ".join(f"{value:.4f}" for value in values) for values in (self.mean, self.std))
+        return f"images in 0 to 1, less the mean {mean}, divided by {std}"
+
+    def sample(self, batch: int) -> Tensor:
+        """Random inputs in the shape that the model takes."""
+        inputs = Inputs(len(self.classes), self.in_chans, self.img_size, self.num_points)
+        return torch.randn_like(inputs.sample(batch))
 
 
 def load_model(source: Path) -> tuple[nn.Module, ModelCard]:
@@ -185,14 +211,17 @@ def evaluate(source: Path, data: str | None = None, batch_size: int = 128, **dat
     device = torch.device("cuda" if torch.cuda.is_available() and isinstance(predict, nn.Module) else "cpu")
     if isinstance(predict, nn.Module):
         predict.to(device)
-    return evaluate_batches(predict, opened.eval_batches(), len(card.classes), device)
+    return evaluate_batches(
+        opened.voting(predict), opened.eval_batches(), len(card.classes), device, opened.categories
+    )
 
 
 def _open_for(card: ModelCard, spec: str | None, batch_size: int, **options: Any) -> Data:
     data = open_data(
         spec or card.data,
         batch_size=batch_size,
-        img_size=card.img_size,
+        img_size=card.img_size or None,
+        num_points=card.num_points,
         mean=card.mean,
         std=card.std,
         **options,
@@ -262,7 +291,7 @@ def export(source: Path, to: Path, data: str | None = None, mean_expert: bool = 
 def _write_onnx(model: nn.Module, card: ModelCard, file: Path) -> None:
     import onnx
 
-    images = torch.randn(2, card.in_chans, card.img_size, card.img_size)
+    images = card.sample(2)
     batch = {0: torch.export.Dim("batch")}
     program = torch.onnx.export(
         model, (images,), dynamo=True, dynamic_shapes=(batch,), input_names=["images"],
@@ -277,7 +306,7 @@ def _write_onnx(model: nn.Module, card: ModelCard, file: Path) -> None:
 @torch.no_grad()
 def _check(file: Path, model: nn.Module, card: ModelCard, data: str | None, collapsed: bool) -> str:
     predict, _ = predictor(file)
-    images = torch.randn(4, card.in_chans, card.img_size, card.img_size)
+    images = card.sample(4)
     expected, found = model(images), predict(images)
     difference = float((found - expected).norm() / expected.norm())
     if not difference <= LARGEST_DIFFERENCE:

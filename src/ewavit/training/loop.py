@@ -177,29 +177,33 @@ class _Run:
                 raise EwavitError("--placement replicas takes one process for each expert: use torchrun")
         self.recipe, self.folder, self.accelerator = recipe, run, accelerator
         self.data = open_recipe_data(recipe, accelerator)
+        inputs = self.data.inputs
         self.updates_per_epoch = self.data.batches_per_epoch // recipe.grad_accum_steps
         if self.updates_per_epoch == 0:
             raise EwavitError(
-                f"{self.data.num_train} training images are fewer than one optimizer step takes "
+                f"{self.data.num_train} training {inputs.kind} are fewer than one optimizer step takes "
                 f"(--batch-size {recipe.batch_size} x --grad-accum-steps {recipe.grad_accum_steps} x "
                 f"{accelerator.num_processes} processes): choose a smaller --batch-size"
             )
+        if inputs.num_points is not None and (recipe.mixup or recipe.cutmix):
+            raise EwavitError("--mixup and --cutmix mix images: leave them out for point clouds")
+        if inputs.num_points is not None and recipe.batch_size == 1:
+            raise EwavitError(
+                "--batch-size 1 leaves the point transformer's BatchNorm no variance: choose more"
+            )
         _seed_all(recipe.seed)
-        name, kwargs = model_settings(recipe, self.data.img_size)
+        name, kwargs = model_settings(recipe, inputs)
         dense, settings = build_model(
             name,
-            num_classes=self.data.num_classes,
-            in_chans=self.data.in_chans,
-            img_size=self.data.img_size,
+            inputs,
             pretrained=recipe.pretrained and checkpoint is None,
             initial_checkpoint=None if checkpoint else recipe.initial_checkpoint,
             **kwargs,
         )
         self.card = ModelCard.of(name, settings, recipe.data, self.data)
-        sample = torch.zeros(1, self.data.in_chans, self.data.img_size, self.data.img_size)
         if recipe.placement == "replicas":
             dense.to(accelerator.device)  # where the processes can send it to each other
-        plain = expand_by_recipe(dense, recipe, sample).to(accelerator.device)
+        plain = expand_by_recipe(dense, recipe, inputs.sample()).to(accelerator.device)
         if recipe.grad_checkpointing:
             set_grad_checkpointing(plain)
         optimizer = build_optimizer(plain, recipe)
@@ -418,11 +422,15 @@ class _Run:
         def measure(model: nn.Module) -> Metrics:
             with self.accelerator.autocast(), self._deployed(model):
                 return evaluate_batches(
-                    model.eval(), self.data.eval_batches(), self.data.num_classes, self.accelerator.device
+                    self.data.voting(model.eval()),
+                    self.data.eval_batches(),
+                    self.data.num_classes,
+                    self.accelerator.device,
+                    self.data.categories,
                 )
 
         metrics = measure(self.plain)
-        row = {"eval_loss": metrics.loss, "eval_top1": metrics.top1, "eval_top5": metrics.top5}
+        row = metrics.row()
         if self.average is not None:
             averaged = measure(self.average.module) if self.average.ready else metrics
             row |= {"average_loss": averaged.loss, "average_top1": averaged.top1}
@@ -447,14 +455,16 @@ class _Run:
         row["seconds"] = self.progress.seconds
 
     def _write_predictions(self) -> None:
-        """Leave the final weights' prediction for every evaluation image in `predictions.csv`."""
+        """Leave the final weights' prediction for every evaluation input, but not for every point of one."""
         counts = self.plain if self.average is None else self.average.module
+        batches = () if self.data.categories else self.data.eval_batches()
         with self.accelerator.autocast(), self._deployed(counts):
-            mine = predictions(counts.eval(), self.data.eval_batches())
+            mine = predictions(self.data.voting(counts.eval()), batches)
         shares = gather_object([mine])  # rank r has every so-many-th image from the r-th on
         if self.accelerator.is_main_process:
             rows = [row for group in zip_longest(*shares) for row in group if row is not None]
             report.write_predictions(rows, self.folder / "predictions.csv")
+            self.data.picture(rows, self.folder / "predictions.png")
 
     def _save(self) -> None:
         self._gather_loss()
@@ -534,14 +544,13 @@ class _Run:
             card = replace(self.card, top1=row["eval_top1"])
             save_tensors(weights, model_file, card.metadata())
             skipped = f", {self.data.bad_images} unreadable images skipped" if self.data.bad_images else ""
-            kind = "held-out" if self.recipe.holdout else "test"
-            report.say(f"top-1 {row['eval_top1']:.2f} % on {self.data.num_eval:,} {kind} images{skipped}")
+            kind = f"{'held-out' if self.recipe.holdout else 'test'} {self.data.inputs.kind}"
+            report.say(f"top-1 {row['eval_top1']:.2f} % on {self.data.num_eval:,} {kind}{skipped}")
             if self.average is not None:
                 report.say(f"top-1 {row['average_top1']:.2f} % of the averaged weights, {average_file}")
             what = "the mixture of experts" if self.recipe.keeps_experts else "the plain model"
             report.say(f"{what} is {model_file}; load it with\n\n{card.loading_code(model_file)}\n")
-            mean, std = (", ".join(f"{value:.4f}" for value in values) for values in (card.mean, card.std))
-            report.say(f"and give it images in 0 to 1, less the mean {mean}, divided by {std}")
+            report.say(f"and give it {card.input_text()}")
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         return Result(self.folder, row, model_file)
@@ -553,8 +562,8 @@ class _Run:
         method = f"{mixtures} of {recipe.experts} experts{router}" if layers else "dense"
         resumed = f", resumed at epoch {self.progress.epoch + 1}, batch {self.progress.batch}"
         return (
-            f"{self.folder}: {self.card.model} on {data.num_train:,} images of {data.name} "
-            f"({data.img_size}x{data.img_size}x{data.in_chans}, {len(data.classes)} classes), {method}, "
+            f"{self.folder}: {self.card.model} on {data.num_train:,} {data.inputs.kind} of {data.name} "
+            f"({data.inputs.size}, {len(data.classes)} classes), {method}, "
             f"{self.accelerator.device}{resumed if self.progress.update else ''}"
         )
 
@@ -620,6 +629,8 @@ def open_recipe_data(recipe: Recipe, accelerator: Accelerator | None = None) -> 
         data_dir=recipe.data_dir,
         train_split=recipe.train_split,
         val_split=recipe.val_split,
+        num_points=recipe.num_points,
+        votes=recipe.votes,
     )
 
 

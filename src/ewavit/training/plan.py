@@ -22,7 +22,7 @@ from ewavit.training.building import (
     build_model,
     expand_by_recipe,
     ffn_input_shapes,
-    image_facts,
+    model_inputs,
     model_settings,
     set_grad_checkpointing,
 )
@@ -104,10 +104,10 @@ def plan(recipe: Recipe, data: Data | None = None, devices: int | None = None) -
         EwavitError: unknown model, nothing to expand, more experts than units in a batch, or a router, which
             the forms for many devices do not know.
     """
-    num_classes, in_chans, img_size = image_facts(recipe, data)
-    name, kwargs = model_settings(recipe, img_size)
-    model, _ = build_model(name, num_classes=num_classes, in_chans=in_chans, img_size=img_size, **kwargs)
-    sample = torch.zeros(1, in_chans, img_size, img_size)
+    inputs = model_inputs(recipe, data)
+    name, kwargs = model_settings(recipe, inputs)
+    model, _ = build_model(name, inputs, **kwargs)
+    sample = inputs.sample()
     chosen = select_ffns(model, recipe.select, recipe.partition) if recipe.experts > 1 else []
     names = {ffn.name for ffn in chosen}
     moved = sum(shape.numel() for shape in ffn_input_shapes(model, chosen, sample).values())
@@ -140,11 +140,10 @@ def plan(recipe: Recipe, data: Data | None = None, devices: int | None = None) -
     )
     matmul, copy = _rates()
     seconds = 3 * flops * recipe.batch_size / matmul
-    images = f"{img_size}x{img_size}x{in_chans} images, {num_classes} classes"
     return Plan(
-        name, images, recipe.experts, candidates, dense, training, 2 * BYTES * dense, 2 * BYTES * training,
-        flops, routed_flops, sum(routers), (routed_flops or flops) / flops + extra_bytes / copy / seconds,
-        devices, layouts,
+        name, str(inputs), recipe.experts, candidates, dense, training, 2 * BYTES * dense,
+        2 * BYTES * training, flops, routed_flops, sum(routers),
+        (routed_flops or flops) / flops + extra_bytes / copy / seconds, devices, layouts,
     )  # fmt: skip
 
 
@@ -155,14 +154,14 @@ def _work(
 
     measured = copy.deepcopy(model).train()
 
-    def per_image() -> int:  # the second image's, without what a batch keeps once: weights in half precision
+    def per_image() -> int:  # the third image's, without what a batch keeps once: weights in half precision
         def loss(model: nn.Module, batch: int) -> Tensor:
             with torch.autocast("cpu", torch.bfloat16):
-                output: Tensor = model(sample.expand(batch, -1, -1, -1).clone())
+                output: Tensor = model(sample.expand(batch, *sample.shape[1:]).clone())
             return output.float().sum()
 
-        one, two = (activation_bytes(measured, partial(loss, batch=batch)) for batch in (1, 2))
-        return two - one
+        two, three = (activation_bytes(measured, partial(loss, batch=batch)) for batch in (2, 3))
+        return three - two
 
     blocks = {ffn.name.rpartition(".")[0] for ffn in chosen or find_ffns(model)}
     block = max(sum(p.numel() for p in model.get_submodule(name).parameters()) for name in blocks)

@@ -27,7 +27,9 @@ class Recipe:
     but for the four that suit a ViT rather than a ResNet: opt, lr, weight_decay and amp_dtype.
     """
 
-    model: str | None = _option(None, "any timm model; without it a ViT-Tiny whose patches fit the images")
+    model: str | None = _option(
+        None, "any timm model, or a point transformer; without it a small one that fits the data"
+    )
     model_kwargs: str = _option("", "key=value,key=value for the model, e.g. patch_size=4,depth=6")
     pretrained: bool = _option(False, "start from timm's pretrained weights (fetched by timm)")
     initial_checkpoint: str | None = _option(
@@ -35,12 +37,14 @@ class Recipe:
     )
 
     data: str = _option(
-        "fashion-mnist-mini", "bundled set, folder, CIFAR or Tiny-ImageNet path, or timm spec"
+        "fashion-mnist-mini",
+        "bundled set (also solids), folder, CIFAR or Tiny-ImageNet path, timm spec, modelnet10:PATH, ...",
     )
     data_dir: str | None = _option(None, "root folder for timm's data specs (torch/..., hfds/..., wds/...)")
     train_split: str = _option("train", "name of the training split of a timm data spec or folder")
     val_split: str = _option("validation", "name of the evaluation split of a timm data spec or folder")
     img_size: int | None = _option(None, "image side in pixels; follows the data")
+    num_points: int | None = _option(None, "points per cloud; 1024, or 2048 for parts")
     limit: int | None = _option(None, "use the first N training images")
     holdout: float = _option(
         0.0, "hold out this share of the training images and evaluate on it, not on the test images"
@@ -99,7 +103,10 @@ class Recipe:
     smoothing: float = _option(0.1, "label smoothing")
     mixup: float = _option(0.0, "mixup alpha")
     cutmix: float = _option(0.0, "cutmix alpha")
-    aa: str | None = _option(None, "AutoAugment or RandAugment policy, e.g. rand-m9-mstd0.5-inc1")
+    aa: str | None = _option(
+        None,
+        "AutoAugment or RandAugment policy, e.g. rand-m9-mstd0.5-inc1; clouds: scale1.5-shift0.2-rotz180",
+    )
     hflip: float = _option(0.5, "probability of a horizontal flip")
     reprob: float = _option(0.0, "probability of random erasing")
     crop_padding: int = _option(
@@ -119,6 +126,7 @@ class Recipe:
     )
     twa: int = _option(0, "epochs after the training in which weights of the last checkpoints are learned")
 
+    votes: int = _option(1, "passes over each cloud in evaluation, all but one augmented, that are averaged")
     val_interval: int = _option(1, "epochs between evaluations, each with a checkpoint")
     seed: int = _option(42, "fixes initial weights, data order, augmentation and partitions")
     output: str = _option("runs", "folder of all runs")
@@ -249,6 +257,7 @@ _LOWEST = {
     "grad_accum_steps": 1, "weight_decay": 0.0, "warmup_epochs": 0, "mixup": 0.0, "cutmix": 0.0,
     "min_lr": 0.0, "warmup_lr": 0.0, "crop_padding": -1, "average_every": 1, "val_interval": 1, "twa": 0,
     "recovery_interval": 0, "seed": 0, "layer_decay": 0.0, "k": 1, "capacity_ratio": 0.001,
+    "num_points": 1, "votes": 1,
 }  # fmt: skip
 
 

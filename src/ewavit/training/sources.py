@@ -34,9 +34,14 @@ TIMM_PREFIXES = {
     "wds": "webdataset",
     "tfds": "tensorflow_datasets",
 }
+# what point clouds' specs begin with, before a colon and a path; ewavit.points.data reads them
+POINT_PREFIXES = ("modelnet10", "modelnet40", "obj_bg", "obj_only", "pb_t50_rs", "shapenetpart", "points")
 ACCEPTED = (
-    "fashion-mnist-mini, a folder with train/ and val/, a folder of CIFAR-10/100 (python format) or "
-    "Tiny-ImageNet, or timm's " + ", ".join(f"{prefix}/..." for prefix in TIMM_PREFIXES)
+    "fashion-mnist-mini or solids, a folder with train/ and val/, of CIFAR-10/100 (python format) or "
+    "Tiny-ImageNet, or timm's "
+    + ", ".join(f"{prefix}/..." for prefix in TIMM_PREFIXES)
+    + ", or point clouds, "
+    + ", ".join(f"{prefix}:PATH" for prefix in POINT_PREFIXES)
 )
 
 

@@ -1,0 +1,394 @@
+"""Where point clouds come from: readers of the published formats, a folder of clouds, and generated solids.
+
+All end as a `PointSet`: clouds of one size in memory, each centred and scaled into the unit sphere. A cloud
+that is corrupt, empty, not finite or too small is an EwavitError that names it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ewavit.errors import EwavitError
+from ewavit.points.files import Floats, checked, library, line, load_file
+from ewavit.points.solids import make_solids
+
+Ints = npt.NDArray[np.int64]
+Load = Callable[
+    [int, np.random.Generator], npt.NDArray[Any]
+]  # wanted points, for meshes -> (points, 3 or more)
+
+MODELNET10 = (
+    "bathtub", "bed", "chair", "desk", "dresser", "monitor", "night_stand", "sofa", "table", "toilet",
+)  # fmt: skip
+SCANOBJECTNN = (
+    "bag", "bin", "box", "cabinet", "chair", "desk", "display", "door", "shelf", "table", "bed", "pillow",
+    "sink", "sofa", "toilet",
+)  # fmt: skip
+_SCANOBJECTNN_FILES = {  # variant: folder, rest of the file names
+    "obj_bg": ("main_split", "objectdataset.h5"),
+    "obj_only": ("main_split_nobg", "objectdataset.h5"),
+    "pb_t50_rs": ("main_split", "objectdataset_augmentedrot_scale75.h5"),
+}
+FORMATS = ("solids", "modelnet10:PATH", "modelnet40:PATH", *(f"{name}:PATH" for name in _SCANOBJECTNN_FILES),
+           "shapenetpart:PATH", "points:PATH")  # fmt: skip
+SUFFIXES = (".ply", ".pcd", ".off", ".npy", ".npz")
+
+
+@dataclass(frozen=True)
+class PointSet:
+    """A set in memory: points (clouds, points, 3) and labels, classes (clouds,) or parts (clouds, points).
+
+    Of a set of parts, `classes` are the parts, `categories` says which parts each category has, and
+    `train_category`, `eval_category` (clouds,) are the clouds' categories. `bad` counts clouds left out.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train_points: Floats
+    train_labels: Ints
+    eval_points: Floats
+    eval_labels: Ints
+    bad: int = 0
+    categories: tuple[tuple[int, ...], ...] = ()
+    train_category: Ints | None = None
+    eval_category: Ints | None = None
+
+    def holding_out(self, indices: Ints) -> PointSet:
+        """The set with these training clouds in the place of the evaluation clouds."""
+        category = None if self.train_category is None else self.train_category[indices]
+        return replace(
+            self, eval_points=self.train_points[indices], eval_labels=self.train_labels[indices],
+            eval_category=category,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Cloud:
+    """One cloud before it is read: where it is, for messages, how it is loaded, and its class or category."""
+
+    where: str
+    load: Load
+    label: int
+
+
+def read_points(spec: str, num_points: int, skip_bad: bool = False) -> PointSet:
+    """Read a set of point clouds.
+
+    Args:
+        spec: "solids" (generated); "modelnet10:PATH" or "modelnet40:PATH" (a folder of .off meshes, of the
+            resampled text files or of the h5 files, or an .npz file as `save_points` writes it);
+            "obj_bg:PATH", "obj_only:PATH" or "pb_t50_rs:PATH" (ScanObjectNN's h5 files); "shapenetpart:PATH";
+            or "points:PATH" (train/ and val/ or test/, each with a folder of files per class: .ply, .pcd,
+            .off, .npy or .npz).
+        num_points: points that a cloud must have; up to twice as many are kept.
+        skip_bad: leave bad clouds out and count them, instead of an error.
+
+    Raises:
+        EwavitError: an unknown format, missing files, or a bad cloud.
+    """
+    kind, _, place = spec.partition(":")
+    if kind == "solids":
+        return PointSet("solids", *make_solids(num_points))
+    path = Path(place).expanduser()
+    if not place or not path.exists():
+        raise EwavitError(f"no folder or file {place!r}: give {kind}:PATH with the place of the set")
+    reader = _Reader(num_points, skip_bad)
+    if kind in ("modelnet10", "modelnet40"):
+        return _read_modelnet(reader, kind, path)
+    if kind in _SCANOBJECTNN_FILES:
+        return _read_scanobjectnn(reader, kind, path)
+    if kind == "shapenetpart":
+        return _read_shapenetpart(reader, path)
+    if kind == "points":
+        return _read_folder(reader, path)
+    raise EwavitError(f"unknown point data {spec!r}: give {', '.join(FORMATS)}")
+
+
+def save_points(points: PointSet, file: Path) -> None:
+    """Write a classification set as one .npz file, which is read again in a moment as `modelnet10:FILE`.
+
+    Its arrays are `classes`, `train_points`, `train_label`, `test_points` and `test_label`.
+    """
+    np.savez_compressed(
+        file, classes=np.array(points.classes), train_points=points.train_points,
+        train_label=points.train_labels, test_points=points.eval_points,
+        test_label=points.eval_labels,
+    )  # fmt: skip
+
+
+class _Reader:
+    """Loads clouds, checks each and brings them to one size."""
+
+    def __init__(self, num_points: int, skip_bad: bool) -> None:
+        self.num_points, self.skip_bad, self.bad = num_points, skip_bad, 0
+
+    def read(self, clouds: Iterable[_Cloud]) -> tuple[Floats, Ints]:
+        """Points (clouds, points, 3), as many as the smallest cloud has, at most 2 num_points, and labels."""
+        arrays, labels = [], []
+        for cloud in clouds:
+            points = self.load(cloud)
+            if points is not None:
+                arrays.append(points)
+                labels.append(cloud.label)
+        size = min((len(points) for points in arrays), default=0)
+        stacked = (
+            np.stack([points[:size] for points in arrays]) if arrays else np.empty((0, 0, 3), np.float32)
+        )
+        return stacked, np.array(labels, np.int64)
+
+    def load(self, cloud: _Cloud) -> Floats | None:
+        """One cloud (points, 3), normalised, in an order drawn once for all; None: bad and skipped."""
+        try:
+            rng = np.random.default_rng(0)
+            points = checked(_loaded(cloud, 2 * self.num_points, rng), cloud.where, self.num_points)
+        except EwavitError:
+            if not self.skip_bad:
+                raise
+            self.bad += 1
+            return None
+        return points[rng.permutation(len(points))[: 2 * self.num_points]]
+
+
+def _loaded(cloud: _Cloud, wanted: int, rng: np.random.Generator) -> npt.NDArray[Any]:
+    try:
+        return cloud.load(wanted, rng)
+    except EwavitError:
+        raise
+    except Exception as problem:  # readers raise many things on damaged files
+        raise EwavitError(
+            f"{cloud.where} cannot be read as a point cloud ({line(problem)}): replace it"
+        ) from None
+
+
+def _of_file(path: Path, label: int) -> _Cloud:
+    return _Cloud(str(path), lambda wanted, rng: load_file(path, wanted, rng), label)
+
+
+def _of_array(array: Any, labels: Any, where: str) -> list[_Cloud]:
+    """The clouds of an array (clouds, points, 3) with labels (clouds,) or (clouds, 1)."""
+    labels = np.asarray(labels).reshape(-1)
+    if len(array) != len(labels):
+        raise EwavitError(f"{where} has {len(array)} clouds and {len(labels)} labels: get it again")
+
+    def load(index: int) -> Load:
+        return lambda wanted, rng: np.asarray(array[index])
+
+    return [
+        _Cloud(f"cloud {index} of {where}", load(index), int(label)) for index, label in enumerate(labels)
+    ]
+
+
+def _of_h5(files: Sequence[Path]) -> list[_Cloud]:
+    h5py = library("h5py")
+    clouds: list[_Cloud] = []
+    for file in files:
+        try:
+            with h5py.File(file, "r") as stored:
+                data, label = stored["data"][:], stored["label"][:]
+        except (OSError, KeyError) as problem:
+            raise EwavitError(
+                f"{file} cannot be read as an h5 file of clouds ({line(problem)}): get it again"
+            ) from None
+        clouds += _of_array(data, label, str(file))
+    return clouds
+
+
+# --- published sets ---
+
+
+def _read_modelnet(reader: _Reader, kind: str, path: Path) -> PointSet:
+    if path.is_file() or list(path.glob("*.npz")):
+        file = path if path.is_file() else sorted(path.glob("*.npz"))[0]
+        classes, train, test = _modelnet_npz(file)
+    elif list(path.glob("*_shape_names.txt")) and list(path.glob("modelnet*_train.txt")):
+        classes, train, test = _modelnet_text(kind, path)
+    elif h5 := sorted(path.rglob("ply_data_train*.h5")):
+        classes = _lines(h5[0].with_name("shape_names.txt"))
+        train, test = _of_h5(h5), _of_h5(sorted(h5[0].parent.glob("ply_data_test*.h5")))
+    elif meshes := sorted(path.glob("*/train/*.off")):
+        classes = tuple(sorted({mesh.parent.parent.name for mesh in meshes}))
+        label = {name: number for number, name in enumerate(classes)}
+        train = [_of_file(mesh, label[mesh.parent.parent.name]) for mesh in meshes]
+        tests = sorted(path.glob("*/test/*.off"))
+        test = [_of_file(mesh, label.get(mesh.parent.parent.name, -1)) for mesh in tests]
+    else:
+        raise EwavitError(
+            f"{path} holds no ModelNet: give the folder of the .off meshes, of the resampled text files "
+            "(modelnet40_train.txt), of the h5 files (ply_data_train0.h5), or an .npz file"
+        )
+    if kind == "modelnet10" and len(classes) > len(MODELNET10):
+        chosen = [number for number, name in enumerate(classes) if name in MODELNET10]
+        train, test = (
+            [replace(cloud, label=chosen.index(cloud.label)) for cloud in clouds if cloud.label in chosen]
+            for clouds in (train, test)
+        )
+        classes = tuple(classes[number] for number in chosen)
+    return _classification(reader, kind, classes, train, test, path)
+
+
+def _modelnet_npz(file: Path) -> tuple[tuple[str, ...], list[_Cloud], list[_Cloud]]:
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored}
+        classes = tuple(str(name) for name in arrays["classes"])
+        train, test = ((arrays[f"{split}_points"], arrays[f"{split}_label"]) for split in ("train", "test"))
+    except Exception as problem:  # zip, format and key errors of a damaged or foreign file
+        raise EwavitError(
+            f"{file} cannot be read as an .npz file of clouds ({line(problem)}): get it again"
+        ) from None
+    return classes, _of_array(*train, f"{file} (train)"), _of_array(*test, f"{file} (test)")
+
+
+def _modelnet_text(kind: str, path: Path) -> tuple[tuple[str, ...], list[_Cloud], list[_Cloud]]:
+    prefix = kind if (path / f"{kind}_train.txt").is_file() else "modelnet40"
+    classes = _lines(path / f"{prefix}_shape_names.txt")
+    label = {name: number for number, name in enumerate(classes)}
+
+    def split(name: str) -> list[_Cloud]:
+        clouds = []
+        for shape in _lines(path / f"{prefix}_{name}.txt"):
+            folder = shape.rpartition("_")[0]
+            clouds.append(_of_file(path / folder / f"{shape}.txt", label.get(folder, -1)))
+        return clouds
+
+    return classes, split("train"), split("test")
+
+
+def _read_scanobjectnn(reader: _Reader, kind: str, path: Path) -> PointSet:
+    folder, rest = _SCANOBJECTNN_FILES[kind]
+    places = [path / folder, path / "h5_files" / folder, *([path] if path.name == folder else [])]
+    place = next(
+        (p for p in places if (p / f"training_{rest}").is_file() and (p / f"test_{rest}").is_file()), None
+    )
+    if place is None:
+        raise EwavitError(
+            f"{path} has no {folder}/training_{rest} and test_{rest}: give ScanObjectNN's h5_files folder"
+        )
+    train, test = _of_h5([place / f"training_{rest}"]), _of_h5([place / f"test_{rest}"])
+    return _classification(reader, kind, SCANOBJECTNN, train, test, path)
+
+
+def _read_folder(reader: _Reader, path: Path) -> PointSet:
+    held = next((path / name for name in ("val", "test") if (path / name).is_dir()), None)
+    if not (path / "train").is_dir() or held is None:
+        raise EwavitError(
+            f"{path} must hold train/ and val/ or test/, each with one folder of clouds per class"
+        )
+    names = [sorted(f.name for f in split.iterdir() if f.is_dir() and not f.name.startswith("."))
+             for split in (path / "train", held)]  # fmt: skip
+    if names[0] != names[1]:
+        odd = sorted(set(names[0]) ^ set(names[1]))
+        raise EwavitError(
+            f"{path}: train/ and {held.name}/ differ ({', '.join(odd[:5])}): make them the same"
+        )
+    splits: list[list[_Cloud]] = []
+    for split in (path / "train", held):
+        clouds = []
+        for label, name in enumerate(names[0]):
+            files = sorted(f for f in (split / name).rglob("*") if f.suffix.lower() in SUFFIXES)
+            if not files:
+                raise EwavitError(
+                    f"{split / name} has no clouds: fill it with {', '.join(SUFFIXES)} files, or remove it"
+                )
+            clouds += [_of_file(file, label) for file in files]
+        splits.append(clouds)
+    return _classification(reader, path.resolve().name, names[0], splits[0], splits[1], path)
+
+
+def _classification(
+    reader: _Reader, name: str, classes: Sequence[str], train: list[_Cloud], test: list[_Cloud], path: Path
+) -> PointSet:
+    if len(classes) < 2:
+        raise EwavitError(f"{path} has {len(classes)} classes: give a set with at least two")
+    for split, clouds in (("train", train), ("test", test)):
+        if not clouds:
+            raise EwavitError(f"{path} has no {split} clouds: complete the set")
+        if wrong := next((c for c in clouds if not 0 <= c.label < len(classes)), None):
+            raise EwavitError(f"{wrong.where} has none of the {len(classes)} classes: get the set again")
+    (train_points, train_labels), (eval_points, eval_labels) = reader.read(train), reader.read(test)
+    if not len(train_points) or not len(eval_points):
+        raise EwavitError(f"{path} has no good clouds left ({reader.bad} bad): get the set again")
+    return PointSet(name, tuple(classes), train_points, train_labels, eval_points, eval_labels, reader.bad)
+
+
+def _lines(file: Path) -> tuple[str, ...]:
+    if not file.is_file():
+        raise EwavitError(f"{file} is missing: get the set again")
+    return tuple(row.strip() for row in file.read_text().splitlines() if row.strip())
+
+
+# --- ShapeNetPart ---
+
+# the parts of each category are numbered on, in this order
+_PARTS = {
+    "Airplane": 4, "Bag": 2, "Cap": 2, "Car": 4, "Chair": 4, "Earphone": 3, "Guitar": 3, "Knife": 2,
+    "Lamp": 4, "Laptop": 2, "Motorbike": 6, "Mug": 2, "Pistol": 3, "Rocket": 3, "Skateboard": 3, "Table": 3,
+}  # fmt: skip
+
+
+def _read_shapenetpart(reader: _Reader, path: Path) -> PointSet:
+    """The published text files, training and validation clouds together, as the papers use them."""
+    folders = dict(row.split()[::-1] for row in _lines(path / "synsetoffset2category.txt"))
+    places = {folder: list(_PARTS).index(name) for folder, name in folders.items() if name in _PARTS}
+    if not places:
+        raise EwavitError(
+            f"{path / 'synsetoffset2category.txt'} names no category of ShapeNetPart: get it again"
+        )
+
+    def split(*names: str) -> list[_Cloud]:
+        clouds = []
+        for name in names:
+            file = path / "train_test_split" / f"shuffled_{name}_file_list.json"
+            try:
+                shapes = json.loads(file.read_text())
+            except (OSError, ValueError) as problem:
+                raise EwavitError(f"{file} cannot be read ({line(problem)}): get the set again") from None
+            for shape in shapes:
+                folder, identity = shape.split("/")[-2:]
+                if folder in places:
+                    clouds.append(_of_file(path / folder / f"{identity}.txt", places[folder]))
+        return clouds
+
+    ends = np.cumsum(list(_PARTS.values())).tolist()
+    categories = tuple(
+        tuple(range(end - count, end)) for end, count in zip(ends, _PARTS.values(), strict=True)
+    )
+    classes = tuple(f"{name} {part}" for name, count in _PARTS.items() for part in range(count))
+    train, test = (_read_parts(reader, split(*names), categories) for names in (("train", "val"), ("test",)))
+    if not len(train[0]) or not len(test[0]):
+        raise EwavitError(f"{path} has no good training or no good test clouds: get the set again")
+    return PointSet("shapenetpart", classes, *train[:2], *test[:2], reader.bad, categories, train[2], test[2])
+
+
+def _read_parts(
+    reader: _Reader, clouds: list[_Cloud], categories: tuple[tuple[int, ...], ...]
+) -> tuple[Floats, Ints, Ints]:
+    """Points, their parts, categories; as in the public code smaller clouds are filled up by repetition."""
+    points, labels, category = [], [], []
+    for cloud in clouds:
+        rng = np.random.default_rng(0)
+        try:
+            rows = _loaded(cloud, reader.num_points, rng)
+            coordinates, parts = checked(rows, cloud.where, 1), rows[:, -1].astype(np.int64)
+            if not np.isin(parts, categories[cloud.label]).all():
+                raise EwavitError(f"{cloud.where} has parts that its category has not: get the set again")
+        except EwavitError:
+            if not reader.skip_bad:
+                raise
+            reader.bad += 1
+            continue
+        order = rng.permutation(len(parts))
+        chosen = np.resize(order, reader.num_points)
+        points.append(coordinates[chosen])
+        labels.append(parts[chosen])
+        category.append(cloud.label)
+    if not points:
+        return np.empty((0, 0, 3), np.float32), np.empty((0, 0), np.int64), np.empty(0, np.int64)
+    return np.stack(points), np.stack(labels), np.array(category, np.int64)

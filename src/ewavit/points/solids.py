@@ -1,0 +1,116 @@
+"""`solids`: ten classes of generated solids, so that point clouds can be trained on without a download.
+
+Every solid is a surface of revolution of a profile, with few segments for those with edges. Each cloud has
+its own proportions, pose, cut and noise; all come from one seed, the same on every machine.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+TRAIN, EVAL = 200, 50  # clouds per class
+NOISE = 0.02  # largest standard deviation, of the radius
+TILT = np.pi / 4  # largest angle between a solid's axis and the vertical
+ROUND = 24  # segments of what is round
+
+
+def _arc(
+    start: float, end: float, radius: float = 1.0, r: float = 0.0, z: float = 0.0
+) -> list[tuple[float, float]]:
+    angles = np.linspace(start, end, 9)
+    return [(r + radius * float(np.cos(a)), z + radius * float(np.sin(a))) for a in angles]
+
+
+_HALF = np.pi / 2
+# name: segments around the axis, and the profile as (distance from the axis, height)
+SOLIDS: dict[str, tuple[int, list[tuple[float, float]]]] = {
+    "box": (4, [(0, -1), (1, -1), (1, 1), (0, 1)]),
+    "capsule": (ROUND, [*_arc(-_HALF, 0, 0.6, z=-0.7), *_arc(0, _HALF, 0.6, z=0.7)]),
+    "cone": (ROUND, [(0, -1), (1, -1), (0, 1)]),
+    "cylinder": (ROUND, [(0, -1), (0.8, -1), (0.8, 1), (0, 1)]),
+    "dome": (ROUND, [(0, 0), *_arc(0, _HALF)]),
+    "octahedron": (4, [(0, -1), (1, 0), (0, 1)]),
+    "prism": (3, [(0, -1), (1, -1), (1, 1), (0, 1)]),
+    "pyramid": (4, [(0, -1), (1, -1), (0, 1)]),
+    "sphere": (ROUND, _arc(-_HALF, _HALF)),
+    "torus": (ROUND, _arc(0, 2 * np.pi, 0.35, r=0.8)),
+}
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+
+
+def make_solids(num_points: int, seed: int = 0) -> tuple[tuple[str, ...], Floats, Ints, Floats, Ints]:
+    """Generate the set.
+
+    Args:
+        num_points: points per cloud.
+        seed: of everything that is drawn.
+
+    Returns:
+        Class names; points (clouds, num_points, 3), in the unit sphere but for noise, and labels (clouds,)
+        to train on; the same to evaluate. Classes take turns.
+    """
+    rng = np.random.default_rng(seed)
+    surfaces = [_triangles(*solid) for solid in SOLIDS.values()]
+    labels = np.tile(np.arange(len(surfaces)), TRAIN + EVAL)
+    clouds = np.stack([_cloud(surfaces[label], num_points, rng) for label in labels])
+    first = TRAIN * len(surfaces)
+    return tuple(SOLIDS), clouds[:first], labels[:first], clouds[first:], labels[first:]
+
+
+def _triangles(segments: int, profile: list[tuple[float, float]]) -> npt.NDArray[np.float64]:
+    """The surface of revolution of a profile, (triangles, 3 corners, 3)."""
+    angles = 2 * np.pi * np.arange(segments + 1) / segments
+    r, z = np.array(profile, float).T
+    grid = np.stack(
+        [np.outer(r, np.cos(angles)), np.outer(r, np.sin(angles)), np.tile(z[:, None], segments + 1)], -1
+    )
+    a, b, c, d = grid[:-1, :-1], grid[1:, :-1], grid[1:, 1:], grid[:-1, 1:]
+    return np.concatenate(
+        [np.stack([a, b, c], 2).reshape(-1, 3, 3), np.stack([a, c, d], 2).reshape(-1, 3, 3)]
+    )
+
+
+def _cloud(triangles: npt.NDArray[np.float64], count: int, rng: np.random.Generator) -> Floats:
+    """Points of one solid: its proportions, then samples by area, a cut, a pose and noise."""
+    triangles = triangles * rng.uniform(0.6, 1.4, 3)
+    points = _sample(triangles, 2 * count, rng)
+    direction = rng.normal(size=3)
+    height = points @ (direction / np.linalg.norm(direction))
+    lost = rng.uniform(0, 0.25)  # the share of the surface beyond a plane is cut off
+    points = points[height <= np.quantile(height, 1 - lost)][:count]
+    points = points @ _pose(rng)
+    points -= points.mean(0)
+    points /= np.linalg.norm(points, axis=1).max()
+    points += rng.uniform(0, NOISE) * rng.normal(size=points.shape)
+    return np.asarray(points, np.float32)
+
+
+def _sample(
+    triangles: npt.NDArray[np.float64], count: int, rng: np.random.Generator
+) -> npt.NDArray[np.float64]:
+    edges = triangles[:, 1:] - triangles[:, :1]
+    areas = np.linalg.norm(np.cross(edges[:, 0], edges[:, 1]), axis=1)
+    shares = np.cumsum(areas) / areas.sum()
+    chosen = np.minimum(np.searchsorted(shares, rng.random(count)), len(triangles) - 1)
+    along = rng.random((count, 2, 1))
+    along = np.where(
+        along.sum(1, keepdims=True) > 1, 1 - along, along
+    )  # fold the parallelogram into the triangle
+    return np.asarray(triangles[chosen, 0] + (edges[chosen] * along).sum(1))
+
+
+def _pose(rng: np.random.Generator) -> npt.NDArray[np.float64]:
+    """A rotation matrix: any turn about the vertical axis, then a tilt towards any side."""
+    turn, side, tilt = rng.uniform(0, 2 * np.pi), rng.uniform(0, 2 * np.pi), rng.uniform(0, TILT)
+    return _about_vertical(turn) @ _about_vertical(-side) @ _about_first(tilt) @ _about_vertical(side)
+
+
+def _about_vertical(angle: float) -> npt.NDArray[np.float64]:
+    cos, sin = np.cos(angle), np.sin(angle)
+    return np.array([[cos, sin, 0], [-sin, cos, 0], [0, 0, 1]])
+
+
+def _about_first(angle: float) -> npt.NDArray[np.float64]:
+    return np.roll(_about_vertical(angle), 1, (0, 1))
