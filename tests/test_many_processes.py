@@ -15,7 +15,7 @@ from ewavit.training.checkpoint import load_checkpoint
 from ewavit.training.export import evaluate, export
 from ewavit.training.recipe import Recipe
 from processes import in_processes
-from test_training import TINY
+from test_training import TINY, assert_same_end
 
 SETTINGS = {**TINY, "placement": "replicas", "recovery_interval": 2, "share_rate": 0.2, "clip_grad": 0.5}
 
@@ -26,14 +26,6 @@ def recipe(folder, name, **settings):
 
 def train(folder, name, settings=()):
     loop.train(recipe(folder, name, **dict(settings)))
-
-
-def assert_same_end(one: Path, other: Path):
-    for file in ("model.safetensors", "checkpoint/model.safetensors", "checkpoint/training.safetensors"):
-        first, second = load_file(one / file), load_file(other / file)
-        assert list(first) == list(second)
-        for name, tensor in first.items():
-            assert torch.equal(tensor, second[name]), f"{file}: {name}"
 
 
 def stopped_after(updates, folder, name, settings):

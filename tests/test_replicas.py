@@ -390,6 +390,8 @@ def misuse():
         with pytest.raises(ewa.EwavitError, match=told):
             ewa.expand(vit(), placement="replicas", **wrong)
     model = ewa.expand(vit(), placement="replicas")
+    with pytest.raises(ewa.EwavitError, match="replica experts are not stacked: leave out expert_placement"):
+        ewa.expert_placement(model)
     with pytest.raises(ewa.EwavitError, match=r"share rate 0\.6 is out of range for 2 experts"):
         ewa.ExpertAveraging(model, 0.6)
 

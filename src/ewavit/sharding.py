@@ -35,7 +35,8 @@ def expert_placement(
         mesh: the mesh that `fully_shard` gets, 1-D or (replicate, shard); all processes unless given.
 
     Raises:
-        EwavitError: no MoE layer, or a parameter has no such dimension that the processes divide evenly.
+        EwavitError: no MoE layer, replica experts (docs/distributed.md shards them), or a parameter has no
+            such dimension that the processes divide evenly.
 
     Example:
         >>> placement = ewa.expert_placement(model, mesh)
@@ -48,6 +49,11 @@ def expert_placement(
     layers = moe_layers(model)
     if not layers:
         raise EwavitError("the model has no MoE layer: call ewavit.expand(model) first")
+    if any(moe.experts.peers is not None for moe in layers.values()):
+        raise EwavitError(
+            "replica experts are not stacked: leave out expert_placement, and shard each MoE over the "
+            "processes of its replica, fully_shard(moe, mesh=mesh['shard'])"
+        )
     processes = mesh.size(mesh.ndim - 1) if mesh is not None else dist.get_world_size()
     # By weak reference: the parameters themselves are replaced, and must be freed.
     placements: MutableMapping[nn.Parameter, Shard] = WeakIdKeyDictionary()
