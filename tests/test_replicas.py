@@ -16,6 +16,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 import ewavit as ewa
+from ewavit.theory import SpreadPrediction
 from processes import in_processes
 from small_models import MlpNet, tiny_vit
 from test_distributed import STEPS, batch
@@ -394,6 +395,9 @@ def misuse():
         ewa.expert_placement(model)
     with pytest.raises(ewa.EwavitError, match=r"share rate 0\.6 is out of range for 2 experts"):
         ewa.ExpertAveraging(model, 0.6)
+    averaging = ewa.ExpertAveraging(model, 0.1)
+    with pytest.raises(ewa.EwavitError, match="the spread of replica experts is not predicted"):
+        SpreadPrediction(model, torch.optim.SGD(model.parameters(), lr=0.1), averaging)
 
     wrapped = DistributedDataParallel(Outer(model))
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)

@@ -232,6 +232,10 @@ def _layers(model: nn.Module) -> dict[str, Any]:
     layers = moe_layers(model)
     if not layers:
         raise EwavitError("the model has no MoE layer: call ewavit.expand(model) first")
+    if any(moe.experts.peers is not None for moe in layers.values()):
+        raise EwavitError(
+            "the spread of replica experts is not predicted: each process knows one expert only"
+        )
     return layers
 
 
