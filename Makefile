@@ -28,5 +28,6 @@ bench: install
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/data_rate.py
+	$(BIN)/python benchmarks/replicas.py
 	$(BIN)/python benchmarks/theory.py
 	$(BIN)/python benchmarks/demo.py
