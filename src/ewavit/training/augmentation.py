@@ -14,9 +14,9 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from ewavit.errors import EwavitError
+from ewavit.training.rand_augment import RandAugment
 
-# Images that share the drawn operation of `aa`. Smaller groups are more varied and cost more: on one CPU
-# core rand-m9 makes 18,000 images/s of 28x28 with groups of 4, 30,000 with 8, 60,000 with 16.
+# Images that share the drawn operations of AutoAugment and AugMix; smaller groups vary more, and take longer.
 GROUP = 8
 
 AA_HELP = (
@@ -101,32 +101,11 @@ def _numbers(config: str, keys: tuple[str, ...]) -> dict[str, float]:
     return values
 
 
-def _rand_augment(config: str) -> Callable[[Tensor], Tensor]:
-    # timm's scale: magnitude 10 is strongest, each of n operations happens with probability p, and the
-    # magnitude has Gaussian noise. Operations are torchvision's, which all grow with it as timm's inc1.
-    values = {"m": 10.0, "n": 2.0, "p": 0.5, "mstd": 0.0, **_numbers(config, ("m", "n", "p", "mstd", "inc"))}
-    steps_per_unit = 10
-    transform = v2.RandAugment(
-        num_ops=1, magnitude=0, num_magnitude_bins=10 * steps_per_unit + 1, interpolation="bilinear"
-    )
-
-    def apply(images: Tensor) -> Tensor:
-        for _ in range(int(values["n"])):
-            chance, noise = torch.rand(()).item(), torch.randn(()).item()
-            if chance < values["p"]:
-                magnitude = min(max(values["m"] + values["mstd"] * noise, 0.0), 10.0)
-                transform.magnitude = round(magnitude * steps_per_unit)
-                images = transform(images)
-        return images
-
-    return apply
-
-
 def tensor_auto_augment(config: str) -> Callable[[Tensor], Tensor]:
     """Make the batch version of a timm augmentation string.
 
-    Operations and magnitudes are drawn per group of `GROUP` consecutive images of the batch, which are a
-    random group because the batch is. Draws come from torch's global CPU generator.
+    RandAugment is drawn for each image, the others per group of `GROUP` consecutive images of the batch,
+    which are a random group because the batch is. Draws come from torch's global CPU generator.
 
     Args:
         config: "rand-...", "original" or "augmix-...", see `AA_HELP`.
@@ -139,8 +118,12 @@ def tensor_auto_augment(config: str) -> Callable[[Tensor], Tensor]:
     """
     name = config.split("-")[0]
     if name == "rand":
-        transform = _rand_augment(config)
-    elif config == "original":
+        # timm's scale: 10 is strongest. Operations are torchvision's, which all grow with it as timm's inc1.
+        values = {"n": 2.0, **_numbers(config, ("m", "n", "p", "mstd", "inc"))}
+        num_ops = int(values.pop("n"))
+        values.pop("inc", None)
+        return RandAugment(n=num_ops, **values)
+    if config == "original":
         transform = v2.AutoAugment(interpolation="bilinear")
     elif name == "augmix":
         values = {"m": 3.0, "w": 3.0, "d": -1.0, "a": 1.0, **_numbers(config, ("m", "w", "d", "a"))}
