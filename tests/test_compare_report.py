@@ -99,8 +99,8 @@ def test_csv_has_one_row_per_arm_and_seed(written):
         (arm, str(seed)) for arm in ARMS for seed in range(3)
     ]
     assert list(rows[0]) == [
-        "arm", "role", "seed", "lr", "top1", "eval_loss", "seconds", "images", "peak_memory_mib",
-        "time_to_dense", "error",
+        "arm", "role", "seed", "lr", "top1", "mean_class", "eval_loss", "seconds", "images",
+        "peak_memory_mib", "time_to_dense", "error",
     ]  # fmt: skip
     last = COMPARISON.arms[-1].runs[-1]
     assert float(rows[-1]["top1"]) == last.top1

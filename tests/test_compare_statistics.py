@@ -92,6 +92,12 @@ def test_costs_are_means_over_finished_runs_and_errors_are_kept():
     assert (found.seconds, found.images, found.peak_memory_mib) == (15.0, 150.0, 54.0)
 
 
+def test_mean_class_accuracy_counts_every_class_alike():
+    labels, predictions = np.array([0, 0, 0, 0, 3, 5]), np.array([0, 0, 0, 3, 3, 0])
+    assert run(0, 50.0, labels=labels, predictions=predictions).mean_class == pytest.approx(175 / 3)
+    assert run(0, 50.0).mean_class is None
+
+
 def test_paired_t_test_and_interval_follow_the_textbook():
     points = [1.0, 0.2, 0.7, -0.1, 0.4]
     found = paired_difference(arm("ewa", shifted(*points)), dense(DENSE))

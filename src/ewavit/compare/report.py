@@ -25,8 +25,8 @@ from .statistics import Summary, finished, summarise, time_to_accuracy
 
 FACTS = ("name", "command", "date", "device", "versions", "data", "recipe", "seeds", "tuning", "limited")
 COLUMNS = (
-    "arm", "role", "seed", "lr", "top1", "eval_loss", "seconds", "images", "peak_memory_mib", "time_to_dense",
-    "error",
+    "arm", "role", "seed", "lr", "top1", "mean_class", "eval_loss", "seconds", "images", "peak_memory_mib",
+    "time_to_dense", "error",
 )  # fmt: skip
 
 
@@ -78,7 +78,12 @@ def _rows(runs: ArmRuns, comparison: Comparison, summary: Summary) -> list[dict[
     for row in rows:
         if run := done.get(row["seed"]):
             last = run.curve[-1]
-            row |= {"top1": last.top1, "eval_loss": last.eval_loss, "seconds": last.seconds}
+            row |= {
+                "top1": last.top1,
+                "mean_class": run.mean_class,
+                "eval_loss": last.eval_loss,
+                "seconds": last.seconds,
+            }
             row |= {"images": last.images, "peak_memory_mib": run.peak_memory_mib}
             judge = reference.get(run.seed)
             row["time_to_dense"] = time_to_accuracy(run, judge) if judge else None

@@ -59,6 +59,14 @@ class Run:
         """Final accuracy in percent."""
         return self.curve[-1].top1
 
+    @property
+    def mean_class(self) -> float | None:
+        """Mean over the classes of their final accuracy, in percent; None without predictions."""
+        if self.labels is None or self.predictions is None:
+            return None
+        right = self.predictions == self.labels
+        return 100 * float(np.mean([right[self.labels == label].mean() for label in np.unique(self.labels)]))
+
 
 @dataclass(frozen=True)
 class ArmRuns:
