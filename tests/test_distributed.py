@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ewavit as ewa
 from ewavit.partition import Partition, RandomPartition
+from ewavit.sharding import whole
 from processes import in_processes
 from small_models import tiny_vit
 
@@ -178,6 +179,10 @@ def fsdp(experts, mesh):
     for key, value in dense.items():
         assert type(value) is torch.Tensor
         assert torch.allclose(value, expected[key], atol=1e-8, rtol=1e-8), key
+    plain = build(experts, init="copy")
+    ewa.load_dense_state_dict(model, ewa.dense_state_dict(plain))
+    assert max(ewa.expert_spread(model).values()) < 1e-6
+    assert all(torch.equal(whole(p), q) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
     with pytest.raises(ewa.EwavitError, match=r"the model is sharded: call ewavit\.dense_state_dict"):
         ewa.collapse(model)
 
@@ -247,7 +252,7 @@ def test_a_checkpoint_of_torch_resumes_in_another_number_of_processes(worlds, tm
 
 
 def accelerated(fsdp2):
-    accelerator, plain = Accelerator(cpu=True), build()
+    accelerator, plain = Accelerator(cpu=True, gradient_accumulation_steps=2), build()
     if fsdp2:
         # accelerate takes its way of FSDP2 on accelerators only, so it is told on the CPU that it is on it.
         accelerator.state.distributed_type = DistributedType.FSDP
@@ -258,9 +263,11 @@ def accelerated(fsdp2):
     rank, world = dist.get_rank(), dist.get_world_size()
     for step in range(STEPS):
         x, y = batch(step, rank, world)
-        accelerator.backward(F.cross_entropy(model(x), y))
-        optimizer.step()
-        optimizer.zero_grad()
+        for inputs, labels in zip(x.chunk(2), y.chunk(2), strict=True):
+            with accelerator.accumulate(model):
+                accelerator.backward(F.cross_entropy(model(inputs), labels))
+                optimizer.step()
+                optimizer.zero_grad()
     assert averaging.steps_done == STEPS
     assert_same(model, alone())
 

@@ -19,7 +19,7 @@ from .ffn import FFN, find_ffns
 from .moe import MoE, Unit, moe_layers
 from .replicas import DealtByProcess, Peers, ReplicaExperts, keep_from_ddp
 from .routing import TopK, TopKRouter
-from .sharding import is_sharded, whole
+from .sharding import cut_like, is_sharded, whole
 
 Select = str | Iterable[str] | Callable[[str, nn.Module], bool]
 Init = Literal["copy", "perturb", "independent"]
@@ -335,12 +335,16 @@ def load_dense_state_dict(model: nn.Module, state_dict: dict[str, Any], strict: 
     """Load the original model's state dict into an expanded model: every expert gets the FFN's parameters.
 
     Args:
-        model: an expanded model.
+        model: an expanded model, sharded or not.
         state_dict: with the dense model's keys; where it lacks one (`strict=False`) experts stay as they are.
+            For a sharded model every process has it whole.
         strict: as in `torch.nn.Module.load_state_dict`, whose result is returned.
     """
     names = {moe: f"{name}." for name, moe in moe_layers(model).items()}
     with collapsed(model) as swapped:
+        here = model.state_dict()
+        if any(is_sharded(value) for value in here.values() if isinstance(value, Tensor)):
+            state_dict = {k: cut_like(here[k], v) if k in here else v for k, v in state_dict.items()}
         result = model.load_state_dict(state_dict, strict=strict)
         for moe, ffn in swapped:
             prefix = names[moe]
