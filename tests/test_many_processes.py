@@ -112,6 +112,16 @@ def test_torchrun_restarts_a_killed_run_which_goes_on_exactly(whole, tmp_path):
     assert_same_end(whole, tmp_path / "restarted")
 
 
+def test_a_restart_takes_no_run_of_other_settings_and_leaves_a_finished_one(whole, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    (*_, row) = csv.DictReader((whole / "summary.csv").open())
+    again = loop.train(recipe(whole.parent, "whole"))
+    assert again.row["eval_top1"] == float(row["eval_top1"])
+    assert again.model_file == whole / "model.safetensors"
+    with pytest.raises(ewa.EwavitError, match="holds a run already: choose another --name"):
+        train(whole.parent, "whole", {"lr": 0.5})
+
+
 def test_what_replicas_cannot_do_is_told_before_anything_starts(tmp_path, monkeypatch):
     for settings, told in (
         ({"twa": 1}, "--placement replicas does not go with this --twa"),

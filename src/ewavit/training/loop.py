@@ -119,9 +119,9 @@ def train(recipe: Recipe) -> Result:
     """
     if recipe.name is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
         raise EwavitError("a run that torchrun may restart is found by its name: give --name")
-    if recipe.name is not None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+    if recipe.name is not None and _started_again():
         run = Path(recipe.output) / recipe.name
-        if any((run / folder).exists() for folder in (CURRENT, PREVIOUS)):
+        if any((run / folder).exists() for folder in (CURRENT, PREVIOUS)) and _is_run_of(recipe, run):
             return resume(run)
     run = _run_folder(recipe)
     return _trained(recipe, run, _accelerator(recipe, run))
@@ -139,12 +139,26 @@ def resume(run: Path, **changes: Any) -> Result:
     """
     checkpoint = load_checkpoint(run)
     recipe = replace(Recipe.from_dict(checkpoint.facts["recipe"], str(checkpoint.path)), **changes)
-    if checkpoint.facts["progress"]["epoch"] >= recipe.epochs and (run / "model.safetensors").exists():
+    model_file = run / "model.safetensors"
+    if checkpoint.facts["progress"]["epoch"] >= recipe.epochs and model_file.exists():
+        if _started_again():
+            return Result(run, checkpoint.facts["progress"]["rows"][-1], model_file)
         raise EwavitError(f"{run} is finished after {recipe.epochs} epochs: there is nothing to resume")
     accelerator = _accelerator(recipe, run)
     if checkpoint.warning and accelerator.is_main_process:
         report.say(f"warning: {checkpoint.warning}")
     return _trained(recipe, run, accelerator, checkpoint)
+
+
+def _started_again() -> bool:
+    """Whether torchrun has started these processes anew after one of them died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def _is_run_of(recipe: Recipe, run: Path) -> bool:
+    """Whether a run has these settings; of replicas the processes give the number of experts."""
+    saved = Recipe.from_dict(load_checkpoint(run).facts["recipe"], str(run))
+    return saved == (replace(recipe, experts=saved.experts) if recipe.placement == "replicas" else recipe)
 
 
 def _trained(
@@ -656,12 +670,11 @@ def _meet_again(cpu: bool) -> None:
     (pytorch/pytorch#135712). On several machines the starts are not counted together; there set
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
     """
-    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
-    if start == "0" or not one_machine or dist.is_initialized():
+    if not _started_again() or not one_machine or dist.is_initialized():
         return
     store, rank, processes = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
-    store = dist.PrefixStore(f"start-{start}", store)  # type: ignore[attr-defined]
+    store = dist.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)  # type: ignore[attr-defined]
     dist.init_process_group("gloo" if cpu else None, store=store, rank=rank, world_size=processes)
 
 
