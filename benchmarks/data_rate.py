@@ -88,12 +88,14 @@ def device_side(batch_size: int, device: torch.device) -> dict[str, Callable[[],
         "rand-m9-p1, torchvision image by image": lambda x: torch.stack([one_by_one(image) for image in x]),
     }
     try:
+        from kornia import __version__
         from kornia.augmentation.auto import RandAugment
     except ImportError:
         print("kornia is not installed: left out")
     else:
         kornia = RandAugment(n=2, m=27)
-        found["rand-m9-p1, kornia (one operation for the batch)"] = lambda x: kornia(x.float() / 255)
+        name = f"rand-m9-p1, kornia {__version__}, one operation for the batch"
+        found[name] = lambda x: kornia(x.float() / 255)
     return {f"32x32x3: {name}": partial(made_from, images, change) for name, change in found.items()}
 
 
