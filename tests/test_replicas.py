@@ -144,6 +144,8 @@ def evaluation():
     assert torch.allclose(plain(x), mean, atol=1e-12)
     assert found is None or torch.allclose(found, mean, atol=1e-12)
     vit().load_state_dict(plain.state_dict())
+    memory = [parameter.untyped_storage().data_ptr() for parameter in plain.parameters()]
+    assert len(set(memory)) == len(memory)  # as safetensors asks
     assert [type(m) for m in plain.modules()] == [type(m) for m in vit().modules()]
 
 

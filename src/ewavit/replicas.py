@@ -153,7 +153,9 @@ class ReplicaExperts(Experts):
     def collapse(self) -> nn.Module:
         parameters = dict(self.ffn.named_parameters())
         memo: dict[int, Any] = {
-            id(parameters[name]): nn.Parameter(mean, parameters[name].requires_grad)
+            id(parameters[name]): nn.Parameter(
+                mean.clone(), parameters[name].requires_grad
+            )  # they share memory
             for name, mean in self.mean().items()
         }
         return copy.deepcopy(self.ffn, memo)
