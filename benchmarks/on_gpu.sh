@@ -4,6 +4,7 @@
 #   bash benchmarks/on_gpu.sh check       # correctness, then memory and the pieces of a step
 #   bash benchmarks/on_gpu.sh speed       # whole steps: the targets' models compiled, then everything eager
 #   bash benchmarks/on_gpu.sh accuracy PATH_OF/cifar-100-python    # start it again to go on
+#   bash benchmarks/on_gpu.sh points PATH_OF/modelnet10            # start it again to go on
 #
 # Nothing is installed: torch, timm and what ewavit[train,compare] names must be there. Writes records/.
 set -euo pipefail
@@ -40,8 +41,16 @@ case ${1:-} in
     $python -m ewavit.cli compare --config recipes/search/cifar100.yaml --data "$cifar" "${more[@]}"
     $python benchmarks/keep.py runs/cifar100
     ;;
+  points)
+    clouds=modelnet10:${2:?give a folder or file of ModelNet10}
+    more=(--jobs 8)
+    [ "$gpu" = 1 ] || more=(--limit 64 --epochs 1 --seeds 2 --arms dense,ewa)
+    $python benchmarks/point_ops.py
+    $python -m ewavit.cli compare --config recipes/compare-modelnet10.yaml --data "$clouds" "${more[@]}"
+    $python benchmarks/keep.py runs/modelnet10
+    ;;
   *)
-    sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
     exit 2
     ;;
 esac

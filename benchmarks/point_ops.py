@@ -5,15 +5,17 @@
 Farthest-point sampling against fpsample's two exact methods, nearest neighbours against scipy's k-d tree, on
 random clouds in the sizes of the models (32 of 1,024 points) and of scanned objects (8 of 8,192). The others
 take one cloud at a time, on one thread of the CPU, and so do we there. A figure is the points of all clouds
-over the fastest of a few calls; the results are compared. Writes records/point_ops-DEVICE.json.
+over the fastest of a few calls; the results are compared. Without fpsample (pip install it) its rows are left
+out. Writes records/point_ops-DEVICE.json.
 """
 
 import argparse
+import importlib
+import importlib.util
 import time
 from collections.abc import Callable
 from functools import partial
 
-import fpsample
 import numpy as np
 import torch
 from scipy.spatial import cKDTree
@@ -22,7 +24,7 @@ from ewavit.points import ops
 from records import write_record
 
 SIZES = ((32, 1024, 64, 32), (32, 1024, 128, 32), (8, 8192, 512, 32))  # clouds, points, centres, neighbours
-FPS = ("fps_sampling", "bucket_fps_kdline_sampling")
+FPS = ("fps_sampling", "bucket_fps_kdline_sampling") if importlib.util.find_spec("fpsample") else ()
 
 
 def fastest(call: Callable[[], object], device: torch.device, seconds: float) -> float:
@@ -44,7 +46,7 @@ def farthest_from_any(points: torch.Tensor, centres: torch.Tensor) -> torch.Tens
 
 
 def sample_with(name: str, clouds: np.ndarray, count: int) -> np.ndarray:
-    method = getattr(fpsample, name)
+    method = getattr(importlib.import_module("fpsample"), name)
     # The bucket method takes no notice of start_idx: its choice begins, and then differs, elsewhere.
     more = {"h": 3 if clouds.shape[1] < 4096 else 5} if "kdline" in name else {}
     return np.stack([method(cloud, count, start_idx=0, **more) for cloud in clouds]).astype(np.int64)
