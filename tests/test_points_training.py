@@ -18,6 +18,7 @@ from ewavit.training.data import open_data
 from ewavit.training.export import evaluate, export, load_model
 from ewavit.training.loop import Interrupted, resume, train
 from ewavit.training.recipe import Recipe
+from processes import in_processes
 from test_training import assert_same_end, fresh_accelerator, stop_after
 
 __all__ = ["fresh_accelerator"]  # a fixture that every test here takes too
@@ -99,6 +100,17 @@ def test_interrupted_and_resumed_run_ends_with_the_same_bits(tmp_path, monkeypat
             train(recipe(tmp_path, "parts", **settings))
     resume(tmp_path / "parts")
     assert_same_end(whole, tmp_path / "parts")
+
+
+def train_here(folder: str) -> None:
+    train(recipe(Path(folder), "two", lr=0.01, warmup_epochs=0, experts=1))
+
+
+def test_processes_evaluate_with_the_batch_statistics_that_are_saved(tmp_path):
+    point_sets.write_folder(tmp_path / "clouds")
+    in_processes(2, train_here, str(tmp_path))
+    loss = float(rows(tmp_path / "two")[-1]["eval_loss"])
+    assert evaluate(tmp_path / "two").loss == pytest.approx(loss, rel=1e-5)
 
 
 def test_a_run_on_other_classes_starts_from_a_checkpoint(finished, tmp_path):

@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast, gather_object
 from timm.data import Mixup
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
@@ -434,6 +434,8 @@ class _Run:
 
     def _evaluate(self) -> report.Row:
         def measure(model: nn.Module) -> Metrics:
+            for buffer in model.buffers():  # BatchNorm's: each process has its own, the first one's are saved
+                broadcast(buffer)
             with self.accelerator.autocast(), self._deployed(model):
                 return evaluate_batches(
                     self.data.voting(model.eval()),
