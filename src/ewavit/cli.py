@@ -256,7 +256,8 @@ def _parsed(content: Mapping[str, Any], source: str, command: str) -> dict[str, 
 
 
 def _train(options: argparse.Namespace) -> int:
-    from ewavit.training.loop import Interrupted, ProcessLost, resume, train
+    from ewavit.training.loop import Interrupted, resume, train
+    from ewavit.training.processes import ProcessLost
 
     try:
         if options.resume is None:
@@ -303,7 +304,7 @@ def _bench(options: argparse.Namespace) -> int:
 
 def _recipe_and_data(options: argparse.Namespace) -> tuple[Recipe, Data | None]:
     """The recipe, and its data unless a model is named alone: then it is for the images of timm's weights."""
-    from ewavit.training.loop import open_recipe_data
+    from ewavit.training.data import open_recipe_data
 
     recipe, given = _recipe(options)
     return recipe, open_recipe_data(recipe) if recipe.model is None or "data" in given else None

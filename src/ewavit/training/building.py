@@ -11,6 +11,7 @@ import timm
 import torch
 from timm.models import load_state_dict
 from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
 from ewavit.averaging import CosineRamp, Early, ExpertAveraging, LinearRamp, Schedule
@@ -212,6 +213,32 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
             for group in optimizer.param_groups:
                 group["lr"] *= group.get("lr_scale", 1.0)
     return optimizer
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, updates_per_epoch: int) -> Any:
+    """timm's schedule for `step_update`; None for a constant learning rate.
+
+    Raises:
+        EwavitError: timm refuses the settings.
+    """
+    if recipe.sched == "none":
+        return None
+    try:
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=recipe.sched,
+            num_epochs=recipe.epochs,
+            warmup_epochs=min(recipe.warmup_epochs, recipe.epochs // 2),
+            warmup_lr=recipe.warmup_lr,
+            min_lr=recipe.min_lr,
+            decay_epochs=recipe.decay_epochs,
+            decay_rate=recipe.decay_rate,
+            step_on_epochs=False,
+            updates_per_epoch=updates_per_epoch,
+        )
+    except (AssertionError, ValueError) as problem:
+        raise EwavitError(f"timm could not build the schedule {recipe.sched!r} ({problem})") from None
+    return scheduler
 
 
 def _scale_expert_lr(optimizer: torch.optim.Optimizer, model: nn.Module, factor: float) -> None:

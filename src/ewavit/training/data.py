@@ -5,6 +5,7 @@ files go through worker processes and timm's transforms (`LoaderData`); timm's s
 point clouds are `PointData`.
 """
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +17,10 @@ from ewavit.training import sources
 from ewavit.training.augmentation import Augmentation
 from ewavit.training.batches import BatchPlan, Data, TensorData
 from ewavit.training.loading import LoaderData, StreamData
+from ewavit.training.recipe import Recipe
 from ewavit.training.sources import Arrays, ImageSource, Ints
 
-__all__ = ["Augmentation", "Data", "open_data"]
+__all__ = ["Augmentation", "Data", "open_data", "open_recipe_data"]
 
 
 def open_data(
@@ -172,6 +174,36 @@ def open_data(
         device,
         workers,
         skip_bad_images,
+    )
+
+
+def open_recipe_data(
+    recipe: Recipe,
+    device: torch.device = torch.device("cpu"),  # noqa: B008 (immutable)
+    rank: int = 0,
+    world_size: int = 1,
+) -> Data:
+    """The data of a recipe on a device, for one of several processes; raises what `open_data` does."""
+    return open_data(
+        recipe.data,
+        batch_size=recipe.batch_size,
+        seed=recipe.seed,
+        augmentation=Augmentation(
+            aa=recipe.aa, hflip=recipe.hflip, reprob=recipe.reprob, crop_padding=recipe.crop_padding
+        ),
+        limit=recipe.limit,
+        holdout=recipe.holdout,
+        img_size=recipe.img_size,
+        workers=min(recipe.workers, os.cpu_count() or 1),
+        device=device,
+        rank=rank,
+        world_size=world_size,
+        skip_bad_images=recipe.skip_bad_images,
+        data_dir=recipe.data_dir,
+        train_split=recipe.train_split,
+        val_split=recipe.val_split,
+        num_points=recipe.num_points,
+        votes=recipe.votes,
     )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import os
 import random
-import re
 import resource
 import signal
 import sys
@@ -26,20 +25,18 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
 from timm.data import Mixup
-from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from ewavit.diagnostics import expert_spread, routing_statistics
+from ewavit.diagnostics import expert_spread
 from ewavit.errors import EwavitError
 from ewavit.moe import moe_layers
 from ewavit.replicas import clip_grad_norm_, load_stacked_state_dict, stacked_state_dict
-from ewavit.routing import auxiliary_loss, scale_auxiliary_loss
+from ewavit.routing import scale_auxiliary_loss
 from ewavit.streaming import expert_metadata
 from ewavit.surgery import collapsed, dense_state_dict
 from ewavit.theory import SpreadPrediction
@@ -48,6 +45,7 @@ from ewavit.training.batches import Batch, entropy
 from ewavit.training.building import (
     build_model,
     build_optimizer,
+    build_scheduler,
     expand_by_recipe,
     expert_averaging,
     model_settings,
@@ -61,9 +59,10 @@ from ewavit.training.checkpoint import (
     save_checkpoint,
     save_tensors,
 )
-from ewavit.training.data import Augmentation, Data, open_data
+from ewavit.training.data import open_recipe_data
 from ewavit.training.evaluation import Metrics, evaluate_batches, predictions
 from ewavit.training.export import Mixture, ModelCard
+from ewavit.training.processes import start_accelerator, started_again, told_of_lost_processes
 from ewavit.training.recipe import Recipe
 from ewavit.training.weight_average import WeightAverage, weight_average
 
@@ -77,12 +76,6 @@ class Result:
     run: Path
     row: report.Row
     model_file: Path
-
-
-class ProcessLost(Exception):
-    """Another process of the run ended."""
-
-    exit_status = 1
 
 
 class Interrupted(Exception):
@@ -119,12 +112,12 @@ def train(recipe: Recipe) -> Result:
     """
     if recipe.name is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
         raise EwavitError("a run that torchrun may restart is found by its name: give --name")
-    if recipe.name is not None and _started_again():
+    if recipe.name is not None and started_again():
         run = Path(recipe.output) / recipe.name
         if any((run / folder).exists() for folder in (CURRENT, PREVIOUS)) and _is_run_of(recipe, run):
             return resume(run)
     run = _run_folder(recipe)
-    return _trained(recipe, run, _accelerator(recipe, run))
+    return _trained(recipe, run, start_accelerator(recipe, run))
 
 
 def resume(run: Path, **changes: Any) -> Result:
@@ -141,18 +134,13 @@ def resume(run: Path, **changes: Any) -> Result:
     recipe = replace(Recipe.from_dict(checkpoint.facts["recipe"], str(checkpoint.path)), **changes)
     model_file = run / "model.safetensors"
     if checkpoint.facts["progress"]["epoch"] >= recipe.epochs and model_file.exists():
-        if _started_again():
+        if started_again():
             return Result(run, checkpoint.facts["progress"]["rows"][-1], model_file)
         raise EwavitError(f"{run} is finished after {recipe.epochs} epochs: there is nothing to resume")
-    accelerator = _accelerator(recipe, run)
+    accelerator = start_accelerator(recipe, run)
     if checkpoint.warning and accelerator.is_main_process:
         report.say(f"warning: {checkpoint.warning}")
     return _trained(recipe, run, accelerator, checkpoint)
-
-
-def _started_again() -> bool:
-    """Whether torchrun has started these processes anew after one of them died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def _is_run_of(recipe: Recipe, run: Path) -> bool:
@@ -164,19 +152,8 @@ def _is_run_of(recipe: Recipe, run: Path) -> bool:
 def _trained(
     recipe: Recipe, run: Path, accelerator: Accelerator, checkpoint: Checkpoint | None = None
 ) -> Result:
-    try:
+    with told_of_lost_processes(accelerator, run):
         return _Run(recipe, run, accelerator, checkpoint).train()
-    except RuntimeError as problem:
-        lost = re.search("gloo|nccl|connection|socket", str(problem), re.IGNORECASE)
-        if accelerator.num_processes == 1 or not lost:
-            raise
-        reason = re.sub(r"^\[\S+\] |\. This is .*", "", str(problem).strip().splitlines()[0])
-        kept = "its last checkpoint is whole" if (run / CURRENT).exists() else "no checkpoint was written yet"
-        raise ProcessLost(
-            f"process {accelerator.process_index} lost another one ({reason}), which says why itself or was "
-            f"killed; {kept}: start the same processes with `train --resume {run}`, or let "
-            "`torchrun --max-restarts` do it"
-        ) from None
 
 
 class _Run:
@@ -190,7 +167,9 @@ class _Run:
             if recipe.experts == 1:
                 raise EwavitError("--placement replicas takes one process for each expert: use torchrun")
         self.recipe, self.folder, self.accelerator = recipe, run, accelerator
-        self.data = open_recipe_data(recipe, accelerator)
+        self.data = open_recipe_data(
+            recipe, accelerator.device, accelerator.process_index, accelerator.num_processes
+        )
         inputs = self.data.inputs
         self.updates_per_epoch = self.data.batches_per_epoch // recipe.grad_accum_steps
         if self.updates_per_epoch == 0:
@@ -221,7 +200,7 @@ class _Run:
         if recipe.grad_checkpointing:
             set_grad_checkpointing(plain)
         optimizer = build_optimizer(plain, recipe)
-        self.scheduler = self._scheduler(optimizer)
+        self.scheduler = build_scheduler(optimizer, recipe, self.updates_per_epoch)
         self.average = weight_average(recipe, plain)
         self.averaging = expert_averaging(plain, recipe, self.updates_per_epoch)
         if self.averaging is not None:
@@ -252,27 +231,6 @@ class _Run:
                 label_smoothing=recipe.smoothing,
                 num_classes=self.data.num_classes,
             )
-
-    def _scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
-        recipe = self.recipe
-        if recipe.sched == "none":
-            return None
-        try:
-            scheduler, _ = create_scheduler_v2(
-                optimizer,
-                sched=recipe.sched,
-                num_epochs=recipe.epochs,
-                warmup_epochs=min(recipe.warmup_epochs, recipe.epochs // 2),
-                warmup_lr=recipe.warmup_lr,
-                min_lr=recipe.min_lr,
-                decay_epochs=recipe.decay_epochs,
-                decay_rate=recipe.decay_rate,
-                step_on_epochs=False,
-                updates_per_epoch=self.updates_per_epoch,
-            )
-        except (AssertionError, ValueError) as problem:
-            raise EwavitError(f"timm could not build the schedule {recipe.sched!r} ({problem})") from None
-        return scheduler
 
     def train(self) -> Result:
         """Train to the last epoch, evaluating and saving after each."""
@@ -349,7 +307,7 @@ class _Run:
             "images_per_second": images / seconds,
             "peak_memory_mib": _peak_memory_mib(self.accelerator.device),
             **{f"spread/{layer}": value for layer, value in spread.items()},
-            **_routing_columns(self.plain),
+            **report.routing_columns(self.plain),
         }
 
     def _training_batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -601,83 +559,12 @@ class _Run:
                 signal.signal(number, handler)
 
 
-def _routing_columns(model: nn.Module) -> report.Row:
-    """What the routers did with the latest batch; nothing for a model without."""
-    statistics = routing_statistics(model)
-    if not statistics:
-        return {}
-    columns = {
-        "auxiliary_loss": float(auxiliary_loss(model)),
-        "dropped": fmean(layer.dropped for layer in statistics.values()),
-        "router_entropy": fmean(layer.entropy for layer in statistics.values()),
-    }
-    for name, layer in statistics.items():
-        columns |= {f"dropped/{name}": layer.dropped, f"router_entropy/{name}": layer.entropy}
-        columns |= {f"load/{name}/{expert}": load for expert, load in enumerate(layer.load)}
-    return columns
-
-
 def _peak_memory_mib(device: torch.device) -> float:
     """The largest memory held so far, on the GPU or else by this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
-
-
-def open_recipe_data(recipe: Recipe, accelerator: Accelerator | None = None) -> Data:
-    """The data of a recipe; with an accelerator its device and this process's share."""
-    return open_data(
-        recipe.data,
-        batch_size=recipe.batch_size,
-        seed=recipe.seed,
-        augmentation=Augmentation(
-            aa=recipe.aa, hflip=recipe.hflip, reprob=recipe.reprob, crop_padding=recipe.crop_padding
-        ),
-        limit=recipe.limit,
-        holdout=recipe.holdout,
-        img_size=recipe.img_size,
-        workers=min(recipe.workers, os.cpu_count() or 1),
-        device=accelerator.device if accelerator else torch.device("cpu"),
-        rank=accelerator.process_index if accelerator else 0,
-        world_size=accelerator.num_processes if accelerator else 1,
-        skip_bad_images=recipe.skip_bad_images,
-        data_dir=recipe.data_dir,
-        train_split=recipe.train_split,
-        val_split=recipe.val_split,
-        num_points=recipe.num_points,
-        votes=recipe.votes,
-    )
-
-
-def _accelerator(recipe: Recipe, run: Path) -> Accelerator:
-    precision = {"bfloat16": "bf16", "float16": "fp16"}[recipe.amp_dtype] if recipe.amp else "no"
-    log_with = "tensorboard" if recipe.tensorboard else None
-    cpu = (
-        not torch.accelerator.is_available()
-    )  # said, or accelerate leaves launched CPU processes on their own
-    _meet_again(cpu)
-    try:
-        return Accelerator(cpu=cpu, mixed_precision=precision, log_with=log_with, project_dir=str(run))
-    except ValueError as problem:
-        if not recipe.amp:
-            raise
-        raise EwavitError(f"--amp-dtype {recipe.amp_dtype} does not work here ({problem})") from None
-
-
-def _meet_again(cpu: bool) -> None:
-    """After a restart by torchrun on one machine: let the processes find each other by keys of this start.
-
-    torchrun keeps one store for all its starts, in which they might read where the dead ones listened
-    (pytorch/pytorch#135712). On several machines the starts are not counted together; there set
-    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
-    """
-    one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
-    if not _started_again() or not one_machine or dist.is_initialized():
-        return
-    store, rank, processes = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
-    store = dist.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)  # type: ignore[attr-defined]
-    dist.init_process_group("gloo" if cpu else None, store=store, rank=rank, world_size=processes)
 
 
 def _run_folder(recipe: Recipe) -> Path:

@@ -8,10 +8,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+
+from ewavit.diagnostics import routing_statistics
+from ewavit.routing import auxiliary_loss
 
 Row = dict[str, float]
 
@@ -138,3 +143,19 @@ def draw_clouds(clouds: Any, names: Sequence[tuple[str, str]], path: Path) -> No
         axis.set_title(title, fontsize=9, color="black" if right else "tab:red")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def routing_columns(model: nn.Module) -> Row:
+    """What the routers did with the latest batch; nothing for a model without."""
+    statistics = routing_statistics(model)
+    if not statistics:
+        return {}
+    columns = {
+        "auxiliary_loss": float(auxiliary_loss(model)),
+        "dropped": fmean(layer.dropped for layer in statistics.values()),
+        "router_entropy": fmean(layer.entropy for layer in statistics.values()),
+    }
+    for name, layer in statistics.items():
+        columns |= {f"dropped/{name}": layer.dropped, f"router_entropy/{name}": layer.entropy}
+        columns |= {f"load/{name}/{expert}": load for expert, load in enumerate(layer.load)}
+    return columns

@@ -1,0 +1,81 @@
+"""The processes of a run: how they start, meet again after a restart by torchrun, and lose one another."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+
+from ewavit.errors import EwavitError
+from ewavit.training.checkpoint import CURRENT
+from ewavit.training.recipe import Recipe
+
+
+class ProcessLost(Exception):
+    """Another process of the run ended."""
+
+    exit_status = 1
+
+
+def started_again() -> bool:
+    """Whether torchrun has started these processes anew after one of them died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def start_accelerator(recipe: Recipe, run: Path) -> Accelerator:
+    """Accelerate for a recipe, on the GPU or else the CPU.
+
+    Raises:
+        EwavitError: the precision does not work here.
+    """
+    precision = {"bfloat16": "bf16", "float16": "fp16"}[recipe.amp_dtype] if recipe.amp else "no"
+    log_with = "tensorboard" if recipe.tensorboard else None
+    cpu = (
+        not torch.accelerator.is_available()
+    )  # said, or accelerate leaves launched CPU processes on their own
+    _meet_again(cpu)
+    try:
+        return Accelerator(cpu=cpu, mixed_precision=precision, log_with=log_with, project_dir=str(run))
+    except ValueError as problem:
+        if not recipe.amp:
+            raise
+        raise EwavitError(f"--amp-dtype {recipe.amp_dtype} does not work here ({problem})") from None
+
+
+def _meet_again(cpu: bool) -> None:
+    """After a restart by torchrun on one machine: let the processes find each other by keys of this start.
+
+    torchrun keeps one store for all its starts, in which they might read where the dead ones listened
+    (pytorch/pytorch#135712). On several machines the starts are not counted together; there set
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
+    """
+    one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    if not started_again() or not one_machine or dist.is_initialized():
+        return
+    store, rank, processes = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+    store = dist.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)  # type: ignore[attr-defined]
+    dist.init_process_group("gloo" if cpu else None, store=store, rank=rank, world_size=processes)
+
+
+@contextmanager
+def told_of_lost_processes(accelerator: Accelerator, run: Path) -> Iterator[None]:
+    """Within, what torch raises when another process of the run has ended becomes `ProcessLost`."""
+    try:
+        yield
+    except RuntimeError as problem:
+        lost = re.search("gloo|nccl|connection|socket", str(problem), re.IGNORECASE)
+        if accelerator.num_processes == 1 or not lost:
+            raise
+        reason = re.sub(r"^\[\S+\] |\. This is .*", "", str(problem).strip().splitlines()[0])
+        kept = "its last checkpoint is whole" if (run / CURRENT).exists() else "no checkpoint was written yet"
+        raise ProcessLost(
+            f"process {accelerator.process_index} lost another one ({reason}), which says why itself or was "
+            f"killed; {kept}: start the same processes with `train --resume {run}`, or let "
+            "`torchrun --max-restarts` do it"
+        ) from None
