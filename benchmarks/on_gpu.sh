@@ -28,7 +28,6 @@ case ${1:-} in
     if [ "$gpu" = 1 ]; then
       few=dense,ewa-4,ewa-4-all,top1-grouped_mm
       $python benchmarks/step_time.py --models s,b --modes compiled --arms $few --rounds 30
-      cp records/step_time-cuda.json records/step_time-cuda-compiled.json
       $python benchmarks/step_time.py --modes eager,checkpointed --rounds 10
     else
       $python benchmarks/step_time.py --models ti64 --modes eager --arms dense,ewa-4 --rounds 5

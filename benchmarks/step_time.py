@@ -6,8 +6,7 @@
 Models: ti64 (ViT-Ti, 64x64/8), s32 (ViT-S, 32x32/4), and ti, s, b, l (ViT/16) and swin_t at 224. Modes:
 eager, compiled, checkpointed (activations recomputed; compiled too on a GPU). A GPU trains in bfloat16
 autocast at batches of 256 (l: 64), a CPU in float32 at small ones. All arms of a model are measured in one
-process, one step of each in turn (`ewavit.training.bench`). Writes records/step_time-DEVICE.json after every
-model.
+process, one step of each in turn (`ewavit.training.bench`). Writes records/step_time-DEVICE-MODEL-MODE.json.
 """
 
 from __future__ import annotations
@@ -93,7 +92,7 @@ def run(model: str, mode: str, arms: list[str], rounds: int, device: str) -> dic
             f"activations {rows[arm]['activation_ratio']:.4f}  first step {measured.first_step:.1f} s",
             flush=True,
         )
-    return {"batch_size": batch, "arms": rows}
+    return {"batch_size": batch, "importable": installed(), "arms": rows}
 
 
 def main() -> None:
@@ -112,15 +111,14 @@ def main() -> None:
         if (deviation := check_against_a_loop(implementation)) > 1e-5:
             raise SystemExit(f"{implementation} deviates from a loop over tokens by {deviation:.1e}")
 
-    result: dict[str, Any] = {"importable": installed()}
     for mode in args.modes.split(","):
         for model in args.models.split(","):
             arms = [arm for arm in args.arms.split(",") if not (model == "swin_t" and arm.startswith("top1"))]
-            result[f"{model} {mode}"] = run(model, mode, arms, args.rounds, device)
+            result = run(model, mode, arms, args.rounds, device)
+            write_record(f"step_time-{device}-{model}-{mode}", vars(args), result)
             if device == "cuda":
                 torch.cuda.empty_cache()
             torch.compiler.reset()
-            write_record(f"step_time-{device}", vars(args), result)
 
 
 if __name__ == "__main__":
