@@ -57,8 +57,9 @@ def in_processes(world: int, check: Callable[..., None], *args) -> None:
 
 def _one(rank, world, port, pipe, check, args) -> None:
     """What torchrun sets, a process group, and the check in it."""
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "localhost"}
-    os.environ.update({name: str(value) for name, value in (place | {"MASTER_PORT": port}).items()})
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    place |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+    os.environ.update({name: str(value) for name, value in place.items()})
     torch.set_num_threads(1)
     torch.manual_seed(0)
     try:
