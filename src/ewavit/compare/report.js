@@ -441,7 +441,8 @@ function curves() {
     if (!series.length) return nothing(box, "No arm is shown.");
     const ends = shown().map((arm) => `${arm.name} ends at ${fixed(arm.mean)} %`).join(", ");
     return lines(box, { series, height: 380, text: fixed, direct: true, label: `Top-1 against training images: ${ends}` });
-  }, () => "Top-1 on test images, percent. Line: mean over the seeds; band: from the worst seed to the best.");
+  }, () => `Top-1 on ${data.recipe.holdout ? "held-out training" : "test"} images, percent. Line: mean over the seeds; ` +
+    "band: from the worst seed to the best.");
 }
 
 function cost() {
