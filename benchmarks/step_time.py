@@ -102,7 +102,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--models", default=",".join(ON_GPU if device == "cuda" else ON_CPU))
     parser.add_argument("--modes", default="eager,compiled" + (",checkpointed" if device == "cuda" else ""))
-    # transformers' batched_mm copies an expert's weights for every token: more than a CPU's memory at these sizes
+    # batched_mm copies an expert's weights for every token: more than a CPU's memory at these sizes
     known = [arm for arm in ARMS if device == "cuda" or arm != "top1-batched_mm"]
     parser.add_argument("--arms", default=",".join(known))
     parser.add_argument("--rounds", type=int, default=20)
