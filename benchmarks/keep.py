@@ -1,7 +1,7 @@
 """Keep what a comparison or a run found, as records/compare-NAME.json or records/run-NAME.json.
 
-    ewavit compare --config recipes/search/fashion-2k.yaml --output runs
-    python benchmarks/keep.py runs/fashion-2k
+    ewavit compare --config recipes/search/screening.yaml --output runs
+    python benchmarks/keep.py runs/screening
 
 Of a comparison: the command, the device, the versions, every run's accuracy and all statistics, without the
 curves. Of a run: its settings and the last row of its summary.csv.

@@ -124,3 +124,9 @@ def test_tied_and_sliced_tensors_are_written_whole(tmp_path):
     assert torch.equal(found["b"], base)
     assert torch.equal(found["slice"], base[2:4])
     assert torch.equal(found["turned"], base.view(2, 3).t())
+
+
+def test_who_may_read_other_files_may_read_weights(tmp_path):
+    (tmp_path / "other").touch()
+    save_tensors({"a": torch.zeros(2)}, tmp_path / "weights.safetensors")
+    assert (tmp_path / "weights.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode

@@ -1,4 +1,4 @@
-"""The invariants of the method, each at the tolerance that docs/METHOD.md states."""
+"""The invariants of the method, each at the tolerance that the project's method note states."""
 
 import copy
 from contextlib import contextmanager

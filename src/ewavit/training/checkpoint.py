@@ -52,7 +52,10 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
         seen.add(pointer)
     partial = path.with_name(path.name + ".partial")
     try:
+        partial.touch()
+        mode = partial.stat().st_mode  # safetensors would let nobody else read the file
         save_file(whole, partial, {"format": "pt", **(metadata or {})})
+        partial.chmod(mode)
         os.replace(partial, path)
     except (OSError, SafetensorError) as problem:
         partial.unlink(missing_ok=True)

@@ -51,6 +51,7 @@ class Plan:
     forward_flops_per_image: int  # dense, and of a mixture dealt at random
     routed_flops_per_image: int | None  # with a router, whose experts have spare room
     router_parameters: int
+    batch_size: int
     expected_step_ratio: float
     devices: int | None = None
     layouts: tuple[tuple[str, ...], ...] = ()  # a row of titles, then what each device needs in each layout
@@ -77,7 +78,8 @@ class Plan:
             f"optimizer    {dense:>8,.1f} MiB dense  {training:>8,.1f} MiB in training (AdamW's two moments)",
             f"forward      {flops:>12.3f} GFLOPs an image (a multiply-add is two), {where}",
             *routed,
-            f"step time    {self.expected_step_ratio:>12.3f} x dense, estimated from this machine's rates",
+            f"step time    {self.expected_step_ratio:>12.3f} x dense at {self.batch_size} a step, at best by this "
+            "machine's rates; ewavit bench measures it",
         ]
         if self.layouts:
             widths = [max(map(len, column)) for column in zip(*self.layouts, strict=True)]
@@ -119,11 +121,10 @@ def plan(recipe: Recipe, data: Data | None = None, devices: int | None = None) -
     dense = sum(parameter.numel() for parameter in model.parameters())
     layouts: tuple[tuple[str, ...], ...] = ()
     if devices is not None:
-        if devices < 1 or recipe.router != "random":
-            raise EwavitError(
-                f"--devices {devices} --router {recipe.router} has no closed form: give 1 device or more "
-                "and the random partition"
-            )
+        if devices < 1:
+            raise EwavitError(f"--devices {devices} is no number of devices: choose 1 or more")
+        if recipe.router != "random":
+            raise EwavitError(f"--router {recipe.router} has no closed form for --devices: leave one out")
         work = _work(model, chosen, sample, dense, flops, recipe.grad_checkpointing)
         layouts = tuple(
             table(
@@ -142,7 +143,7 @@ def plan(recipe: Recipe, data: Data | None = None, devices: int | None = None) -
     seconds = 3 * flops * recipe.batch_size / matmul
     return Plan(
         name, str(inputs), recipe.experts, candidates, dense, training, 2 * BYTES * dense,
-        2 * BYTES * training, flops, routed_flops, sum(routers),
+        2 * BYTES * training, flops, routed_flops, sum(routers), recipe.batch_size,
         (routed_flops or flops) / flops + extra_bytes / copy / seconds, devices, layouts,
     )  # fmt: skip
 
