@@ -78,8 +78,8 @@ class Plan:
             f"optimizer    {dense:>8,.1f} MiB dense  {training:>8,.1f} MiB in training (AdamW's two moments)",
             f"forward      {flops:>12.3f} GFLOPs an image (a multiply-add is two), {where}",
             *routed,
-            f"step time    {self.expected_step_ratio:>12.3f} x dense at {self.batch_size} a step, at best by this "
-            "machine's rates; ewavit bench measures it",
+            f"step time    {self.expected_step_ratio:>12.3f} x dense at {self.batch_size} a step, "
+            "at best, by this machine's rates; ewavit bench measures it",
         ]
         if self.layouts:
             widths = [max(map(len, column)) for column in zip(*self.layouts, strict=True)]
