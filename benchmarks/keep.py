@@ -4,7 +4,8 @@
     python benchmarks/keep.py runs/screening
 
 Of a comparison: the command, the device, the versions, every run's accuracy and all statistics, without the
-curves. Of a run: its settings and the last row of its summary.csv.
+curves. Of a run: its command, its settings and the last row of its summary.csv; device and threads are
+those of this process.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import csv
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+from ewavit.training.recipe import flag, settings
 from records import FOLDER, write_record
 
 
@@ -35,8 +38,20 @@ def keep_run(folder: Path) -> None:
     recipe = yaml.safe_load((folder / "args.yaml").read_text())
     recipe.pop("output")
     kind, colon, _ = recipe["data"].partition(":")  # where the clouds lay says nothing
-    recipe["data"] = kind + colon
-    write_record(f"run-{folder.name}", recipe, {"epochs": len(rows), "last_row": last})
+    recipe["data"] = f"{kind}:PATH" if colon else kind
+    write_record(f"run-{folder.name}", recipe, {"epochs": len(rows), "last_row": last}, train_command(recipe))
+
+
+def train_command(recipe: dict[str, Any]) -> str:
+    """The shortest `ewavit train` with these settings."""
+    words = ["ewavit train"]
+    for setting in settings():
+        value = recipe.get(setting.name, setting.default)
+        if value == setting.default:
+            continue
+        name = flag(setting.name)
+        words.append(f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name} {value}")
+    return " ".join(words)
 
 
 def main() -> None:

@@ -27,11 +27,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
-def write_record(name: str, settings: dict[str, Any], result: Any) -> Path:
-    """Write records/NAME.json and say so."""
+def write_record(name: str, settings: dict[str, Any], result: Any, command: str = "") -> Path:
+    """Write records/NAME.json and say so; the command is this process's unless another made the figures."""
     on_gpu = torch.cuda.is_available()
     record = {
-        "command": "python " + " ".join([f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": command or " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name()
         if on_gpu

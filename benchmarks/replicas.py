@@ -51,8 +51,12 @@ def bytes_of_a_step(trained: Trainee) -> dict[str, int]:
     averaging: list[int] = []
     if trained.averaging is not None:
         original = dist.all_reduce
-        count = lambda tensor, **kwargs: (averaging.append(tensor.nbytes), original(tensor, **kwargs))  # noqa: E731
-        with mock.patch.object(dist, "all_reduce", count):
+
+        def counted(tensor: torch.Tensor, **kwargs: Any) -> Any:
+            averaging.append(tensor.nbytes)
+            return original(tensor, **kwargs)
+
+        with mock.patch.object(dist, "all_reduce", counted):
             trained.averaging.step()
     return {
         "gradients": trained.model._get_ddp_logging_data()["total_parameter_size_bytes"],

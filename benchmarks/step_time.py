@@ -1,6 +1,6 @@
 """Time of a whole training step, and of its parts, over the dense model's: EWA, and naive mixtures of others.
 
-    python benchmarks/step_time.py                      # what this machine can do: a minute or more a model
+    python benchmarks/step_time.py                      # what this machine can do: minutes a model and mode
     python benchmarks/step_time.py --models ti64 --modes eager --rounds 60
 
 Models: ti64 (ViT-Ti, 64x64/8), s32 (ViT-S, 32x32/4), and ti, s, b, l (ViT/16) and swin_t at 224. Modes:

@@ -54,7 +54,7 @@ class Times:
 
     seconds: dict[str, NDArray[np.float64]] = field(default_factory=dict)
     first_step: float = 0.0
-    activation_bytes: int | None = None
+    activation_bytes: int = 0
     peak_bytes: int | None = None
 
 
@@ -81,8 +81,8 @@ class Bench:
     rounds: int
     dense: dict[str, Ratio]
     ewa: dict[str, Ratio]
-    dense_activation_bytes: int | None
-    ewa_activation_bytes: int | None
+    dense_activation_bytes: int
+    ewa_activation_bytes: int
     dense_first_step: float
     ewa_first_step: float
 
@@ -101,13 +101,12 @@ class Bench:
                 f"{part:10} {self.dense[part].ms:10.2f} {ours.ms:10.2f} {ours.ratio:8.4f}  "
                 f"{ours.low:.4f} to {ours.high:.4f}{unit}"
             )
-        if self.dense_activation_bytes and self.ewa_activation_bytes:
-            dense, ours_bytes = self.dense_activation_bytes, self.ewa_activation_bytes
-            lines.append(
-                f"{'activations':10} {dense / 2**20:9.1f} {ours_bytes / 2**20:10.1f} "
-                f"{ours_bytes / dense:8.4f}  MiB kept for the backward pass"
-            )
-        lines.append(f"{'first step':10} {self.dense_first_step:9.2f}s {self.ewa_first_step:9.2f}s")
+        dense, experts = self.dense_activation_bytes, self.ewa_activation_bytes
+        lines += [
+            f"{'activations':10} {dense / 2**20:9.1f} {experts / 2**20:10.1f} {experts / dense:8.4f}  "
+            "MiB kept for the backward pass",
+            f"{'first step':10} {self.dense_first_step:9.2f}s {self.ewa_first_step:9.2f}s",
+        ]
         return "\n".join(lines)
 
 
