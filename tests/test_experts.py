@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import ewavit as ewa
-from ewavit.experts import Experts
+from ewavit.experts import ExpertLinear, Experts
 from ewavit.moe import dispatching
 from small_models import DIM, FFNS, LayerScale, ffn, randomised, separated, tokens
 
@@ -93,6 +93,54 @@ def test_stacked_experts_have_the_gradients_of_separate_experts(name):
     expected = family_gradients(separate)
     for parameter, gradient in family_gradients(stacked).items():
         assert_close(gradient, expected[parameter], 1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_stacked_linear_layers_have_exact_first_and_second_derivatives(bias):
+    layer = ExpertLinear(nn.Linear(3, 2, bias=bias), 2).double()
+    x = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
+    names, values = zip(*layer.named_parameters(), strict=True)
+
+    def call(x: Tensor, *parameters: Tensor) -> Tensor:
+        return functional_call(layer, dict(zip(names, parameters, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(call, (x, *values))
+    assert torch.autograd.gradgradcheck(call, (x, *values))
+
+
+def test_stacked_linear_layers_have_gradients_per_sample_by_vmap():
+    layer = ExpertLinear(nn.Linear(3, 2), 2)
+    samples = torch.randn(5, 2, 4, 3)
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(layer, parameters, (x,)).square().sum()
+
+    parameters = {name: value.detach() for name, value in layer.named_parameters()}
+    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, samples)
+    for name, gradients in per_sample.items():
+        each = [torch.func.grad(loss)(parameters, x)[name] for x in samples]
+        assert_close(gradients, torch.stack(each), 1e-5)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_gradients_of_stacked_linear_layers_are_laid_out_as_their_weights(autocast):
+    layer = ExpertLinear(nn.Linear(6, 4), 3)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = layer(torch.randn(3, 5, 6)).float().sum()
+    for parameter, gradient in zip(
+        layer.parameters(), torch.autograd.grad(loss, list(layer.parameters())), strict=True
+    ):
+        assert gradient.stride() == parameter.stride()  # else autograd copies it for the optimizer
+        assert gradient.dtype == parameter.dtype
+
+
+def test_frozen_stacked_weights_get_no_gradient_and_pass_it_on():
+    layer = ExpertLinear(nn.Linear(6, 4), 3).requires_grad_(False)
+    x = torch.randn(3, 5, 6, requires_grad=True)
+    layer(x).sum().backward()
+    assert_close(x.grad, layer.weight.sum(1, keepdim=True).expand_as(x), 1e-6)
+    assert layer.weight.grad is None
+    assert layer.bias.grad is None
 
 
 def test_stacked_pointwise_convolutions_compute_what_separate_ones_do():

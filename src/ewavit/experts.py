@@ -125,10 +125,43 @@ class ExpertNorm(ExpertLeaf):
         return x
 
 
+class _BatchedLinear(torch.autograd.Function):
+    """`baddbmm(bias, rows, weight.mT)` whose gradient of the weight is laid out as the weight is.
+
+    The derivative of `bmm` itself comes out transposed, and autograd would copy it for the optimizer.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if bias is None:
+            return torch.bmm(rows, weight.mT)
+        return torch.baddbmm(bias.unsqueeze(1), rows, weight.mT)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        rows, weight = ctx.saved_tensors
+        for_rows, for_weight, for_bias = ctx.needs_input_grad
+        return (
+            torch.bmm(grad, weight) if for_rows else None,
+            torch.bmm(grad.mT, rows) if for_weight else None,
+            grad.sum(1) if for_bias else None,
+        )
+
+
 def _batched_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(experts, ..., in) times (experts, out, in) -> (experts, ..., out), as one batched matmul."""
-    rows = x.flatten(1, -2)
-    y = torch.bmm(rows, weight.mT) if bias is None else torch.baddbmm(bias.unsqueeze(1), rows, weight.mT)
+    device = x.device.type
+    if torch.is_autocast_enabled(device):  # cast here, so that the backward pass has the same precision
+        dtype = torch.get_autocast_dtype(device)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    y: Tensor = _BatchedLinear.apply(x.flatten(1, -2), weight, bias)
     return y.view(*x.shape[:-1], weight.shape[1])
 
 

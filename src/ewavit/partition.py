@@ -24,19 +24,19 @@ class Partition(NamedTuple):
     padding: Tensor | None  # (experts * capacity,) bool
 
 
+def _move(x: Tensor, slots: Tensor, positions: Tensor, padding: Tensor | None, into_slots: bool) -> Tensor:
+    if not into_slots:
+        return x.index_select(0, positions)
+    moved = x.index_select(0, slots)
+    return moved if padding is None else moved.masked_fill(padding.view(-1, *(1,) * (x.ndim - 1)), 0)
+
+
 class _Move(torch.autograd.Function):
     """Move units into slots or back; each is the other's gradient, a gather instead of a scatter-add."""
 
     generate_vmap_rule = True
 
-    @staticmethod
-    def forward(
-        x: Tensor, slots: Tensor, positions: Tensor, padding: Tensor | None, into_slots: bool
-    ) -> Tensor:
-        if not into_slots:
-            return x.index_select(0, positions)
-        moved = x.index_select(0, slots)
-        return moved if padding is None else moved.masked_fill(padding.view(-1, *(1,) * (x.ndim - 1)), 0)
+    forward = staticmethod(_move)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -46,7 +46,9 @@ class _Move(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        return _Move.apply(grad, *ctx.saved_tensors, not ctx.into_slots), None, None, None, None
+        move = _Move.apply if torch.is_grad_enabled() else _move  # apply: only for a second derivative
+        slots, positions, padding = ctx.saved_tensors
+        return move(grad, slots, positions, padding, not ctx.into_slots), None, None, None, None
 
 
 class RandomPartition(nn.Module):
