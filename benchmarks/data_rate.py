@@ -25,7 +25,7 @@ from timm.data import Mixup, create_dataset, create_loader
 from torch import Tensor
 from torchvision.transforms import v2
 
-from ewavit.training.augmentation import TensorAugmentation, tensor_auto_augment
+from ewavit.training.augmentation import Mix, TensorAugmentation, tensor_auto_augment
 from ewavit.training.batches import Data
 from ewavit.training.data import Augmentation, open_data
 from records import write_record
@@ -74,7 +74,8 @@ def device_side(batch_size: int, device: torch.device) -> dict[str, Callable[[],
         options = {"hflip": 0.0, "crop_padding": 0} | options
         return TensorAugmentation(Augmentation(**options), 32, *scale, device)  # type: ignore[arg-type]
 
-    mixup = Mixup(0.8, 1.0, num_classes=10)
+    mix = Mix(0.8, 1.0, 10)
+    mixup, elementwise = (Mixup(0.8, 1.0, mode=mode, num_classes=10) for mode in ("batch", "elem"))
     one_by_one = v2.RandAugment(num_ops=2, magnitude=27, interpolation=v2.InterpolationMode.BILINEAR)
     plain, everything = augmented(), augmented(hflip=0.5, crop_padding=4, aa="rand-m9", reprob=0.25)
     found = {
@@ -82,8 +83,10 @@ def device_side(batch_size: int, device: torch.device) -> dict[str, Callable[[],
         "+ crop": augmented(crop_padding=4),
         "+ flip": augmented(hflip=0.5),
         "+ erasing 0.25": augmented(reprob=0.25),
-        "+ mixup or cutmix, one draw a batch (timm)": lambda x: mixup(plain(x), labels)[0],
-        "all of these and rand-m9, then mixup": lambda x: mixup(everything(x), labels)[0],
+        "+ mixup or cutmix": lambda x: mix(plain(x), labels)[0],
+        "+ mixup or cutmix, timm's, a draw an image": lambda x: elementwise(plain(x), labels)[0],
+        "+ mixup or cutmix, timm's, a draw a batch": lambda x: mixup(plain(x), labels)[0],
+        "all of these and rand-m9, then mixup": lambda x: mix(everything(x), labels)[0],
         "rand-m9-p1, uint8 to uint8": tensor_auto_augment("rand-m9-p1"),
         "rand-m9-p1, torchvision image by image": lambda x: torch.stack([one_by_one(image) for image in x]),
     }

@@ -88,7 +88,6 @@ def refused(capsys, tmp_path, *arguments):
         ([*SMALL, "--crop-padding", "40"], ["crop_padding 40", "28"]),
         ([*SMALL, "--name", "../elsewhere"], ["../elsewhere", "--output"]),
         ([*SMALL, "--batch-size", "129"], ["128 training images", "--batch-size"]),
-        ([*SMALL, "--batch-size", "33", "--mixup", "0.5"], ["33", "even"]),
         ([*SMALL, "--no-such-flag"], ["--no-such-flag"]),
         ([*SMALL, "--sched", "cosin"], ["cosin", "cosine"]),
         ([*SMALL, "--initial-checkpoint", "nowhere.pth"], ["nowhere.pth"]),

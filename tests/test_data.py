@@ -22,6 +22,7 @@ from torchvision.transforms import v2
 from ewavit.errors import EwavitError
 from ewavit.training import rand_augment
 from ewavit.training.augmentation import (
+    Mix,
     TensorAugmentation,
     random_crop,
     random_flip,
@@ -315,6 +316,53 @@ def test_augmentation_reads_nothing_back_from_the_device() -> None:
     augment = TensorAugmentation(options, 16, (0.5,) * 3, (0.2,) * 3, meta)
     result = augment(torch.empty(64, 3, 16, 16, dtype=torch.uint8, device=meta))
     assert (result.device, result.shape, result.dtype) == (meta, (64, 3, 16, 16), torch.float32)
+    mixed, targets = Mix(0.8, 1.0, 10)(result, torch.empty(64, dtype=torch.int64, device=meta))
+    assert (mixed.shape, targets.shape, targets.dtype) == ((64, 3, 16, 16), (64, 10), torch.float32)
+
+
+def mixed_numbers(mix: Mix, size: tuple[int, int] = (9, 7)) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mix images that hold nothing but their number, which is their class too."""
+    labels = torch.arange(mix.num_classes)
+    return mix(labels.float().view(-1, 1, 1, 1).expand(-1, 2, *size), labels)
+
+
+@pytest.mark.parametrize("alphas", [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
+@pytest.mark.parametrize("batch", [1, 7, 64])
+def test_mixed_targets_have_the_shares_that_the_pixels_have(alphas: tuple[float, float], batch: int) -> None:
+    images, targets = mixed_numbers(Mix(*alphas, batch))
+    torch.testing.assert_close(targets.sum(1), torch.ones(batch))
+    torch.testing.assert_close(targets @ torch.arange(batch).float(), images.mean((1, 2, 3)))
+    partners = torch.eye(batch).bool() | torch.eye(batch).bool().flip(0)
+    assert not targets[~partners].any()  # an image's partner has its place from the end
+
+
+def test_mixup_blends_an_image_evenly_by_a_share_from_the_beta_distribution() -> None:
+    images, targets = mixed_numbers(Mix(2.0, 0.0, 4000), size=(1, 2))
+    torch.testing.assert_close(images, images[:, :1, :1, :1].expand_as(images))
+    share = targets.diagonal().sort().values
+    beta = torch.distributions.Beta(torch.tensor(2.0), torch.tensor(2.0))
+    assert abs(share.mean() - beta.mean) < 4 * beta.stddev / 4000**0.5
+    assert abs(share.std() - beta.stddev) < 0.02
+
+
+def test_cutmix_puts_one_rectangle_of_the_partner_into_an_image() -> None:
+    images, _ = mixed_numbers(Mix(0.0, 1.0, 200), size=(9, 7))
+    areas = set()
+    for number, image in enumerate(images):
+        pasted = image[0] == 199 - number
+        assert torch.equal(image[0], torch.where(pasted, 199.0 - number, float(number)))
+        assert torch.equal(pasted, pasted.any(1, keepdim=True) & pasted.any(0, keepdim=True))
+        for line in (pasted.any(1), pasted.any(0)):
+            assert (line.int().diff() != 0).sum() <= 2  # without a gap
+        areas.add(int(pasted.sum()))
+    assert {0, 63} & areas
+    assert len(areas) > 20  # each image has its own
+
+
+def test_with_mixup_and_cutmix_half_the_images_get_each() -> None:
+    images, _ = mixed_numbers(Mix(50.0, 1.0, 1000), size=(16, 16))
+    blended = (images.flatten(1).min(1).values == images.flatten(1).max(1).values).sum()
+    assert 440 < blended < 600  # a cut of no area looks like a blend too
 
 
 def test_rand_augment_of_probability_or_operations_zero_changes_nothing() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision.transforms import v2
@@ -74,7 +75,7 @@ def random_crop(images: Tensor, padding: int) -> Tensor:
         A tensor of the same shape and dtype.
     """
     batch, _, height, width = images.shape
-    padded = torch.nn.functional.pad(images, (padding,) * 4)
+    padded = F.pad(images, (padding,) * 4)
     windows = padded.unfold(2, height, 1).unfold(
         3, width, 1
     )  # (batch, channels, dy, dx, height, width), a view
@@ -184,3 +185,52 @@ class TensorAugmentation:
         if self.erase is not None:
             images = self.erase(images)
         return images
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Mixup (arXiv 1710.09412) and CutMix (1905.04899) of a batch on its device, each image drawn by itself.
+
+    An image is mixed with the one in its place from the batch's end, as by timm's `Mixup` in the mode "elem".
+
+    Args:
+        mixup: alpha; the image's share is drawn from Beta(alpha, alpha). 0: no mixup.
+        cutmix: alpha of the same for the area that is kept. 0: no cutmix; if neither is 0, half the images.
+        num_classes: of the targets.
+    """
+
+    mixup: float
+    cutmix: float
+    num_classes: int
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mix; draws come from torch's CPU generator.
+
+        Args:
+            images: float (batch, channels, height, width).
+            labels: int64 (batch,).
+
+        Returns:
+            The mixed images, and targets (batch, classes): the shares of the image and of its partner.
+        """
+        batch, _, height, width = images.shape
+        cut = torch.rand(batch) < (0.5 if self.mixup and self.cutmix else float(self.cutmix > 0))
+        alpha = torch.where(cut, self.cutmix, self.mixup)
+        share = torch.distributions.Beta(alpha, alpha).sample()
+        sides = torch.tensor([[height], [width]])
+        half = ((1 - share).sqrt() * sides).long() // 2
+        centre = (torch.rand(2, batch) * sides).long()
+        bounds = torch.stack([centre - half, centre + half])  # (first and last, axis, batch)
+        share, cut, bounds = (t.to(images.device, non_blocking=True) for t in (share, cut, bounds))
+
+        def within(axis: int, length: int) -> Tensor:
+            place = torch.arange(length, device=images.device)
+            return (place >= bounds[0, axis, :, None]) & (place < bounds[1, axis, :, None])
+
+        inside = within(0, height)[:, None, :, None] & within(1, width)[:, None, None, :]
+        kept = torch.where(cut.view(-1, 1, 1, 1), (~inside).to(images.dtype), share.view(-1, 1, 1, 1))
+        targets = F.one_hot(labels, self.num_classes).to(images.dtype)
+        return (
+            images.flip(0).lerp(images, kept),
+            targets.flip(0).lerp(targets, kept.mean((1, 2, 3)).view(-1, 1)),
+        )

@@ -14,7 +14,7 @@ import torch
 from timm.data import create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ewavit.errors import EwavitError
 from ewavit.training.augmentation import Augmentation
@@ -28,22 +28,23 @@ Sample = tuple[Tensor | None, int, BadImages]  # no image: none was readable
 Key = tuple[int, int]  # (epoch, index)
 
 
+def seed_generators(*numbers: int) -> None:
+    """Seed `random`, numpy and torch's CPU generator from some numbers; for each image it has to be quick."""
+    random.seed(repr(numbers))  # by its SHA-512
+    np.random.seed(random.getrandbits(32))
+    torch.default_generator.manual_seed(random.getrandbits(32))  # not the accelerators, as torch.manual_seed
+
+
 @contextmanager
-def seeded(seed: int, *more: int) -> Iterator[None]:
-    """Seed `random`, numpy and torch's CPU generator; outside of workers, restore them afterwards."""
-    is_worker = get_worker_info() is not None  # there nobody else draws; saving would cost 0.1 ms per image
-    states = None if is_worker else (random.getstate(), np.random.get_state(), torch.get_rng_state())
-    number = int(entropy(seed, *more).generate_state(1)[0])
-    random.seed(number)
-    np.random.seed(number)
-    torch.default_generator.manual_seed(number)  # torch.manual_seed would reseed the accelerators too
+def restored_generators() -> Iterator[None]:
+    """Give `random`, numpy and torch's CPU generator their states back afterwards."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
     finally:
-        if states is not None:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-            torch.set_rng_state(states[2])
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
 
 
 class Samples(Dataset[Sample]):
@@ -71,8 +72,12 @@ class Samples(Dataset[Sample]):
         self.seed = seed
         self.replace_bad = replace_bad
 
-    def __getitem__(self, key: Key) -> Sample:
-        epoch, index = key
+    def __getitems__(self, keys: list[Key]) -> list[Sample]:
+        """The samples of a batch."""
+        with restored_generators():  # once for all: for each image it would take 0.1 ms
+            return [self._sample(*key) for key in keys]
+
+    def _sample(self, epoch: int, index: int) -> Sample:
         bad: BadImages = []
         for step in range(len(self.indices) if self.replace_bad else 1):
             candidate = int(self.indices[(index + step) % len(self.indices)])
@@ -81,8 +86,8 @@ class Samples(Dataset[Sample]):
             except UnreadableImage as error:
                 bad.append((error.where, error.reason))
                 continue
-            with seeded(self.seed, epoch, index):
-                return torch.as_tensor(self.transform(image)), label, bad
+            seed_generators(self.seed, epoch, index)
+            return torch.as_tensor(self.transform(image)), label, bad
         return None, -1, bad
 
 

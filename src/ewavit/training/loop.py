@@ -28,7 +28,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
-from timm.data import Mixup
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
@@ -41,6 +40,7 @@ from ewavit.streaming import expert_metadata
 from ewavit.surgery import collapsed, dense_state_dict
 from ewavit.theory import SpreadPrediction
 from ewavit.training import report
+from ewavit.training.augmentation import Mix
 from ewavit.training.batches import Batch, entropy
 from ewavit.training.building import (
     build_model,
@@ -225,12 +225,7 @@ class _Run:
             scale_auxiliary_loss(plain, lambda loss: loss * scale)
         self.mixup = None
         if recipe.mixup or recipe.cutmix:
-            self.mixup = Mixup(
-                recipe.mixup,
-                recipe.cutmix,
-                label_smoothing=recipe.smoothing,
-                num_classes=self.data.num_classes,
-            )
+            self.mixup = Mix(recipe.mixup, recipe.cutmix, self.data.num_classes)
 
     def train(self) -> Result:
         """Train to the last epoch, evaluating and saving after each."""
@@ -321,10 +316,7 @@ class _Run:
             yield images, targets
 
     def _loss(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
-        smoothing = (
-            0.0 if self.mixup is not None else self.recipe.smoothing
-        )  # mixup's targets have it already
-        return F.cross_entropy(model(images), targets, label_smoothing=smoothing)
+        return F.cross_entropy(model(images), targets, label_smoothing=self.recipe.smoothing)
 
     def _forward_backward(self, batches: Iterator[Batch]) -> Tensor:
         if (scaler := self.accelerator.scaler) is not None:

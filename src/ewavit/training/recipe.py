@@ -101,8 +101,8 @@ class Recipe:
 
     drop_path: float | None = _option(None, "stochastic depth rate")
     smoothing: float = _option(0.1, "label smoothing")
-    mixup: float = _option(0.0, "mixup alpha")
-    cutmix: float = _option(0.0, "cutmix alpha")
+    mixup: float = _option(0.0, "mixup alpha; each image has its own draw")
+    cutmix: float = _option(0.0, "cutmix alpha; each image has its own draw")
     aa: str | None = _option(
         None,
         "AutoAugment or RandAugment policy, e.g. rand-m9-mstd0.5-inc1; clouds: scale1.5-shift0.2-rotz180",
@@ -183,10 +183,6 @@ class Recipe:
             raise EwavitError(f"--swa {self.swa} begins within the {warmup} epochs of warm-up: choose less")
         if self.model_ema_switch and not self.model_ema:
             raise EwavitError("--model-ema-switch copies the moving average back: give --model-ema too")
-        if (self.mixup or self.cutmix) and self.batch_size % 2:
-            raise EwavitError(
-                f"--batch-size {self.batch_size} is odd: mixup and cutmix pair images, choose even"
-            )
         self.parsed_model_kwargs()
 
     @property
