@@ -1,6 +1,8 @@
 """Measuring training steps: what is counted, what is compared with what, and what wrong input gets."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -100,3 +102,25 @@ def test_checkpointed_training_gives_the_weights_of_plain_training(tmp_path):
     plain, checkpointed = (timm.models.load_state_dict(str(run.model_file)) for run in runs)
     for key, value in plain.items():
         torch.testing.assert_close(checkpointed[key], value, atol=1e-6, rtol=1e-5)
+
+
+def test_what_a_step_frees_is_kept_for_the_next_one():
+    page_faults = """
+import resource, torch
+from ewavit.training.processes import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults()
+given_back = faults()
+keep_freed_memory()
+faults()
+print(given_back, faults())
+"""
+    output = subprocess.run([sys.executable, "-c", page_faults], capture_output=True, text=True, check=True)
+    given_back, kept = map(int, output.stdout.split())
+    assert kept < given_back / 10

@@ -133,7 +133,9 @@ def average_experts_reference_(model: nn.Module, share_rate: float) -> None:
 
 def _moments(moe: MoE, optimizer: torch.optim.Optimizer | None) -> Iterator[Of]:
     """One reader for each kind of tensor that an optimizer keeps beside an expert's parameter."""
-    state = {} if optimizer is None else optimizer.state
+    if optimizer is None:
+        return
+    state = optimizer.state
 
     def read(parameter: nn.Parameter, name: str) -> Tensor | None:
         value = state.get(parameter, {}).get(name)

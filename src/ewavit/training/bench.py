@@ -29,6 +29,7 @@ from ewavit.training.building import (
     set_grad_checkpointing,
 )
 from ewavit.training.data import Data
+from ewavit.training.processes import keep_freed_memory
 from ewavit.training.recipe import Recipe
 
 PARTS = ("forward", "backward", "optimizer", "averaging")
@@ -177,6 +178,7 @@ def measure(
     Returns:
         Times by name. Activation bytes are counted before compiling, which may keep less.
     """
+    keep_freed_memory()
     times = {name: Times() for name in trainees}
     clock = _CudaClock if images.is_cuda else _Clock
 
