@@ -201,11 +201,11 @@ def low_precision(wrap):
     reference = alone(build().float(), autocast=True, opt=opt)
     model = build().float()
     if wrap == "ddp":
-        model.compile(backend="eager")
+        model.compile()
         wrapped = DistributedDataParallel(model)
     else:
         for block in model.blocks:
-            block.compile(backend="eager")
+            block.compile()
         wrapped = sharded(model, mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32))
     optimizer, _ = training(wrapped, opt=opt)
     train(wrapped, optimizer, autocast=wrap == "ddp")
