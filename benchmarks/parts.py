@@ -4,9 +4,10 @@
 
 Draw: `randperm` (what `RandomPartition` does) against sorting random numbers, and one draw for all layers.
 Move: dispatch and combine, forward and backward. Multiply: N experts as one batched matmul against the dense
-layer and against a loop. Average: what `average_experts_` does against passes expert by expert and against
-one compiled kernel. Rounds are interleaved; medians, and ratios to the first row of a group with a bootstrap
-interval. Writes records/parts-DEVICE.json.
+layer, the same with the gradient that autograd takes of it by itself, and a loop. Average: what
+`average_experts_` does against passes expert by expert and against one compiled kernel. Rounds are
+interleaved; medians, and ratios to the first row of a group with a bootstrap interval. Writes
+records/parts-DEVICE.json.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ewavit as ewa
+from ewavit.experts import ExpertLinear
 from ewavit.training.bench import interval_of_median
 from records import write_record
 
@@ -61,24 +63,35 @@ def moves(x: Tensor, experts: int) -> Ways:
 
 
 def multiplications(x: Tensor, hidden: int, experts: int) -> Ways:
-    """One layer of the FFN, forward and backward."""
+    """One layer of the FFN, forward and backward, into gradients that are made anew as in training."""
     dim = x.shape[1]
+    layer = ExpertLinear(torch.nn.Linear(dim, hidden), experts).to(x.device, x.dtype)
     weight = torch.randn(hidden, dim, device=x.device, dtype=x.dtype, requires_grad=True)
     bias = torch.zeros(hidden, device=x.device, dtype=x.dtype, requires_grad=True)
-    weights = weight.detach().repeat(experts, 1, 1).requires_grad_()
-    biases = bias.detach().repeat(experts, 1).requires_grad_()
+    weights, biases = layer.parameters()
     block = x.view(experts, -1, dim)
     grad = torch.randn(len(x), hidden, device=x.device, dtype=x.dtype)
     split = grad.view(experts, -1, hidden)
 
-    def loop() -> None:
-        for i in range(experts):
-            F.linear(block[i], weights[i], biases[i]).backward(split[i])
+    def loop() -> Tensor:
+        each = zip(block, weights.unbind(), biases.unbind(), strict=True)
+        return torch.stack([F.linear(*of_one) for of_one in each])
+
+    def anew(multiply: Callable[[], Tensor], grad: Tensor) -> Callable[[], None]:
+        def there_and_back() -> None:
+            for parameter in (weight, bias, weights, biases):
+                parameter.grad = None
+            multiply().backward(grad)
+
+        return there_and_back
 
     return {
-        "dense": lambda: F.linear(x, weight, bias).backward(grad),
-        "batched": lambda: torch.baddbmm(biases.unsqueeze(1), block, weights.mT).backward(split),
-        "loop over experts": loop,
+        "dense": anew(lambda: F.linear(x, weight, bias), grad),
+        "batched": anew(lambda: layer(block), split),
+        "batched, baddbmm's own gradient": anew(
+            lambda: torch.baddbmm(biases.unsqueeze(1), block, weights.mT), split
+        ),
+        "loop over experts": anew(loop, split),
     }
 
 
@@ -124,7 +137,7 @@ def medians(ways: Ways, rounds: int, synchronize: Callable[[], None]) -> dict[st
         low, high = interval_of_median(ratio)
         result[name] = {"ms": milliseconds, "ratio": float(np.median(ratio)), "interval": [low, high]}
         print(
-            f"  {name:28} {milliseconds:9.3f} ms  {np.median(ratio):7.3f} [{low:.3f}, {high:.3f}]", flush=True
+            f"  {name:32} {milliseconds:9.3f} ms  {np.median(ratio):7.3f} [{low:.3f}, {high:.3f}]", flush=True
         )
     return result
 

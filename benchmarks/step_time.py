@@ -34,7 +34,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "l": ("vit_large_patch16_224", {}),
     "swin_t": ("swin_tiny_patch4_window7_224", {}),
 }
-ON_CPU = {"ti64": 64, "s32": 32, "ti": 16, "s": 16, "swin_t": 8}  # images a batch; b and l are for a GPU
+ON_CPU = {"ti64": 64, "s32": 32, "ti": 16, "s": 16, "b": 16, "l": 4, "swin_t": 8}  # images a batch
 ON_GPU = {name: 64 if name == "l" else 256 for name in MODELS}
 
 Arm = Callable[[nn.Module], nn.Module]
