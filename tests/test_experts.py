@@ -134,6 +134,11 @@ def test_gradients_of_stacked_linear_layers_are_laid_out_as_their_weights(autoca
         assert gradient.dtype == parameter.dtype
 
 
+def test_shapes_can_be_asked_for_without_values():
+    moe = ewa.MoE(ewa.StackedExperts(ffn(), 4)).to("meta")
+    assert moe(torch.empty(2, 5, DIM, device="meta")).shape == (2, 5, DIM)
+
+
 def test_frozen_stacked_weights_get_no_gradient_and_pass_it_on():
     layer = ExpertLinear(nn.Linear(6, 4), 3).requires_grad_(False)
     x = torch.randn(3, 5, 6, requires_grad=True)

@@ -157,8 +157,8 @@ class _BatchedLinear(torch.autograd.Function):
 def _batched_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(experts, ..., in) times (experts, out, in) -> (experts, ..., out), as one batched matmul."""
     device = x.device.type
-    if torch.is_autocast_enabled(device):  # cast here, so that the backward pass has the same precision
-        dtype = torch.get_autocast_dtype(device)
+    if not x.is_meta and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)  # cast here, so that the backward pass has it too
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     y: Tensor = _BatchedLinear.apply(x.flatten(1, -2), weight, bias)
