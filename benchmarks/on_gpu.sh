@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What waits for a GPU, in parts that each end within ten minutes; on a CPU each runs at reduced size.
 #
-#   bash benchmarks/on_gpu.sh check       # correctness, then memory and the pieces of a step
+#   bash benchmarks/on_gpu.sh check       # correctness, then the pieces of a step, the data path's share, memory
 #   bash benchmarks/on_gpu.sh speed       # whole steps: the targets' models compiled, then everything eager
 #   bash benchmarks/on_gpu.sh accuracy PATH_OF/cifar-100-python    # start it again to go on
 #   bash benchmarks/on_gpu.sh points PATH_OF/modelnet10            # start it again to go on
@@ -18,6 +18,7 @@ case ${1:-} in
   check)
     $python benchmarks/device_check.py
     $python benchmarks/parts.py
+    $python benchmarks/busy.py
     if [ "$gpu" = 1 ]; then
       $python benchmarks/memory.py --model vit_base_patch16_224 --img-size 224 --patch-size 16 --batch-size 128 --repeats 1
     else
