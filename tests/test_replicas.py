@@ -159,9 +159,14 @@ def bytes_sent():
         return model._get_ddp_logging_data()["total_parameter_size_bytes"]
 
     model, _, averaging = trained()
-    by_averaging = []
+    by_averaging, all_reduce = [], dist.all_reduce
+
+    def counted(tensor, **kwargs):
+        by_averaging.append(tensor.nbytes)
+        return all_reduce(tensor, **kwargs)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dist, "all_reduce", lambda tensor, **kwargs: by_averaging.append(tensor.nbytes))
+        patch.setattr(dist, "all_reduce", counted)
         averaging.step()
     assert len(by_averaging) == len(ewa.moe_layers(model)) == 2
     assert by_ddp(model) + sum(by_averaging) == by_ddp(DistributedDataParallel(vit()))

@@ -113,10 +113,13 @@ def average_experts_(
     several = [moe for moe in layers.values() if moe.num_experts > 1]
     for moe in several:
         check_share_rate(share_rate, moe.num_experts)
+    begun = []
     for moe in several if share_rate else ():
         weight = min(1.0, share_rate * moe.num_experts / (moe.num_experts - 1))
-        for of in (local, *_moments(moe, optimizer)):
-            moe.experts.pull_(weight, of)
+        begun += [moe.experts.pull_(weight, of) for of in (local, *_moments(moe, optimizer))]
+    for finish in begun:  # by now the replicas' weights of all layers are under way
+        if finish is not None:
+            finish()
 
 
 @torch.no_grad()

@@ -207,10 +207,11 @@ class Experts(nn.Module):
         """
         raise NotImplementedError
 
-    def pull_(self, weight: float, of: Of | None = None) -> None:
+    def pull_(self, weight: float, of: Of | None = None) -> Callable[[], None] | None:
         """Move every expert towards their mean, in place: `W_i <- W_i + weight (mean - W_i)`.
 
-        Half-precision values are moved in float32.
+        Half-precision values are moved in float32. Where the mean takes other processes, it is asked for, and
+        what is returned waits for it and moves: call it when all layers have begun.
 
         Args:
             weight: 0 leaves the experts where they are, 1 makes them equal.

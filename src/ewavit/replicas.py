@@ -7,7 +7,7 @@ FFN's gradients is not sent; its weights are, after the optimizer step. N is the
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -44,10 +44,19 @@ class Peers:
 
     def sum(self, tensors: list[Tensor]) -> list[Tensor]:
         """The sums over the processes, in float32 or better, by one all-reduce for all tensors."""
+        return self.begin_sum(tensors)()
+
+    def begin_sum(self, tensors: list[Tensor]) -> Callable[[], list[Tensor]]:
+        """Send the tensors; what is returned waits for the sums and gives them."""
         flat = torch.cat([tensor.reshape(-1).to(_at_least_float32(tensor)) for tensor in tensors])
-        dist.all_reduce(flat, group=self.group)
-        parts = torch.split(flat, [tensor.numel() for tensor in tensors])
-        return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+        sent = dist.all_reduce(flat, group=self.group, async_op=True)
+
+        def sums() -> list[Tensor]:
+            sent.wait()
+            parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+            return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+
+        return sums
 
     def range(self, values: Tensor) -> Tensor:
         """How far apart the largest and the smallest of each value are over the processes."""
@@ -139,13 +148,20 @@ class ReplicaExperts(Experts):
                 yield name, [value]
 
     @torch.no_grad()
-    def pull_(self, weight: float, of: Of | None = None) -> None:
+    def pull_(self, weight: float, of: Of | None = None) -> Callable[[], None] | None:
         values = [value for _, (value,) in self.families(of)]
-        for value, total in zip(values, self.peers.sum(values) if values else (), strict=True):
-            work = value.to(total.dtype)  # itself, but for half precision
-            work.lerp_(total.div_(self.num_experts), weight)
-            if work is not value:
-                value.copy_(work)
+        if not values:
+            return None
+        sums = self.peers.begin_sum(values)
+
+        def finish() -> None:
+            for value, total in zip(values, sums(), strict=True):
+                work = value.to(total.dtype)  # itself, but for half precision
+                work.lerp_(total.div_(self.num_experts), weight)
+                if work is not value:
+                    value.copy_(work)
+
+        return finish
 
     def replicas(self) -> list[nn.Module]:
         return [self.ffn]
