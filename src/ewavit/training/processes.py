@@ -33,8 +33,8 @@ def started_again() -> bool:
 def keep_freed_memory() -> None:
     """Let glibc keep for the next step what a step has freed, where it would give it back to the system.
 
-    Fetched again page by page it costs a CPU up to a tenth of a step, and one of two models measured beside
-    each other more than the other (docs/performance.md). Other C libraries are left as they are.
+    Fetched again page by page it took up to a quarter of a step on a CPU, and more of one model than of the
+    other that was measured beside it (docs/performance.md). Other C libraries are left as they are.
     """
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
         trim_threshold, mmap_threshold = -1, -3  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
