@@ -166,7 +166,7 @@ def test_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_checkpoint(ca
     def poison(run):
         original(run)
         if run.progress.update == 6:  # the second step of the second epoch
-            next(run.plain.parameters()).data.fill_(float("nan"))
+            next(run.state.model.parameters()).data.fill_(float("nan"))
 
     monkeypatch.setattr(loop._Run, "_update", poison)
     assert main(["train", *SMALL, "--output", str(tmp_path), "--name", "run"]) == 2
@@ -186,7 +186,7 @@ def test_weights_that_are_not_finite_are_never_saved(capsys, tmp_path, monkeypat
     def poison(run):
         original(run)
         if run.progress.update == 8:  # the last step: no loss comes after it
-            next(run.plain.parameters()).data.fill_(float("nan"))
+            next(run.state.model.parameters()).data.fill_(float("nan"))
 
     monkeypatch.setattr(loop._Run, "_update", poison)
     assert main(["train", *SMALL, "--output", str(tmp_path), "--name", "run"]) == 2

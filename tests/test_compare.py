@@ -18,7 +18,8 @@ from ewavit.compare import compare as room
 from ewavit.compare.arms import BUILT_IN, make_arms
 from ewavit.compare.compare import best_lr, compare
 from ewavit.compare.runs import Processes, log_file
-from ewavit.training.loop import Interrupted, train
+from ewavit.training.loop import train
+from ewavit.training.processes import Interrupted
 from ewavit.training.recipe import Recipe
 from test_training import TINY, fresh_accelerator, stop_after  # noqa: F401  (a fixture)
 

@@ -16,7 +16,8 @@ from ewavit.compare.results import read_run
 from ewavit.points.transformer import create_point_model, load_point_checkpoint
 from ewavit.training.data import open_data
 from ewavit.training.export import evaluate, export, load_model
-from ewavit.training.loop import Interrupted, resume, train
+from ewavit.training.loop import resume, train
+from ewavit.training.processes import Interrupted
 from ewavit.training.recipe import Recipe
 from processes import in_processes
 from test_training import assert_same_end, fresh_accelerator, stop_after

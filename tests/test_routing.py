@@ -24,7 +24,8 @@ from ewavit.routing import _Gather, routed_reference
 from ewavit.training import loop
 from ewavit.training.building import expert_averaging
 from ewavit.training.export import evaluate
-from ewavit.training.loop import Interrupted, resume, train
+from ewavit.training.loop import resume, train
+from ewavit.training.processes import Interrupted
 from ewavit.training.recipe import Recipe
 from processes import in_processes
 from small_models import DIM, MlpNet, ffn, images, randomised, separated, tiny_vit, tokens
@@ -685,10 +686,10 @@ def test_the_loop_scales_the_auxiliary_losses_like_its_own(tmp_path):
     settings = {**ROUTED, "grad_accum_steps": 4}
     run = loop._Run(recipe(tmp_path, "scaled", **settings), tmp_path / "scaled", loop.Accelerator(cpu=True))
     one = torch.ones(())
-    assert float(only_router(run.plain).scale_loss(one)) == 0.25
+    assert float(only_router(run.state.model).scale_loss(one)) == 0.25
     run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     run._forward_backward(run._training_batches(0))
-    assert float(only_router(run.plain).scale_loss(one)) == 2.0
+    assert float(only_router(run.state.model).scale_loss(one)) == 2.0
 
 
 def test_early_averaging_ends_after_its_share_of_the_training_and_ramps_within_it():

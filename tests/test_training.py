@@ -19,7 +19,8 @@ from ewavit import EwavitError
 from ewavit.training import loop
 from ewavit.training.checkpoint import load_checkpoint
 from ewavit.training.export import evaluate, export, load_model
-from ewavit.training.loop import Interrupted, resume, train
+from ewavit.training.loop import resume, train
+from ewavit.training.processes import Interrupted
 from ewavit.training.recipe import Recipe
 
 TINY = {
@@ -218,11 +219,11 @@ def test_the_experts_learning_rate_is_scaled_and_nothing_else(tmp_path):
     run = loop._Run(
         recipe(tmp_path, "scaled", expert_lr=3.0), tmp_path / "scaled", loop.Accelerator(cpu=True)
     )
-    experts = {id(p) for moe in ewa.moe_layers(run.plain).values() for p in moe.parameters()}
+    experts = {id(p) for moe in ewa.moe_layers(run.state.model).values() for p in moe.parameters()}
     for update in (1, 5, 11):
-        run.scheduler.step_update(update)
+        run.state.scheduler.step_update(update)
         rates = {True: set(), False: set()}
-        for group in run.raw_optimizer.param_groups:
+        for group in run.state.optimizer.param_groups:
             for parameter in group["params"]:
                 rates[id(parameter) in experts].add(group["lr"])
         (rate,), (expert_rate,) = rates[False], rates[True]

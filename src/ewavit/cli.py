@@ -256,8 +256,8 @@ def _parsed(content: Mapping[str, Any], source: str, command: str) -> dict[str, 
 
 
 def _train(options: argparse.Namespace) -> int:
-    from ewavit.training.loop import Interrupted, resume, train
-    from ewavit.training.processes import ProcessLost
+    from ewavit.training.loop import resume, train
+    from ewavit.training.processes import Interrupted, ProcessLost
 
     try:
         if options.resume is None:

@@ -99,7 +99,7 @@ def execute(recipe: Recipe, threads: int) -> tuple[str | None, bool]:
     Returns:
         As `End`: the error, and whether the run was refused.
     """
-    from ewavit.training.loop import Interrupted
+    from ewavit.training.processes import Interrupted
 
     run = run_folder(recipe)
     try:

@@ -1,5 +1,6 @@
 """`Data`, what a training loop sees of a data set; the order of its images; and sets that lie in memory."""
 
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,14 @@ Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard de
 def entropy(seed: int, *more: int) -> np.random.SeedSequence:
     """Hash a seed and further numbers >= 0 into the state of a generator."""
     return np.random.SeedSequence([seed % 2**64, *more])
+
+
+def seed_all(seed: int, *more: int) -> None:
+    """Seed torch, numpy and random from (seed, ...), the same on every machine."""
+    state = int(entropy(seed, *more).generate_state(1)[0])
+    random.seed(state)
+    np.random.seed(state)
+    torch.manual_seed(state)
 
 
 @dataclass(frozen=True)

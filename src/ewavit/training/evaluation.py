@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from statistics import fmean
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import gather_object
 from torch import Tensor
 from torchmetrics import MeanMetric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
@@ -92,8 +94,13 @@ def evaluate_batches(
 def predictions(
     predict: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]]
 ) -> list[tuple[int, int]]:
-    """The label and the predicted class of each image of this process's share."""
-    rows: list[tuple[int, int]] = []
+    """The label and the predicted class of each image, in the images' order, whichever process had it.
+
+    Args:
+        predict: images (batch, channels, height, width) or clouds -> logits (batch, classes).
+        batches: this process's share as (images, labels): of `p` processes every p-th image.
+    """
+    mine: list[tuple[int, int]] = []
     for images, labels in batches:
-        rows += zip(labels.tolist(), predict(images).argmax(1).tolist(), strict=True)
-    return rows
+        mine += zip(labels.tolist(), predict(images).argmax(1).tolist(), strict=True)
+    return [row for group in zip_longest(*gather_object([mine])) for row in group if row is not None]

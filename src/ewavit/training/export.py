@@ -20,13 +20,14 @@ from ewavit.moe import moe_layers
 from ewavit.points.transformer import create_point_model
 from ewavit.routing import TopK, TopKRouter
 from ewavit.streaming import EXPERTS, collapse_checkpoint, is_checkpoint_file
-from ewavit.surgery import collapse, expand
+from ewavit.surgery import collapse, dense_state_dict, expand
 from ewavit.training.batches import Inputs
 from ewavit.training.building import expand_by_recipe
 from ewavit.training.checkpoint import load_checkpoint, save_tensors
 from ewavit.training.data import Data, open_data
 from ewavit.training.evaluation import Metrics, evaluate_batches
 from ewavit.training.recipe import Recipe
+from ewavit.training.report import Row
 
 LARGEST_DIFFERENCE = 1e-3  # of the logits, relative; beyond it an exported file is refused
 LARGEST_TOP1_CHANGE = 0.1  # percentage points
@@ -176,6 +177,44 @@ def _from_checkpoint(source: Path) -> tuple[nn.Module, ModelCard]:
     if progress["rows"] and progress["batch"] == 0:
         card = replace(card, top1=progress["rows"][-1]["eval_top1"])
     return model.eval(), card
+
+
+def save_models(
+    run: Path,
+    card: ModelCard,
+    recipe: Recipe,
+    row: Row,
+    model: nn.Module,
+    averaged: nn.Module | None,
+    *,
+    write: bool,
+) -> ModelCard:
+    """Leave `model.safetensors` in a run's folder, and `model-average.safetensors` of an average.
+
+    Args:
+        run: the folder.
+        card: of the plain model.
+        recipe: it says whether the experts are kept.
+        row: the last epoch's; the accuracies of both are in it.
+        model: with its experts, and so is `averaged`.
+        averaged: the average of the weights.
+        write: false in all processes but one, which only take part: replicas meet for it.
+
+    Returns:
+        The model's card.
+    """
+    state_of = nn.Module.state_dict if recipe.keeps_experts else dense_state_dict
+    weights = state_of(model)
+    average = None if averaged is None else state_of(averaged)
+    if recipe.keeps_experts:
+        card = replace(card, mixture=Mixture.of(model))
+    if write and average is not None:
+        of_average = replace(card, top1=row["average_top1"])
+        save_tensors(average, run / "model-average.safetensors", of_average.metadata())
+    card = replace(card, top1=row["eval_top1"])
+    if write:
+        save_tensors(weights, run / "model.safetensors", card.metadata())
+    return card
 
 
 def predictor(source: Path) -> tuple[Callable[[Tensor], Tensor], ModelCard]:

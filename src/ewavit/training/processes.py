@@ -1,13 +1,14 @@
-"""The processes of a run: how they start, meet again after a restart by torchrun, and lose one another."""
+"""The processes of a run: how they start, meet again after a restart, lose one another and are stopped."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -23,6 +24,14 @@ class ProcessLost(Exception):
     """Another process of the run ended."""
 
     exit_status = 1
+
+
+class Interrupted(Exception):
+    """The run was stopped by a signal after its checkpoint was written."""
+
+    def __init__(self, run: Path, signal_number: int) -> None:
+        super().__init__(f"stopped; go on with: ewavit train --resume {run}")
+        self.exit_status = 128 + signal_number
 
 
 def started_again() -> bool:
@@ -94,3 +103,21 @@ def told_of_lost_processes(accelerator: Accelerator, run: Path) -> Iterator[None
             f"killed; {kept}: start the same processes with `train --resume {run}`, or let "
             "`torchrun --max-restarts` do it"
         ) from None
+
+
+@contextmanager
+def stop_signals(accelerator: Accelerator) -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM, so that the step ends and is saved; processes of a group just end."""
+    received: list[int] = []
+    if accelerator.num_processes > 1:
+        yield received
+        return
+    handlers = {}
+    with suppress(ValueError):  # only the main thread may set handlers
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handlers[number] = signal.signal(number, lambda signum, frame: received.append(signum))
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

@@ -1,22 +1,29 @@
-"""What a run shows: progress on a terminal, lines elsewhere, `summary.csv` and `curves.png`."""
+"""What a run shows: progress on a terminal, lines elsewhere, `summary.csv`, and pictures."""
 
 from __future__ import annotations
 
 import csv
 import os
+import resource
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from ewavit.diagnostics import routing_statistics
 from ewavit.routing import auxiliary_loss
+from ewavit.training.recipe import Recipe
+
+if TYPE_CHECKING:  # these import this file
+    from ewavit.training.batches import Data
+    from ewavit.training.export import ModelCard
 
 Row = dict[str, float]
 
@@ -50,6 +57,32 @@ def epoch_line(row: Row, epochs: int) -> str:
         f"share rate {row['share_rate']:.3f}  spread {row['expert_spread']:.4f}  "
         f"{row['images_per_second']:.0f} images/s"
     )
+
+
+def opening(run: Path, card: ModelCard, data: Data, recipe: Recipe, num_mixtures: int) -> str:
+    """What is trained on what."""
+    mixtures = "1 mixture" if num_mixtures == 1 else f"{num_mixtures} mixtures"
+    router = f", top-{recipe.k} router" if recipe.top_k else ""
+    method = f"{mixtures} of {recipe.experts} experts{router}" if num_mixtures else "dense"
+    return (
+        f"{run}: {card.model} on {data.num_train:,} {data.inputs.kind} of {data.name} "
+        f"({data.inputs.size}, {len(data.classes)} classes), {method}"
+    )
+
+
+def closing(run: Path, card: ModelCard, data: Data, row: Row, *, held_out: bool) -> str:
+    """What came of it, and how to load it."""
+    skipped = f", {data.bad_images} unreadable images skipped" if data.bad_images else ""
+    kind = f"{'held-out' if held_out else 'test'} {data.inputs.kind}"
+    lines = [f"top-1 {row['eval_top1']:.2f} % on {data.num_eval:,} {kind}{skipped}"]
+    if "average_top1" in row:
+        file = run / "model-average.safetensors"
+        lines.append(f"top-1 {row['average_top1']:.2f} % of the averaged weights, {file}")
+    what = "the plain model" if card.mixture is None else "the mixture of experts"
+    file = run / "model.safetensors"
+    lines.append(f"{what} is {file}; load it with\n\n{card.loading_code(file)}\n")
+    lines.append(f"and give it {card.input_text()}")
+    return "\n".join(lines)
 
 
 def write_summary(rows: list[Row], path: Path) -> None:
@@ -159,3 +192,11 @@ def routing_columns(model: nn.Module) -> Row:
         columns |= {f"dropped/{name}": layer.dropped, f"router_entropy/{name}": layer.entropy}
         columns |= {f"load/{name}/{expert}": load for expert, load in enumerate(layer.load)}
     return columns
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """The largest memory held so far, on the GPU or else by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -1,0 +1,182 @@
+"""What a run carries from step to step, and its way into a checkpoint and back."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ewavit.averaging import ExpertAveraging
+from ewavit.errors import EwavitError
+from ewavit.moe import moe_layers
+from ewavit.replicas import load_stacked_state_dict, stacked_state_dict
+from ewavit.streaming import expert_metadata
+from ewavit.theory import SpreadPrediction
+from ewavit.training.batches import Data
+from ewavit.training.building import (
+    build_model,
+    build_optimizer,
+    build_scheduler,
+    expand_by_recipe,
+    expert_averaging,
+    model_settings,
+    set_grad_checkpointing,
+)
+from ewavit.training.checkpoint import Checkpoint, save_checkpoint
+from ewavit.training.export import ModelCard
+from ewavit.training.recipe import Recipe
+from ewavit.training.report import Row
+from ewavit.training.weight_average import WeightAverage, weight_average
+
+
+@dataclass
+class Progress:
+    """How far a run is; `batch` counts within the epoch, `update` optimizer steps in all."""
+
+    epoch: int = 0
+    batch: int = 0
+    update: int = 0
+    loss_sum: float = 0.0
+    loss_count: int = 0
+    lr: float = 0.0  # of the latest step
+    seconds: float = 0.0  # spent in training steps
+    rows: list[Row] = field(default_factory=list)
+
+
+@dataclass
+class TrainingState:
+    """The parts of a run that training changes: `model` and `optimizer` as they are without accelerate.
+
+    Nothing of `scheduler` is saved: it goes by the number of steps.
+    """
+
+    recipe: Recipe
+    accelerator: Accelerator
+    card: ModelCard
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: Any  # timm's; None for a constant learning rate
+    averaging: ExpertAveraging | None  # of the experts, attached to the optimizer
+    prediction: SpreadPrediction | None
+    average: WeightAverage | None
+    progress: Progress = field(default_factory=Progress)
+
+    @classmethod
+    def build(
+        cls,
+        recipe: Recipe,
+        data: Data,
+        accelerator: Accelerator,
+        updates_per_epoch: int,
+        checkpoint: Checkpoint | None = None,
+    ) -> TrainingState:
+        """The state of a run at its first step, or where a checkpoint left it, on the run's device.
+
+        Raises:
+            EwavitError: no such model, settings that do not fit it, or another run's checkpoint.
+        """
+        name, kwargs = model_settings(recipe, data.inputs)
+        dense, settings = build_model(
+            name,
+            data.inputs,
+            pretrained=recipe.pretrained and checkpoint is None,
+            initial_checkpoint=None if checkpoint else recipe.initial_checkpoint,
+            **kwargs,
+        )
+        card = ModelCard.of(name, settings, recipe.data, data)
+        if recipe.placement == "replicas":
+            dense.to(accelerator.device)  # where the processes can send it to each other
+        model = expand_by_recipe(dense, recipe, data.inputs.sample()).to(accelerator.device)
+        if recipe.grad_checkpointing:
+            set_grad_checkpointing(model)
+        optimizer = build_optimizer(model, recipe)
+        scheduler = build_scheduler(optimizer, recipe, updates_per_epoch)
+        average = weight_average(recipe, model)
+        averaging = expert_averaging(model, recipe, updates_per_epoch)
+        prediction = None
+        if averaging is not None:
+            averaging.attach(optimizer)
+            predictable = SpreadPrediction.supports(optimizer) and not recipe.average_moments
+            predictable = predictable and recipe.top_k is None  # a router's experts differ by more than noise
+            if predictable and recipe.placement == "local":
+                prediction = SpreadPrediction(model, optimizer, averaging)
+        state = cls(recipe, accelerator, card, model, optimizer, scheduler, averaging, prediction, average)
+        if checkpoint is not None:
+            state._restore(checkpoint)
+        return state
+
+    def gather_loss(self) -> None:
+        """Make the main process's loss sum that of all processes; the others start from zero again."""
+        if self.accelerator.num_processes == 1:
+            return
+        progress, accelerator = self.progress, self.accelerator
+        local = torch.tensor([progress.loss_sum, progress.loss_count], device=accelerator.device)
+        total, count = accelerator.reduce(local, "sum").tolist()
+        progress.loss_sum, progress.loss_count = (
+            (total, int(count)) if accelerator.is_main_process else (0.0, 0)
+        )
+
+    def save(self, run: Path) -> None:
+        """Write a run's checkpoint; all processes call this, the main one writes."""
+        self.gather_loss()
+        state = stacked_state_dict(self.model, self.optimizer)
+        average = self.average.state_dict() if self.average else None
+        if average is not None and self.average is not None:
+            average["module"] = stacked_state_dict(self.average.module).get("model")
+        if not self.accelerator.is_main_process:
+            return
+        scaler = self.accelerator.scaler
+        training = {
+            "optimizer": state["optimizer"],
+            "averaging": self.averaging.state_dict() if self.averaging else None,
+            "prediction": self.prediction.state_dict() if self.prediction else None,
+            "average": average,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
+        facts = {
+            "recipe": asdict(self.recipe),
+            "card": asdict(self.card),
+            "progress": asdict(self.progress),
+            "layers": list(moe_layers(self.model)),
+            "processes": self.accelerator.num_processes,
+        }
+        metadata = self.card.metadata() | expert_metadata(self.model)
+        save_checkpoint(run, state["model"], training, facts, metadata)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        processes = self.accelerator.num_processes
+        if (saved := checkpoint.facts.get("processes", processes)) != processes:
+            raise EwavitError(
+                f"{checkpoint.path} is of a run in {saved} processes, whose steps and learning rates go by "
+                f"that number, and here are {processes}: start as many"
+            )
+        layers = list(moe_layers(self.model))
+        if checkpoint.facts["layers"] != layers:
+            raise EwavitError(
+                f"{checkpoint.path} has {len(checkpoint.facts['layers'])} mixtures "
+                f"({', '.join(checkpoint.facts['layers'])}), this model {len(layers)}: it is another model's"
+            )
+        training = checkpoint.training
+        state = {"model": checkpoint.model, "optimizer": training["optimizer"]}
+        try:
+            load_stacked_state_dict(self.model, state, self.optimizer)
+        except RuntimeError as problem:
+            first = str(problem).strip().splitlines()[-1].strip()
+            raise EwavitError(f"{checkpoint.path} is the checkpoint of another model ({first})") from None
+        if self.averaging is not None:
+            self.averaging.load_state_dict(training["averaging"])
+        if self.prediction is not None:
+            self.prediction.load_state_dict(training["prediction"])
+        if self.average is not None:
+            load_stacked_state_dict(self.average.module, {"model": training["average"]["module"]})
+            mine = training["average"] | {"module": self.average.module.state_dict()}
+            self.average.load_state_dict(mine)
+        if training["scaler"] is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(training["scaler"])
+        self.progress = Progress(**checkpoint.facts["progress"])
+        if not self.accelerator.is_main_process:
+            self.progress.loss_sum, self.progress.loss_count = 0.0, 0
