@@ -77,6 +77,9 @@ def refused(capsys, tmp_path, *arguments):
         ([*SMALL, "--drop-path", "1.5"], ["--drop-path 1.5"]),
         ([*SMALL, "--min-lr", "-1"], ["--min-lr -1"]),
         ([*SMALL, "--lr", "inf"], ["--lr inf"]),
+        ([*SMALL, "--mixup", "inf"], ["--mixup inf", "finite"]),
+        ([*SMALL, "--cutmix", "nan"], ["--cutmix nan", "finite"]),
+        ([*SMALL, "--weight-decay", "inf"], ["--weight-decay inf", "finite"]),
         ([*SMALL, "--clip-grad", "0"], ["--clip-grad 0"]),
         ([*SMALL, "--model-ema", "--model-ema-decay", "2"], ["--model-ema-decay 2"]),
         ([*SMALL, "--model-ema", "--swa", "0.25"], ["--model-ema and --swa", "choose one"]),
@@ -303,9 +306,9 @@ def test_plan_shows_what_becomes_a_mixture_and_its_cost(capsys):
 def test_plan_follows_the_data_when_it_is_given(capsys):
     arguments = ["plan", "--model", TINY["model"], "--model-kwargs", TINY["model_kwargs"]]
     assert main(arguments) == 0
-    assert "224x224x3 images, 1000 classes" in capsys.readouterr().out
+    assert "224x224x3 images, 1000 classes (no --data given" in capsys.readouterr().out
     assert main([*arguments, "--data", "fashion-mnist-mini"]) == 0
-    assert "28x28x1 images, 10 classes" in capsys.readouterr().out
+    assert "28x28x1 images, 10 classes;" in capsys.readouterr().out
 
 
 def test_plan_names_why_candidates_are_refused(capsys):

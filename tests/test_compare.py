@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -232,7 +233,9 @@ def refused(capsys, tmp_path, *arguments):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--seeds", "1"], ["--seeds 1", "one seed", "2 or more"]),
+        (["--seeds", "1"], ["--seeds 1", "2 or more"]),
+        (["--seeds", "0"], ["--seeds 0 gives no interval", "2 or more"]),
+        (["--seeds", ""], ["--seeds", "''"]),
         (["--arms", "dense,ewaa"], ["'ewaa'", "did you mean ewa", "switch-ema", "-lr"]),
         (["--arms", "ewa,rup"], ["dense is missing"]),
         (["--arms", "dense"], ["nothing to compare"]),
@@ -331,3 +334,18 @@ def test_presets_are_whole_comparisons():
         recipe = Recipe(**{name: given[name] for name in given.keys() - _OF_COMPARISON})
         assert len(make_arms(given["arms"], recipe, own)) > 1
         assert given["seeds"] >= 3
+
+
+def test_help_names_every_built_in_arm(capsys):
+    assert main(["compare", "--help"]) == 0
+    said = re.split(r"[\s,]+", capsys.readouterr().out)
+    assert set(BUILT_IN) <= set(said)
+
+
+@pytest.mark.parametrize(("data", "kind"), [("solids", "clouds"), ("fashion-mnist-mini", "images")])
+def test_a_comparison_calls_its_data_what_they_are(tmp_path, data, kind):
+    recipe = Recipe(data=data, limit=100, holdout=0.2, output=str(tmp_path), name="x")
+    arms = make_arms(["dense", "ewa"], recipe)
+    found = room._Work(recipe, arms, (0, 1), (), 1, False, "ewavit compare").comparison()
+    assert found.kind == kind
+    assert found.data == f"the first 100 training {kind} of {data}, by held-out training {kind},"

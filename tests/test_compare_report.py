@@ -308,6 +308,16 @@ def test_page_of_any_comparison_fits_a_phone_and_draws_numbers_only(opened, tmp_
     assert overflow(page) == 0
 
 
+def test_page_of_point_clouds_does_not_speak_of_images(opened, tmp_path):
+    write_results(make_comparison(ARMS, 2, 4, data="solids", kind="clouds"), tmp_path)
+    page = opened(tmp_path)
+    page.get_by_role("button", name="clouds", exact=True).click()
+    said = page.locator("header").inner_html() + page.locator("main").inner_html()
+    assert "training clouds" in said
+    assert "test clouds" in said
+    assert "images" not in said
+
+
 def test_hostile_names_and_errors_stay_text(opened, tmp_path):
     comparison = make_comparison(
         ("dense", HOSTILE), 2, 3, failed={(HOSTILE, 1): HOSTILE}, name=HOSTILE, recipe={HOSTILE: HOSTILE},

@@ -192,7 +192,7 @@ def test_mcnemar_needs_predictions_of_the_same_images():
     labels = np.arange(4)
     ours = ArmRuns(Arm("ewa"), 1e-3, (run(0, 80.0, labels=labels, predictions=labels),))
     theirs = ArmRuns(Arm("dense"), 1e-3, (run(0, 80.0, labels=labels[::-1], predictions=labels),))
-    with pytest.raises(EwavitError, match=r"ewa and dense .* different images at seed 0; delete"):
+    with pytest.raises(EwavitError, match=r"ewa and dense .* different data at seed 0; delete"):
         paired_difference(ours, theirs)
     assert paired_difference(ours, arm("dense", [80.0])).mcnemar is None
 
@@ -394,11 +394,23 @@ def test_cannot_be_told_says_how_many_seeds_would_tell():
     assert told.sentence.startswith(
         "Whether ewa helps cannot be told with 5 seeds: +0.30 points against dense"
     )
-    assert told.sentence.endswith(f"; about {needed} seeds would tell a difference of this size.")
+    words = f"about {needed} seeds would tell a difference of the size found against dense."
+    assert told.sentence.endswith(f"; {words}")
     assert summary.sentence == (
         "A quick look (--limit): on digits with 5 seeds, against dense: whether ewa helps cannot be told; "
-        f"for ewa about {needed} seeds would tell a difference of this size."
+        f"for ewa {words}"
     )
+
+
+def test_of_two_differences_the_one_that_takes_most_seeds_is_named():
+    ema = arm("ema", shifted(*(0.2 + n for n in NOISE)), "control")
+    told = verdict(
+        summarise(comparison(dense(DENSE), ema, arm("ewa", shifted(0.9, -0.5, 0.7, -0.3, 0.75)))), "ewa"
+    )
+    assert set(told.outcomes.values()) == {"untold"}
+    assert told.seeds_needed > 100
+    words = f"about {told.seeds_needed} seeds would tell a difference of the size found against ema"
+    assert told.would_tell == words
 
 
 def test_a_difference_next_to_nothing_needs_more_than_a_thousand_seeds():

@@ -177,6 +177,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 def _add_comparison(parser: argparse.ArgumentParser) -> None:
     """What a comparison has beside its recipe; absent flags stay absent."""
+    from ewavit.compare.arms import BUILT_IN
 
     def names(text: str) -> list[str]:
         return [word.strip() for word in text.split(",") if word.strip()]
@@ -189,7 +190,8 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
             "arms",
             names,
             "A,B,...",
-            "built-in or the YAML's own arms, with -lr for a tuned lr (default: dense,ewa)",
+            f"of {', '.join(BUILT_IN)} and the YAML's own arms; each with -lr for a tuned lr "
+            "(default: dense,ewa)",
         ),
         ("seeds", int, "K", "seeds of each arm: --seed, --seed + 1, ... (default: 5)"),
         ("lrs", numbers, "LR,LR,...", "learning rates that the arms NAME-lr choose from, on held-out images"),

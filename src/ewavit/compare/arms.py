@@ -81,7 +81,7 @@ def make_arms(
     arms = tuple(_arm(name, recipe, mine) for name in dict.fromkeys(names))
     if "dense" not in {arm.name for arm in arms}:
         raise EwavitError(
-            f"dense is missing in the arms {', '.join(arm.name for arm in arms)}: all are compared with it"
+            f"dense is missing in --arms {','.join(arm.name for arm in arms)}: all are compared with it"
         )
     if len(arms) < 2:
         raise EwavitError("arms dense: there is nothing to compare it with, name a second one, e.g. ewa")

@@ -43,6 +43,7 @@ from ewavit.compare.runs import (
 from ewavit.errors import EwavitError
 from ewavit.training.recipe import Recipe, flag
 from ewavit.training.report import say
+from ewavit.training.sources import is_points
 
 SETTINGS = "compare.yaml"
 TUNING_SEEDS = 2
@@ -129,7 +130,7 @@ def _check(arms: Sequence[Arm], seeds: int, lrs: Sequence[float], jobs: int | No
         if find_spec(module) is None:
             raise EwavitError(f"ewavit compare needs {module}: pip install 'ewavit[compare]'")
     if seeds < 2:
-        raise EwavitError(f"--seeds {seeds}: no interval can be made from one seed, choose 2 or more")
+        raise EwavitError(f"--seeds {seeds} gives no interval: choose 2 or more")
     if jobs is not None and jobs < 1:
         raise EwavitError(f"--jobs {jobs} is too small: choose 1 or more")
     if wrong := [lr for lr in lrs if not 0 < lr < math.inf]:
@@ -342,6 +343,7 @@ class _Work:
             device=f"{', '.join(self.machines)}; CPU threads of each run: {self.threads}",
             versions={"python": platform.python_version()} | {name: version(name) for name in packages},
             data=self._data(),
+            kind=self._kind,
             recipe=self._shared(),
             seeds=self.seeds,
             arms=tuple(ArmRuns(arm, self._lr(arm) or math.nan, tuple(self._ended(arm))) for arm in self.arms),
@@ -349,10 +351,14 @@ class _Work:
             limited=self.limited,
         )
 
+    @property
+    def _kind(self) -> str:
+        return "clouds" if is_points(self.recipe.data) else "images"
+
     def _data(self) -> str:
-        recipe = self.recipe
-        part = f"the first {recipe.limit:,} training images of " if recipe.limit else ""
-        return f"{part}{recipe.data}{', by held-out training images,' if recipe.holdout else ''}"
+        recipe, kind = self.recipe, self._kind
+        part = f"the first {recipe.limit:,} training {kind} of " if recipe.limit else ""
+        return f"{part}{recipe.data}{f', by held-out training {kind},' if recipe.holdout else ''}"
 
     def _ended(self, arm: Arm) -> Iterator[Run]:
         for seed in self.seeds:

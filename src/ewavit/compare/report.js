@@ -208,7 +208,7 @@ function choice(holder, options, pressed, changed) {
 // ---- charts of three kinds: lines over images, points, and rows with an interval
 
 /** series: {name, color, dash, x, y, low, high, kind}; all of them read at the columns of the longest. */
-function lines(box, { series, label, height, text, xTitle = "training images", direct = false, zero = false }) {
+function lines(box, { series, label, height, text, xTitle = `training ${data.kind}`, direct = false, zero = false }) {
   const columns = [...new Set(series.flatMap(({ x }) => x))].sort((a, b) => a - b);
   const longest = Math.max(...series.map(({ name }) => Math.min(name.length, 20)));
   const right = direct && box.clientWidth > 640 ? longest * 7 + 30 : 14;
@@ -243,8 +243,8 @@ function lines(box, { series, label, height, text, xTitle = "training images", d
   const told = (column) => read(column).filter(({ value }) => known(value)).sort((a, b) => b.value - a.value)
     .map(({ color, name, value }) => [color, name, text(value)]);
   readable(chart, columns.map((column) =>
-    ({ x: X(column), title: `${whole(column)} images`, get rows() { return told(column); } })), true);
-  return () => [["training images", ...series.map(({ name }) => name)],
+    ({ x: X(column), title: `${whole(column)} ${data.kind}`, get rows() { return told(column); } })), true);
+  return () => [[`training ${data.kind}`, ...series.map(({ name }) => name)],
     ...columns.map((column) => [whole(column), ...read(column).map(({ value }) => text(value))])];
 }
 
@@ -440,8 +440,8 @@ function curves() {
     });
     if (!series.length) return nothing(box, "No arm is shown.");
     const ends = shown().map((arm) => `${arm.name} ends at ${fixed(arm.mean)} %`).join(", ");
-    return lines(box, { series, height: 380, text: fixed, direct: true, label: `Top-1 against training images: ${ends}` });
-  }, () => `Top-1 on ${data.recipe.holdout ? "held-out training" : "test"} images, percent. Line: mean over the seeds; ` +
+    return lines(box, { series, height: 380, text: fixed, direct: true, label: `Top-1 against training ${data.kind}: ${ends}` });
+  }, () => `Top-1 on ${data.recipe.holdout ? "held-out training" : "test"} ${data.kind}, percent. Line: mean over the seeds; ` +
     "band: from the worst seed to the best.");
 }
 
@@ -450,11 +450,12 @@ function cost() {
   const [scale, word] = longest < 100 ? [1, "seconds"] : longest < 6000 ? [60, "minutes"] : [3600, "hours"];
   const units = { // [title, of an arm or a run, text]
     time: [`training time, ${word}`, ({ seconds }) => seconds / scale, small],
-    images: ["training images", ({ images }) => images, short],
+    images: [`training ${data.kind}`, ({ images }) => images, short],
     memory: ["peak memory, MiB", ({ peak_memory_mib }) => peak_memory_mib, whole],
   };
   let unit = "time";
-  choice(at("unit"), Object.keys(units).map((key) => [key, key]), unit, (value) => (unit = value));
+  const words = { images: data.kind };
+  choice(at("unit"), Object.keys(units).map((key) => [key, words[key] ?? key]), unit, (value) => (unit = value));
   figure(at("cost"), (box) => {
     const [xTitle, of, format] = units[unit];
     const point = (x, y, title) => ({ x, y, title, rows: [["", "top-1", `${fixed(y)} %`], ["", xTitle, format(x)]] });
@@ -481,7 +482,7 @@ function time() {
     const far = Math.max(1, ...items.flatMap(({ seeds }) => seeds.map(([, value]) => value ?? 0)));
     const spoken = items.map(({ arm, text }) => `${arm.name} ${text}`).join("; ");
     rows(box, { items, x: [0, far * 1.03], zero: 1, xText: share,
-      xTitle: `share of ${cut(names.reference, 20)}’s training images`,
+      xTitle: `share of ${cut(names.reference, 20)}’s training ${data.kind}`,
       label: `Time to the final accuracy of ${names.reference}: ${spoken}` });
     return () => [["arm", "mean", "reached", ...seedColumns()], ...items.map(({ arm, mean, seeds }) =>
       [arm.name, share(mean), `${arm.reached} of ${arm.paired}`, ...perSeed(seeds, share)])];
@@ -560,7 +561,7 @@ function columnGroups() {
   ];
   if (names.control && names.control !== names.reference)
     groups.push([`Against ${names.control}, the best control, points`, against("control")]);
-  groups.push(["Cost of a training", [number("time", "seconds", duration), number("images", "images", whole),
+  groups.push(["Cost of a training", [number("time", "seconds", duration), number(data.kind, "images", whole),
     number("peak memory, MiB", "peak_memory_mib", whole),
     column(`time to ${names.reference}`, (arm) => arm.time_to_reference, share,
       { more: (arm) => ` (${arm.reached} of ${arm.paired})` })]]);

@@ -23,7 +23,9 @@ import numpy as np
 from .results import ArmRuns, Comparison, Point, Run
 from .statistics import Summary, finished, summarise, time_to_accuracy
 
-FACTS = ("name", "command", "date", "device", "versions", "data", "recipe", "seeds", "tuning", "limited")
+FACTS = (
+    "name", "command", "date", "device", "versions", "data", "kind", "recipe", "seeds", "tuning", "limited",
+)  # fmt: skip
 COLUMNS = (
     "arm", "role", "seed", "lr", "top1", "mean_class", "eval_loss", "seconds", "images", "peak_memory_mib",
     "time_to_dense", "error",
@@ -113,7 +115,7 @@ def _page(comparison: Comparison, summary: Summary) -> str:
     room = resources.files(__package__)
     parts = {name: (room / f"report.{name}").read_text("utf-8") for name in ("css", "js")}
     parts["data"] = text.replace("<", "\\u003c")
-    parts["title"] = html.escape(comparison.name)
+    parts["title"], parts["kind"] = html.escape(comparison.name), comparison.kind
     template = (room / "report.html").read_text("utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)  # one pass: data is not searched
 

@@ -93,6 +93,7 @@ class Comparison:
     recipe: dict[str, Any]
     seeds: tuple[int, ...]
     arms: tuple[ArmRuns, ...]
+    kind: str = "images"  # what the data are, in one word
     tuning: tuple[dict[str, Any], ...] = ()
     limited: bool = False  # a quick look: --limit was given
 

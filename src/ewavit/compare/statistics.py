@@ -258,7 +258,7 @@ def t_interval(values: list[float]) -> Interval:
         return (math.nan, math.nan)
     mean = float(np.mean(values))
     if np.ptp(values) == 0:
-        return (values[0], values[0])
+        return (mean, mean)
     quantile = special.stdtrit(len(values) - 1, 1 - ALPHA / 2)
     half = float(quantile * np.std(values, ddof=1)) / math.sqrt(len(values))
     return (mean - half, mean + half)
@@ -336,7 +336,7 @@ def _mcnemar(pairs: list[tuple[Run, Run]], arm: str, reference: str) -> McNemar 
             continue  # a run keeps labels and predictions, or neither
         if not np.array_equal(ours.labels, theirs.labels):
             raise EwavitError(
-                f"{arm} and {reference} were evaluated on different images at seed {ours.seed}; "
+                f"{arm} and {reference} were evaluated on different data at seed {ours.seed}; "
                 "delete these two runs' folders and start the comparison again"
             )
         right, wanted = ours.predictions == ours.labels, theirs.predictions == theirs.labels
@@ -404,10 +404,11 @@ def _would_tell(pairs: list[PairedDifference]) -> tuple[int | None, str]:
         return None, "an interval needs at least 2 seeds that both arms finished"
     if all(pair.interval == (0, 0) for pair in pairs):
         return None, "the accuracies are the same at every seed"
-    needed = [pair.seeds_needed or math.inf for pair in pairs]
-    if max(needed) > MOST_SEEDS:
-        return None, f"more than {MOST_SEEDS:,} seeds would be needed to tell a difference of this size"
-    return int(max(needed)), f"about {max(needed)} seeds would tell a difference of this size"
+    hardest = max(pairs, key=lambda pair: pair.seeds_needed or math.inf)
+    difference = f"a difference of the size found against {hardest.reference}"
+    if hardest.seeds_needed is None:
+        return None, f"more than {MOST_SEEDS:,} seeds would be needed to tell {difference}"
+    return hardest.seeds_needed, f"about {hardest.seeds_needed} seeds would tell {difference}"
 
 
 def _closing(

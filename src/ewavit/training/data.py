@@ -116,7 +116,7 @@ def open_data(
     def plan(num_train: int, num_eval: int) -> BatchPlan:
         return BatchPlan(num_train, num_eval, batch_size, seed, rank, world_size)
 
-    if spec == "solids" or spec.partition(":")[0] in sources.POINT_PREFIXES:
+    if sources.is_points(spec):
         options = {"img_size": img_size, "reprob": augmentation.reprob}
         if given := [name for name, value in options.items() if value]:
             raise EwavitError(f"{given[0]} is for images: leave it out for the point clouds of {spec}")

@@ -340,14 +340,15 @@ class _Run:
         with self.accelerator.autocast(), self._deployed(counts):
             found = predictions(self.data.voting(counts.eval()), batches)
         card, main = self.state.card, self.accelerator.is_main_process
+        judged_on = f"{'held-out' if self.recipe.holdout else 'test'} {self.data.inputs.kind}"
         if main:
             report.write_predictions(found, self.folder / "predictions.csv")
             self.data.picture(found, self.folder / "predictions.png")
             title = f"{self.folder.name}: {card.model} on {self.data.name}"
-            report.draw_curves(self.progress.rows, self.folder / "curves.png", title)
+            report.draw_curves(self.progress.rows, self.folder / "curves.png", title, judged_on)
         card = save_models(self.folder, card, self.recipe, row, model, averaged, write=main)
         if main:
-            report.say(report.closing(self.folder, card, self.data, row, held_out=self.recipe.holdout > 0))
+            report.say(report.closing(self.folder, card, self.data, row, judged_on))
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         return Result(self.folder, row, self.folder / "model.safetensors")

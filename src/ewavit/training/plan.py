@@ -139,10 +139,11 @@ def plan(recipe: Recipe, data: Data | None = None, devices: int | None = None) -
     extra_bytes = BYTES * (
         (training - dense) * ACCESSES_PER_PARAMETER + 2 * MOVES_PER_TOKEN * moved * recipe.batch_size
     )
+    images = str(inputs) if data is not None else f"{inputs} (no --data given: planned for timm's weights)"
     matmul, copy = _rates()
     seconds = 3 * flops * recipe.batch_size / matmul
     return Plan(
-        name, str(inputs), recipe.experts, candidates, dense, training, 2 * BYTES * dense,
+        name, images, recipe.experts, candidates, dense, training, 2 * BYTES * dense,
         2 * BYTES * training, flops, routed_flops, sum(routers), recipe.batch_size,
         (routed_flops or flops) / flops + extra_bytes / copy / seconds, devices, layouts,
     )  # fmt: skip

@@ -52,7 +52,9 @@ class Recipe:
     workers: int = _option(4, "processes that read images; data kept in memory needs none")
     skip_bad_images: bool = _option(False, "go on without images that cannot be read, and count them")
 
-    experts: int = _option(4, "experts per mixture; 1 trains the dense baseline through the same code")
+    experts: int = _option(
+        4, "experts per mixture; 1 trains the dense baseline, which heeds no other setting of experts"
+    )
     share_rate: float = _option(0.3, "beta of Eq. 6 at the end of the ramp, 0 to (N-1)/N")
     ramp: float = _option(0.5, "share of the training over which beta rises linearly from 0")
     ramp_shape: str = _option("linear", "how beta rises", ("linear", "cosine"))
@@ -135,6 +137,10 @@ class Recipe:
     tensorboard: bool = _option(False, "write TensorBoard events into the run's folder")
 
     def __post_init__(self) -> None:
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise EwavitError(f"--{flag(setting.name)} {value} does not work: choose a finite number")
         for name, lowest in _LOWEST.items():
             value = getattr(self, name)
             if value is not None and not value >= lowest:
@@ -150,7 +156,7 @@ class Recipe:
                 raise EwavitError(f"--{flag(name)} {value} is out of range: choose 0 or more and less than 1")
         for name in ("lr", "clip_grad", "decay_epochs", "expert_lr"):
             value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
+            if value is not None and not value > 0:
                 raise EwavitError(f"--{flag(name)} {value} does not work: choose a positive number")
         if self.name is not None and self.name != Path(self.name).name:
             raise EwavitError(

@@ -70,11 +70,10 @@ def opening(run: Path, card: ModelCard, data: Data, recipe: Recipe, num_mixtures
     )
 
 
-def closing(run: Path, card: ModelCard, data: Data, row: Row, *, held_out: bool) -> str:
+def closing(run: Path, card: ModelCard, data: Data, row: Row, judged_on: str) -> str:
     """What came of it, and how to load it."""
     skipped = f", {data.bad_images} unreadable images skipped" if data.bad_images else ""
-    kind = f"{'held-out' if held_out else 'test'} {data.inputs.kind}"
-    lines = [f"top-1 {row['eval_top1']:.2f} % on {data.num_eval:,} {kind}{skipped}"]
+    lines = [f"top-1 {row['eval_top1']:.2f} % on {data.num_eval:,} {judged_on}{skipped}"]
     if "average_top1" in row:
         file = run / "model-average.safetensors"
         lines.append(f"top-1 {row['average_top1']:.2f} % of the averaged weights, {file}")
@@ -105,7 +104,7 @@ def write_predictions(rows: list[tuple[int, int]], path: Path) -> None:
     os.replace(partial, path)
 
 
-def draw_curves(rows: list[Row], path: Path, title: str) -> None:
+def draw_curves(rows: list[Row], path: Path, title: str, judged_on: str) -> None:
     """Draw loss, accuracy, schedules and expert spread over the epochs as one picture."""
     import matplotlib
 
@@ -119,7 +118,7 @@ def draw_curves(rows: list[Row], path: Path, title: str) -> None:
             "cross-entropy",
             [("train_loss", "train, as optimised (smoothed, augmented)"), ("eval_loss", "test")],
         ),
-        ("top-1 on test images, %", [("eval_top1", "model"), ("average_top1", "its averaged weights")]),
+        (f"top-1 on {judged_on}, %", [("eval_top1", "model"), ("average_top1", "its averaged weights")]),
         (
             "share rate and learning rate, of their peak",
             [("share_rate", "share rate"), ("lr", "learning rate")],

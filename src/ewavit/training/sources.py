@@ -45,6 +45,11 @@ ACCEPTED = (
 )
 
 
+def is_points(spec: str) -> bool:
+    """Whether a data spec names point clouds."""
+    return spec == "solids" or spec.partition(":")[0] in POINT_PREFIXES
+
+
 @dataclass(frozen=True)
 class Arrays:
     """A whole set in memory: uint8 images (images, channels, height, width) and int64 labels (images,)."""
