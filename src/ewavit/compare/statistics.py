@@ -258,7 +258,7 @@ def t_interval(values: list[float]) -> Interval:
         return (math.nan, math.nan)
     mean = float(np.mean(values))
     if np.ptp(values) == 0:
-        return (mean, mean)
+        return (values[0], values[0])
     quantile = special.stdtrit(len(values) - 1, 1 - ALPHA / 2)
     half = float(quantile * np.std(values, ddof=1)) / math.sqrt(len(values))
     return (mean - half, mean + half)
@@ -445,6 +445,8 @@ def _seeds(number: int) -> str:
 
 
 def _mean(values: list[float]) -> float:
+    if len(set(values)) == 1:
+        return values[0]  # numpy's may be a rounding beside it
     return float(np.mean(values)) if values else math.nan
 
 
