@@ -4,10 +4,9 @@
 
 Draw: `randperm` (what `RandomPartition` does) against sorting random numbers, and one draw for all layers.
 Move: dispatch and combine, forward and backward. Multiply: N experts as one batched matmul against the dense
-layer, the same with the gradient that autograd takes of it by itself, and a loop. Average: what
-`average_experts_` does against passes expert by expert and against one compiled kernel. Rounds are
-interleaved; medians, and ratios to the first row of a group with a bootstrap interval. Writes
-records/parts-DEVICE.json.
+layer and against a loop. Average: what `average_experts_` does against passes expert by expert and against
+one compiled kernel. Rounds are interleaved; medians, and ratios to the first row of a group with a bootstrap
+interval. Writes records/parts-DEVICE.json.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from torch import Tensor
 import ewavit as ewa
 from ewavit.experts import ExpertLinear
 from ewavit.training.bench import interval_of_median
+from ewavit.training.processes import keep_freed_memory
 from records import write_record
 
 Ways = dict[str, Callable[[], object]]
@@ -88,9 +88,6 @@ def multiplications(x: Tensor, hidden: int, experts: int) -> Ways:
     return {
         "dense": anew(lambda: F.linear(x, weight, bias), grad),
         "batched": anew(lambda: layer(block), split),
-        "batched, baddbmm's own gradient": anew(
-            lambda: torch.baddbmm(biases.unsqueeze(1), block, weights.mT), split
-        ),
         "loop over experts": anew(loop, split),
     }
 
@@ -137,7 +134,7 @@ def medians(ways: Ways, rounds: int, synchronize: Callable[[], None]) -> dict[st
         low, high = interval_of_median(ratio)
         result[name] = {"ms": milliseconds, "ratio": float(np.median(ratio)), "interval": [low, high]}
         print(
-            f"  {name:32} {milliseconds:9.3f} ms  {np.median(ratio):7.3f} [{low:.3f}, {high:.3f}]", flush=True
+            f"  {name:28} {milliseconds:9.3f} ms  {np.median(ratio):7.3f} [{low:.3f}, {high:.3f}]", flush=True
         )
     return result
 
@@ -155,6 +152,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     device = "cuda" if on_gpu else "cpu"
     synchronize = torch.cuda.synchronize if on_gpu else lambda: None
     dtype = torch.bfloat16 if on_gpu else torch.float32

@@ -14,13 +14,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import asdict
+from types import MethodType
 from typing import Any
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import ewavit as ewa
+from ewavit.experts import ExpertLinear
 from ewavit.training.bench import Trainee, measure, ratios
 from records import write_record
 from rivals import check_against_a_loop, installed, replace_ffns
@@ -38,12 +40,29 @@ ON_CPU = {"ti64": 64, "s32": 32, "ti": 16, "s": 16, "b": 16, "l": 4, "swin_t": 8
 ON_GPU = {name: 64 if name == "l" else 256 for name in MODELS}
 
 Arm = Callable[[nn.Module], nn.Module]
+
+
+def with_baddbmm(model: nn.Module) -> nn.Module:
+    """Stacked layers whose derivative is that of `baddbmm`: the weight's gradient then has to be copied."""
+
+    def forward(layer: ExpertLinear, x: Tensor) -> Tensor:
+        assert layer.bias is not None
+        y = torch.baddbmm(layer.bias.unsqueeze(1), x.flatten(1, -2), layer.weight.mT)
+        return y.view(*x.shape[:-1], -1)
+
+    for layer in model.modules():
+        if isinstance(layer, ExpertLinear):
+            layer.forward = MethodType(forward, layer)  # type: ignore[method-assign]
+    return model
+
+
 ARMS: dict[str, Arm] = {
     "dense": lambda model: model,
     "ewa-4": lambda model: ewa.expand(model, 4),
     "ewa-2": lambda model: ewa.expand(model, 2),
     "ewa-8": lambda model: ewa.expand(model, 8),
     "ewa-4-all": lambda model: ewa.expand(model, 4, select="all"),
+    "ewa-4-baddbmm": lambda model: with_baddbmm(ewa.expand(model, 4)),
     "separate-4": lambda model: ewa.expand(model, 4, experts="separate"),
     "top1-batched_mm": lambda model: replace_ffns(model, 4, "batched_mm"),
     "top1-grouped_mm": lambda model: replace_ffns(model, 4, "grouped_mm"),
