@@ -25,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 from ewavit.training.augmentation import Augmentation, Mix
 from ewavit.training.batches import Batch, BatchPlan, TensorData
 from ewavit.training.bench import Trainee, interval_of_median
+from ewavit.training.processes import keep_freed_memory
 from ewavit.training.sources import Arrays
 from records import write_record
 from step_time import ON_CPU, ON_GPU, trainee
@@ -86,6 +87,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     device = torch.device("cuda" if on_gpu else "cpu")
     trained = trainee("s32", "ewa-4", "compiled" if on_gpu else "eager", device.type)
     if on_gpu:

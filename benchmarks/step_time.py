@@ -52,7 +52,7 @@ def with_baddbmm(model: nn.Module) -> nn.Module:
 
     for layer in model.modules():
         if isinstance(layer, ExpertLinear):
-            layer.forward = MethodType(forward, layer)  # type: ignore[method-assign]
+            layer.forward = MethodType(forward, layer)
     return model
 
 

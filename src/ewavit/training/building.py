@@ -174,15 +174,14 @@ def expert_averaging(model: nn.Module, recipe: Recipe, updates_per_epoch: int) -
     return ExpertAveraging(model, schedule, every=recipe.average_every, moments=recipe.average_moments)
 
 
-def updates_per_epoch(recipe: Recipe, data: Data, processes: int) -> int:
-    """The optimizer steps of an epoch, which is made of whole ones.
+def check_recipe_with_data(recipe: Recipe, data: Data, processes: int) -> None:
+    """See that so many processes can train by a recipe on such data.
 
     Raises:
-        EwavitError: there is none, or the recipe asks for what cannot be done to such data.
+        EwavitError: an epoch has no whole optimizer step, or clouds cannot take what the recipe asks for.
     """
     inputs = data.inputs
-    updates = data.batches_per_epoch // recipe.grad_accum_steps
-    if updates == 0:
+    if data.batches_per_epoch < recipe.grad_accum_steps:
         raise EwavitError(
             f"{data.num_train} training {inputs.kind} are fewer than one optimizer step takes "
             f"(--batch-size {recipe.batch_size} x --grad-accum-steps {recipe.grad_accum_steps} x "
@@ -192,7 +191,6 @@ def updates_per_epoch(recipe: Recipe, data: Data, processes: int) -> int:
         raise EwavitError("--mixup and --cutmix mix images: leave them out for point clouds")
     if inputs.num_points is not None and recipe.batch_size == 1:
         raise EwavitError("--batch-size 1 leaves the point transformer's BatchNorm no variance: choose more")
-    return updates
 
 
 def set_grad_checkpointing(model: nn.Module) -> None:

@@ -34,7 +34,7 @@ from ewavit.surgery import collapsed
 from ewavit.training import report
 from ewavit.training.augmentation import Mix
 from ewavit.training.batches import Batch, seed_all
-from ewavit.training.building import updates_per_epoch
+from ewavit.training.building import check_recipe_with_data
 from ewavit.training.checkpoint import CURRENT, PREVIOUS, Checkpoint, load_checkpoint
 from ewavit.training.data import open_recipe_data
 from ewavit.training.evaluation import Metrics, evaluate_batches, predictions
@@ -131,7 +131,8 @@ class _Run:
         self.recipe, self.folder, self.accelerator = recipe, run, accelerator
         device, processes = accelerator.device, accelerator.num_processes
         self.data = open_recipe_data(recipe, device, accelerator.process_index, processes)
-        self.updates_per_epoch = updates_per_epoch(recipe, self.data, processes)
+        check_recipe_with_data(recipe, self.data, processes)
+        self.updates_per_epoch = self.data.batches_per_epoch // recipe.grad_accum_steps
         seed_all(recipe.seed)
         self.state = TrainingState.build(recipe, self.data, accelerator, self.updates_per_epoch, checkpoint)
         self.progress, self.average = self.state.progress, self.state.average
