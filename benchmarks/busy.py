@@ -22,11 +22,12 @@ import torch.nn.functional as F
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from ewavit.training.augmentation import Augmentation, Mix
-from ewavit.training.batches import Batch, BatchPlan, TensorData
-from ewavit.training.bench import Trainee, interval_of_median
+from ewavit.data.augmentation import Augmentation, Mix
+from ewavit.data.batches import Batch, BatchPlan
+from ewavit.data.in_memory import TensorData
+from ewavit.data.sources import Arrays
+from ewavit.study.bench import Trainee, interval_of_median
 from ewavit.training.processes import keep_freed_memory
-from ewavit.training.sources import Arrays
 from records import write_record
 from step_time import ON_CPU, ON_GPU, trainee
 

@@ -25,9 +25,9 @@ from timm.data import Mixup, create_dataset, create_loader
 from torch import Tensor
 from torchvision.transforms import v2
 
-from ewavit.training.augmentation import Mix, TensorAugmentation, tensor_auto_augment
-from ewavit.training.batches import Data
-from ewavit.training.data import Augmentation, open_data
+from ewavit.data.augmentation import Mix, TensorAugmentation, tensor_auto_augment
+from ewavit.data.batches import Data
+from ewavit.training.opening import Augmentation, open_data
 from records import write_record
 
 Batches = Iterator[Tensor]

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ewavit as ewa
-from ewavit.averaging import average_experts_reference_
+from ewavit.core.averaging import average_experts_reference_
 from records import write_record
 
 Check = Callable[["Setting"], tuple[float, float]]  # -> deviation, tolerance

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 import ewavit as ewa
-from ewavit.training.bench import activation_bytes
+from ewavit.study.bench import activation_bytes
 from records import add_model_arguments, write_record
 
 BYTES_PER_PARAMETER = 16

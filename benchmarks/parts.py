@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ewavit as ewa
-from ewavit.experts import ExpertLinear
-from ewavit.training.bench import interval_of_median
+from ewavit.core.experts import ExpertLinear
+from ewavit.study.bench import interval_of_median
 from ewavit.training.processes import keep_freed_memory
 from records import write_record
 

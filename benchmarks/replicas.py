@@ -3,7 +3,7 @@
     python benchmarks/replicas.py
 
 CPU processes (gloo) of one thread each train on shares of one global batch; every round takes one step of
-each arm in turn (`ewavit.training.bench`). All FFNs are mixtures, N is the number of processes. `ewa` holds N
+each arm in turn (`ewavit.study.bench`). All FFNs are mixtures, N is the number of processes. `ewa` holds N
 stacked experts in every process. Four processes on two cores take turns, so there the time is no speed: the
 ratios tell what the arms add to it. Writes records/replicas-cpu.json.
 """
@@ -24,7 +24,7 @@ import torch.multiprocessing as multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 import ewavit as ewa
-from ewavit.training.bench import Trainee, measure, ratios
+from ewavit.study.bench import Trainee, measure, ratios
 from records import write_record
 
 ARMS: dict[str, dict[str, Any]] = {

@@ -1,4 +1,4 @@
-"""What training large ViTs asks of 8 to 4,096 devices by the closed forms of `ewavit.scaling`; their checks.
+"""What training large ViTs asks of 8 to 4,096 devices by `ewavit.study.scaling`; its checks.
 
     python benchmarks/scaling.py
 
@@ -19,8 +19,8 @@ import torch
 from timm.models import VisionTransformer
 from torch.utils.flop_counter import FlopCounterMode
 
-from ewavit.scaling import Cost, Work, cost, layouts, vit
-from ewavit.training.bench import activation_bytes
+from ewavit.study.bench import activation_bytes
+from ewavit.study.scaling import Cost, Work, cost, layouts, vit
 from records import FOLDER, write_record
 
 SIZES = {

@@ -6,7 +6,7 @@
 Models: ti64 (ViT-Ti, 64x64/8), s32 (ViT-S, 32x32/4), and ti, s, b, l (ViT/16) and swin_t at 224. Modes:
 eager, compiled, checkpointed (activations recomputed; compiled too on a GPU). A GPU trains in bfloat16
 autocast at batches of 256 (l: 64), a CPU in float32 at small ones. All arms of a model are measured in one
-process, one step of each in turn (`ewavit.training.bench`). Writes records/step_time-DEVICE-MODEL-MODE.json.
+process, one step of each in turn (`ewavit.study.bench`). Writes records/step_time-DEVICE-MODEL-MODE.json.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 import ewavit as ewa
-from ewavit.experts import ExpertLinear
-from ewavit.training.bench import Trainee, measure, ratios
+from ewavit.core.experts import ExpertLinear
+from ewavit.study.bench import Trainee, measure, ratios
 from records import write_record
 from rivals import check_against_a_loop, installed, replace_ffns
 

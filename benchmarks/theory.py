@@ -1,4 +1,4 @@
-"""The closed forms of ewavit.theory beside real training: the plots of docs/theory.md and their figures.
+"""The closed forms of `ewavit.study.theory` beside training: plots and figures of docs/theory.md.
 
     python benchmarks/theory.py
 
@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ewavit as ewa
-from ewavit import theory
-from ewavit.moe import dispatching
-from ewavit.training.data import Data, open_data
+from ewavit.core.moe import dispatching
+from ewavit.study import theory
+from ewavit.training.opening import Data, open_data
 from records import write_record
 
 matplotlib.use("Agg")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import ewavit as ewa
-from ewavit.averaging import average_experts_reference_, check_share_rate, full_share_rate
+from ewavit.core.averaging import average_experts_reference_, check_share_rate, full_share_rate
 from small_models import MlpNet, ffn, separated, tokens
 
 KINDS = ["stacked", "separate"]

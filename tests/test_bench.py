@@ -11,7 +11,7 @@ import torch
 
 import ewavit as ewa
 from ewavit.cli import main
-from ewavit.training.bench import Times, Trainee, measure, ratios
+from ewavit.study.bench import Times, Trainee, measure, ratios
 from ewavit.training.building import set_grad_checkpointing
 from ewavit.training.loop import train
 from ewavit.training.recipe import Recipe

@@ -17,8 +17,10 @@ from ewavit import EwavitError
 from ewavit.cli import main
 from ewavit.compare import compare as room
 from ewavit.compare.arms import BUILT_IN, make_arms
-from ewavit.compare.compare import best_lr, compare
-from ewavit.compare.runs import Processes, log_file
+from ewavit.compare.compare import compare
+from ewavit.compare.engines import Processes
+from ewavit.compare.results import log_file
+from ewavit.compare.work import best_lr
 from ewavit.training.loop import train
 from ewavit.training.processes import Interrupted
 from ewavit.training.recipe import Recipe

@@ -19,19 +19,13 @@ from PIL import Image
 from timm.data.dataset import IterableImageDataset
 from torchvision.transforms import v2
 
+from ewavit.data import rand_augment
+from ewavit.data.augmentation import Mix, TensorAugmentation, random_crop, random_flip, tensor_auto_augment
+from ewavit.data.batches import BatchPlan, Data
+from ewavit.data.loading import LoaderData
+from ewavit.data.sources import read_bundled
 from ewavit.errors import EwavitError
-from ewavit.training import rand_augment
-from ewavit.training.augmentation import (
-    Mix,
-    TensorAugmentation,
-    random_crop,
-    random_flip,
-    tensor_auto_augment,
-)
-from ewavit.training.batches import BatchPlan, Data
-from ewavit.training.data import Augmentation, open_data
-from ewavit.training.loading import LoaderData
-from ewavit.training.sources import read_bundled
+from ewavit.training.opening import Augmentation, open_data
 
 PLAIN = Augmentation(hflip=0, crop_padding=0, scale=(1, 1), color_jitter=0)
 
@@ -591,7 +585,7 @@ def test_a_streamed_set_repeats_its_epochs_and_skips_by_drawing(monkeypatch: pyt
     def open_timm(*_: object, is_training: bool, **__: object) -> IterableImageDataset:
         return IterableImageDataset("", reader=_Reader(is_training))
 
-    monkeypatch.setattr("ewavit.training.loading.open_timm", open_timm)
+    monkeypatch.setattr("ewavit.data.loading.open_timm", open_timm)
     data = open_data("wds/set", batch_size=8, workers=0)
     assert (data.classes, data.img_size, data.in_chans, data.batches_per_epoch) == (("0", "1", "2"), 16, 3, 2)
     whole = list(data.train_batches(1))

@@ -23,8 +23,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 import ewavit as ewa
-from ewavit.partition import Partition, RandomPartition
-from ewavit.sharding import whole
+from ewavit.core.devices import whole
+from ewavit.core.partition import Partition, RandomPartition
 from processes import in_processes
 from small_models import tiny_vit
 

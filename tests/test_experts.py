@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import ewavit as ewa
-from ewavit.experts import ExpertLinear, Experts
-from ewavit.moe import dispatching
+from ewavit.core.experts import ExpertLinear, Experts
+from ewavit.core.moe import dispatching
 from small_models import DIM, FFNS, LayerScale, ffn, randomised, separated, tokens
 
 KINDS = {"stacked": ewa.StackedExperts, "separate": ewa.SeparateExperts}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ewavit import RandomPartition
-from ewavit.partition import dispatch_reference
+from ewavit.core.partition import dispatch_reference
 
 UNITS = st.integers(0, 40)
 EXPERTS = st.integers(1, 9)

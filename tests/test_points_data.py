@@ -7,11 +7,11 @@ import torch
 import point_sets
 from ewavit import EwavitError
 from ewavit.points.augmentation import PointAugmentation
-from ewavit.points.data import SCANOBJECTNN, PointSet, read_points, save_points
 from ewavit.points.files import checked, load_file
 from ewavit.points.metrics import part_ious
 from ewavit.points.solids import SOLIDS, make_solids
-from ewavit.training.data import Augmentation, open_data
+from ewavit.points.sources import SCANOBJECTNN, PointSet, read_points, save_points
+from ewavit.training.opening import Augmentation, open_data
 from point_sets import CLASSES, POINTS, cloud
 
 NUM_POINTS = 32

@@ -14,9 +14,9 @@ from ewavit import EwavitError
 from ewavit.cli import main
 from ewavit.compare.results import read_run
 from ewavit.points.transformer import create_point_model, load_point_checkpoint
-from ewavit.training.data import open_data
 from ewavit.training.export import evaluate, export, load_model
 from ewavit.training.loop import resume, train
+from ewavit.training.opening import open_data
 from ewavit.training.processes import Interrupted
 from ewavit.training.recipe import Recipe
 from processes import in_processes
@@ -170,16 +170,6 @@ def test_what_does_not_fit_is_named(tmp_path, options, message):
     with pytest.raises(EwavitError, match=message):
         train(recipe(tmp_path, "wrong", **options))
     assert not (tmp_path / "wrong").exists()
-
-
-def test_the_points_room_imports_the_core_torch_and_numpy_alone():
-    import ewavit.points
-
-    allowed = sys.stdlib_module_names | {"torch", "numpy"}
-    for file in Path(ewavit.points.__file__).parent.glob("*.py"):
-        for line in re.findall(r"^(?:from|import) (\S+)", file.read_text(), re.MULTILINE):
-            inside = re.match(r"ewavit\.(points|errors)", line)
-            assert inside or line.partition(".")[0] in allowed, f"{file.name} imports {line}"
 
 
 def test_a_missing_library_is_named(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 import ewavit as ewa
-from ewavit.theory import SpreadPrediction
+from ewavit.core.prediction import SpreadPrediction
 from processes import in_processes
 from small_models import MlpNet, tiny_vit
 from test_distributed import STEPS, batch

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import ewavit as ewa
 from ewavit.cli import main
 from ewavit.compare.arms import arm_recipe, make_arms
-from ewavit.routing import _Gather, routed_reference
+from ewavit.core.routing import _Gather, routed_reference
 from ewavit.training import loop
 from ewavit.training.building import expert_averaging
 from ewavit.training.export import evaluate

@@ -24,8 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import ewavit as ewa
 from ewavit import EwavitError
 from ewavit.cli import main
-from ewavit.scaling import LAYOUTS, Work, cost, layouts, vit
-from ewavit.training.bench import activation_bytes
+from ewavit.study.bench import activation_bytes
+from ewavit.study.scaling import LAYOUTS, Work, cost, layouts, vit
 from processes import in_processes
 from small_models import tiny_vit
 

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import ewavit as ewa
-from ewavit import EwavitError, streaming
+from ewavit import EwavitError
 from ewavit.cli import main
+from ewavit.core import checkpoint_files as streaming
 from ewavit.training.export import load_model
 from ewavit.training.loop import train
 from ewavit.training.recipe import Recipe

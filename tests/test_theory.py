@@ -1,4 +1,4 @@
-"""The closed forms of ewavit.theory against real training: expand, backward, torch's optimizers, the hook."""
+"""The closed forms of `ewavit.study.theory` against training: expand, torch optimizers, the hook."""
 
 import copy
 import math
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ewavit as ewa
-from ewavit import theory
+from ewavit.study import theory
 from small_models import MlpNet, images, separated, tiny_vit, tokens
 
 KINDS = {"stacked": ewa.StackedExperts, "separate": ewa.SeparateExperts}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch.nn import Module
 
-from .averaging import (
+from ewavit.core.averaging import (
     Constant,
     CosineRamp,
     Early,
@@ -22,17 +22,27 @@ from .averaging import (
     average_experts_,
     full_share_rate,
 )
-from .diagnostics import CollapseGap, RoutingStatistics, collapse_gap, expert_spread, routing_statistics
-from .errors import EwavitError
-from .experts import SeparateExperts, StackedExperts
-from .ffn import FFN, find_ffns
-from .moe import MoE, moe_layers
-from .partition import RandomPartition
-from .replicas import ReplicaExperts, clip_grad_norm_, load_stacked_state_dict, stacked_state_dict
-from .routing import TopK, TopKRouter, auxiliary_loss, scale_auxiliary_loss
-from .sharding import expert_placement
-from .streaming import collapse_checkpoint, expert_metadata
-from .surgery import (
+from ewavit.core.checkpoint_files import collapse_checkpoint, expert_metadata
+from ewavit.core.diagnostics import (
+    CollapseGap,
+    RoutingStatistics,
+    collapse_gap,
+    expert_spread,
+    routing_statistics,
+)
+from ewavit.core.distributed import (
+    clip_grad_norm_,
+    expert_placement,
+    load_stacked_state_dict,
+    stacked_state_dict,
+)
+from ewavit.core.experts import SeparateExperts, StackedExperts
+from ewavit.core.ffn import FFN, find_ffns
+from ewavit.core.moe import MoE, moe_layers
+from ewavit.core.partition import RandomPartition
+from ewavit.core.replicas import ReplicaExperts
+from ewavit.core.routing import TopK, TopKRouter, auxiliary_loss, scale_auxiliary_loss
+from ewavit.core.surgery import (
     Summary,
     collapse,
     collapsed,
@@ -42,6 +52,7 @@ from .surgery import (
     param_groups,
     summary,
 )
+from ewavit.errors import EwavitError
 
 __version__ = "0.1.0"
 
@@ -55,7 +66,7 @@ def load(run: str | PathLike[str]) -> Module:
         EwavitError: nothing there that ewavit wrote, or `ewavit[train]` is not installed.
     """
     try:
-        from .training.export import load_model
+        from ewavit.training.export import load_model
     except ModuleNotFoundError as missing:
         raise EwavitError(f"ewavit.load needs {missing.name}: pip install 'ewavit[train]'") from None
     return load_model(Path(run))[0]

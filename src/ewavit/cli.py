@@ -22,7 +22,7 @@ except ModuleNotFoundError as missing:
     sys.exit(f"ewavit: the command line needs {missing.name}: pip install 'ewavit[train]'")
 
 if TYPE_CHECKING:
-    from ewavit.training.data import Data
+    from ewavit.training.opening import Data
 
 _OF_COMPARISON = {"arms", "seeds", "lrs", "jobs"}  # what the YAML of a comparison holds beside a recipe
 
@@ -278,7 +278,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from ewavit.training.plan import plan
+    from ewavit.study.plan import plan
 
     try:
         made = plan(*_recipe_and_data(options), options.devices)
@@ -292,7 +292,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from ewavit.training.bench import bench
+    from ewavit.study.bench import bench
 
     if options.rounds < 1:
         raise EwavitError(f"--rounds {options.rounds} measures nothing: choose 1 or more")
@@ -306,7 +306,7 @@ def _bench(options: argparse.Namespace) -> int:
 
 def _recipe_and_data(options: argparse.Namespace) -> tuple[Recipe, Data | None]:
     """The recipe, and its data unless a model is named alone: then it is for the images of timm's weights."""
-    from ewavit.training.data import open_recipe_data
+    from ewavit.training.opening import open_recipe_data
 
     recipe, given = _recipe(options)
     return recipe, open_recipe_data(recipe) if recipe.model is None or "data" in given else None
@@ -314,7 +314,8 @@ def _recipe_and_data(options: argparse.Namespace) -> tuple[Recipe, Data | None]:
 
 def _compare(options: argparse.Namespace) -> int:
     from ewavit.compare.arms import make_arms
-    from ewavit.compare.compare import Stopped, as_text, compare
+    from ewavit.compare.compare import Stopped, compare
+    from ewavit.compare.terminal import as_text
 
     given: dict[str, Any] = {"arms": ["dense", "ewa"], "seeds": 5, "lrs": [], "jobs": None}
     own: dict[str, dict[str, Any] | None] = {}

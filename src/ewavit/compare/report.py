@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from .results import ArmRuns, Comparison, Point, Run
-from .statistics import Summary, finished, summarise, time_to_accuracy
+from ewavit.compare.results import ArmRuns, Comparison, Point, Run
+from ewavit.compare.statistics import Summary, finished, summarise, time_to_accuracy
 
 FACTS = (
     "name", "command", "date", "device", "versions", "data", "kind", "recipe", "seeds", "tuning", "limited",

@@ -18,8 +18,8 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
-from ..errors import EwavitError
-from .results import ArmRuns, Comparison, Run
+from ewavit.compare.results import ArmRuns, Comparison, Run
+from ewavit.errors import EwavitError
 
 ALPHA = 0.05  # all intervals are 95 %
 POWER = 0.8

@@ -14,14 +14,14 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
-from ewavit.averaging import CosineRamp, Early, ExpertAveraging, LinearRamp, Schedule
+from ewavit.core.averaging import CosineRamp, Early, ExpertAveraging, LinearRamp, Schedule
+from ewavit.core.ffn import FFN
+from ewavit.core.moe import moe_layers
+from ewavit.core.surgery import expand, select_ffns
+from ewavit.data.batches import Data, Inputs
 from ewavit.errors import EwavitError
-from ewavit.ffn import FFN
-from ewavit.moe import moe_layers
 from ewavit.points.transformer import MODELS as POINT_MODELS
 from ewavit.points.transformer import create_point_model, load_point_checkpoint
-from ewavit.surgery import expand, select_ffns
-from ewavit.training.batches import Data, Inputs
 from ewavit.training.recipe import Recipe
 
 MOST_PATCHES = 4096

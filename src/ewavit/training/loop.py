@@ -25,20 +25,20 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from ewavit.diagnostics import expert_spread
+from ewavit.core.diagnostics import expert_spread
+from ewavit.core.distributed import clip_grad_norm_
+from ewavit.core.moe import moe_layers
+from ewavit.core.routing import scale_auxiliary_loss
+from ewavit.core.surgery import collapsed
+from ewavit.data.augmentation import Mix
+from ewavit.data.batches import Batch, seed_all
 from ewavit.errors import EwavitError
-from ewavit.moe import moe_layers
-from ewavit.replicas import clip_grad_norm_
-from ewavit.routing import scale_auxiliary_loss
-from ewavit.surgery import collapsed
 from ewavit.training import report
-from ewavit.training.augmentation import Mix
-from ewavit.training.batches import Batch, seed_all
 from ewavit.training.building import check_recipe_with_data
 from ewavit.training.checkpoint import CURRENT, PREVIOUS, Checkpoint, load_checkpoint
-from ewavit.training.data import open_recipe_data
 from ewavit.training.evaluation import Metrics, evaluate_batches, predictions
 from ewavit.training.export import save_models
+from ewavit.training.opening import open_recipe_data
 from ewavit.training.processes import (
     Interrupted,
     start_accelerator,

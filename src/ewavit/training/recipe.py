@@ -10,11 +10,11 @@ from typing import Any
 
 import yaml
 
-from ewavit.averaging import check_share_rate
+from ewavit.core.averaging import check_share_rate
+from ewavit.core.moe import Unit
+from ewavit.core.routing import TopK
+from ewavit.core.surgery import Init, Placement
 from ewavit.errors import EwavitError
-from ewavit.moe import Unit
-from ewavit.routing import TopK
-from ewavit.surgery import Init, Placement
 
 
 def _option(default: Any, help_text: str, choices: tuple[str, ...] | None = None) -> Any:

@@ -6,7 +6,7 @@ import csv
 import os
 import resource
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
@@ -17,13 +17,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from ewavit.diagnostics import routing_statistics
-from ewavit.routing import auxiliary_loss
+from ewavit.core.diagnostics import routing_statistics
+from ewavit.core.routing import auxiliary_loss
 from ewavit.training.recipe import Recipe
 
 if TYPE_CHECKING:  # these import this file
-    from ewavit.training.batches import Data
-    from ewavit.training.export import ModelCard
+    from ewavit.data.batches import Data
+    from ewavit.training.card import ModelCard
 
 Row = dict[str, float]
 
@@ -148,31 +148,6 @@ def draw_curves(rows: list[Row], path: Path, title: str, judged_on: str) -> None
         if len(axis.lines) > 1:
             axis.legend(frameon=False)
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
-def draw_clouds(clouds: Any, names: Sequence[tuple[str, str]], path: Path) -> None:
-    """Draw point clouds (clouds, points, 3) with their true and predicted class, the wrong ones in red."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    columns = min(5, len(names))
-    rows = -(-len(names) // columns)
-    figure = pyplot.figure(figsize=(2.4 * columns, 2.6 * rows), layout="constrained")
-    for number, (points, (label, found)) in enumerate(zip(clouds, names, strict=True), 1):
-        axis = figure.add_subplot(rows, columns, number, projection="3d")
-        x, y, z = points.T
-        axis.scatter(x, y, z, c=y, s=2, cmap="viridis", linewidths=0)
-        axis.set_box_aspect((1, 1, 1), zoom=1.3)
-        for limits in (axis.set_xlim, axis.set_ylim, axis.set_zlim):
-            limits(-0.8, 0.8)
-        axis.set_axis_off()
-        right = label == found
-        title = label if right else f"{label}\npredicted {found}"
-        axis.set_title(title, fontsize=9, color="black" if right else "tab:red")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 

@@ -10,13 +10,13 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ewavit.averaging import ExpertAveraging
+from ewavit.core.averaging import ExpertAveraging
+from ewavit.core.checkpoint_files import expert_metadata
+from ewavit.core.distributed import load_stacked_state_dict, stacked_state_dict
+from ewavit.core.moe import moe_layers
+from ewavit.core.prediction import SpreadPrediction
+from ewavit.data.batches import Data
 from ewavit.errors import EwavitError
-from ewavit.moe import moe_layers
-from ewavit.replicas import load_stacked_state_dict, stacked_state_dict
-from ewavit.streaming import expert_metadata
-from ewavit.theory import SpreadPrediction
-from ewavit.training.batches import Data
 from ewavit.training.building import (
     build_model,
     build_optimizer,
@@ -26,8 +26,8 @@ from ewavit.training.building import (
     model_settings,
     set_grad_checkpointing,
 )
+from ewavit.training.card import ModelCard
 from ewavit.training.checkpoint import Checkpoint, save_checkpoint
-from ewavit.training.export import ModelCard
 from ewavit.training.recipe import Recipe
 from ewavit.training.report import Row
 from ewavit.training.weight_average import WeightAverage, weight_average

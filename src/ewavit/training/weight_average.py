@@ -17,7 +17,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
-from ewavit.training.batches import Batch
+from ewavit.data.batches import Batch
 from ewavit.training.recipe import Recipe
 
 Batches = Callable[

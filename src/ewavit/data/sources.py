@@ -34,20 +34,6 @@ TIMM_PREFIXES = {
     "wds": "webdataset",
     "tfds": "tensorflow_datasets",
 }
-# what point clouds' specs begin with, before a colon and a path; ewavit.points.data reads them
-POINT_PREFIXES = ("modelnet10", "modelnet40", "obj_bg", "obj_only", "pb_t50_rs", "shapenetpart", "points")
-ACCEPTED = (
-    "fashion-mnist-mini or solids, a folder with train/ and val/, of CIFAR-10/100 (python format) or "
-    "Tiny-ImageNet, or timm's "
-    + ", ".join(f"{prefix}/..." for prefix in TIMM_PREFIXES)
-    + ", or point clouds, "
-    + ", ".join(f"{prefix}:PATH" for prefix in POINT_PREFIXES)
-)
-
-
-def is_points(spec: str) -> bool:
-    """Whether a data spec names point clouds."""
-    return spec == "solids" or spec.partition(":")[0] in POINT_PREFIXES
 
 
 @dataclass(frozen=True)
@@ -64,7 +50,7 @@ class Arrays:
 
 def read_bundled() -> Arrays:
     """Read the subset of Fashion-MNIST inside the package: 10,000 + 2,000 images of 1x28x28, 10 classes."""
-    file = importlib.resources.files("ewavit.training").joinpath("fashion_mnist_mini.npz")
+    file = importlib.resources.files("ewavit.data").joinpath("fashion_mnist_mini.npz")
     with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
         return Arrays(
             "fashion-mnist-mini",

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ewavit.core.ffn import FFN, find_ffns
+from ewavit.core.moe import moe_layers
+from ewavit.core.surgery import select_ffns, summary
 from ewavit.errors import EwavitError
-from ewavit.ffn import FFN, find_ffns
-from ewavit.moe import moe_layers
-from ewavit.scaling import Work, table
-from ewavit.surgery import select_ffns, summary
-from ewavit.training.bench import activation_bytes
+from ewavit.study.bench import activation_bytes
+from ewavit.study.scaling import Work, table
 from ewavit.training.building import (
     build_model,
     expand_by_recipe,
@@ -26,7 +26,7 @@ from ewavit.training.building import (
     model_settings,
     set_grad_checkpointing,
 )
-from ewavit.training.data import Data
+from ewavit.training.opening import Data
 from ewavit.training.recipe import Recipe
 
 BYTES = 4  # of a float32

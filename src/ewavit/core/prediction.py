@@ -1,89 +1,17 @@
-"""What the algebra of Experts Weights Averaging predicts, in closed form (derivations: docs/theory.md).
-
-N experts, share rate beta, lerp weight D = beta N / (N - 1): averaging is `W_i <- W_i - D (W_i - mean)`, and
-d_i = W_i - mean is a deviation. `SpreadPrediction` follows a training and says how far apart its experts are.
-"""
+"""`SpreadPrediction` follows a training and predicts how far apart its experts are (docs/theory.md)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from .averaging import ExpertAveraging, check_share_rate
-from .errors import EwavitError
-from .experts import Experts, SeparateExperts
-from .moe import moe_layers
-
-
-def lerp_weight(share_rate: float, num_experts: int) -> float:
-    """D = beta N / (N - 1), the share of its deviation that an expert loses when averaged (Eq. 6 as a lerp).
-
-    Raises:
-        EwavitError: the share rate is outside 0 <= beta <= (N - 1) / N.
-    """
-    if num_experts == 1:
-        return 0.0  # a single expert is its own mean
-    return min(1.0, check_share_rate(share_rate, num_experts) * num_experts / (num_experts - 1))
-
-
-def deviation_decay(share_rate: float, num_experts: int, steps: int, every: int = 1) -> float:
-    """(1 - D)^(steps // every): what averaging alone leaves of a deviation after `steps` optimizer steps."""
-    return (1 - lerp_weight(share_rate, num_experts)) ** (steps // every)
-
-
-def interval_share_rate(share_rate: float, num_experts: int, every: int) -> float:
-    """The share rate that, used every k-th step, decays deviations as fast as `share_rate` at every step.
-
-    Its lerp weight is 1 - (1 - D)^k.
-    """
-    kept = deviation_decay(share_rate, num_experts, every)
-    return (1 - kept) * (num_experts - 1) / num_experts
-
-
-def matched_sgd(lr: float, weight_decay: float, num_experts: int) -> dict[str, float]:
-    """Settings of the experts' parameter group under which full averaging is dense SGD, step for step.
-
-    An expert sees 1/N of the tokens, so the experts' mean gradient is 1/N of the dense one: the learning
-    rate is N-fold, and weight decay / N keeps their product. Momentum, Nesterov's too, stays as it is.
-
-    Args:
-        lr: of the dense SGD.
-        weight_decay: of the dense SGD.
-        num_experts: N.
-
-    Returns:
-        `lr` and `weight_decay` for the group of the experts; all other parameters keep the dense settings.
-    """
-    return {"lr": lr * num_experts, "weight_decay": weight_decay / num_experts}
-
-
-def history_weights(share_rates: Sequence[float], num_experts: int) -> tuple[Tensor, Tensor]:
-    """How much of each past update is in the weights of an expert at the end.
-
-    For updates u_1, ..., u_T and M_r = (1 - D_r) I + D_r / N 11^T the weights at the end are
-    W_T = M_T ... M_1 W_0 + sum_s M_T ... M_s u_s. All M share their eigenvectors, so
-    M_T ... M_s = p_s I + (1 - p_s) / N 11^T with p_s = prod_{r >= s} (1 - D_r).
-
-    Args:
-        share_rates: beta of step 1, ..., T; 0 for steps without averaging.
-        num_experts: N.
-
-    Returns:
-        Two float64 tensors (T,): the weight of an expert's own update of each step, and that of each other
-        expert's. Their sum over experts is 1, so that in the mean of the experts every update has weight 1/N,
-        whatever the schedule. The initial weights have the weights of the first update.
-
-    Raises:
-        EwavitError: a share rate is out of range.
-    """
-    kept = torch.tensor([1 - lerp_weight(rate, num_experts) for rate in share_rates], dtype=torch.float64)
-    apart = kept.flip(0).cumprod(0).flip(0)
-    other = (1 - apart) / num_experts
-    return apart + other, other
+from ewavit.core.averaging import ExpertAveraging, lerp_weight
+from ewavit.core.experts import Experts, SeparateExperts
+from ewavit.core.moe import moe_layers
+from ewavit.errors import EwavitError
 
 
 class DeviationMoments(NamedTuple):
@@ -131,125 +59,6 @@ class DeviationMoments(NamedTuple):
             a * c * self.d_d + (a * f + b * c) * self.d_m + b * f * self.m_m + e * gain * noise,
             c * c * self.d_d + 2 * c * f * self.d_m + f * f * self.m_m + gain * gain * noise,
         )
-
-
-def stationary_variance(
-    share_rate: float,
-    num_experts: int,
-    lr: float,
-    noise_variance: float,
-    momentum: float = 0.0,
-    dampening: float = 0.0,
-) -> float:
-    """Variance of a deviation under white gradient noise, when averaging and noise balance.
-
-    With r = 1 - D and the momentum filter m <- momentum m + (1 - dampening) g it is
-
-        (N - 1) / N  lr^2 variance(m)  r^2 / (1 - r^2)  (1 + r momentum) / (1 - r momentum)
-
-    and variance(m) = (1 - dampening)^2 / (1 - momentum^2) noise_variance. Plain SGD has r^2 / (1 - r^2) lr^2
-    noise_variance times (N - 1) / N, for the mean of N experts takes part in the noise.
-
-    Args:
-        share_rate: beta, the same at every step.
-        num_experts: N.
-        lr: learning rate.
-        noise_variance: of one expert's gradient, divided by Adam's squared denominator for Adam.
-        momentum: of SGD; beta1 for Adam.
-        dampening: of SGD; beta1 for Adam.
-
-    Raises:
-        EwavitError: the share rate is out of range, or 0: without averaging deviations grow without end.
-    """
-    r = 1 - lerp_weight(share_rate, num_experts)
-    if r == 1:
-        raise EwavitError(
-            "without averaging (share rate 0) deviations have no stationary variance: choose share rate > 0"
-        )
-    of_momentum = (1 - dampening) ** 2 / (1 - momentum**2) * noise_variance
-    memory = (1 + r * momentum) / (1 - r * momentum)
-    return (num_experts - 1) / num_experts * lr**2 * of_momentum * r**2 / (1 - r**2) * memory
-
-
-def hessian_trace(loss: Tensor, parameters: Iterable[Tensor], samples: int = 16) -> float:
-    """Trace of a loss's Hessian, the mean of v^T H v over random signs v (Hutchinson 1989).
-
-    Args:
-        loss: a scalar with its graph. torch's fused attention has no second derivative: compute the loss
-            within `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.
-        parameters: with respect to which the Hessian is taken; each requires a gradient.
-        samples: random vectors, each about as dear as two backward passes.
-    """
-    held = list(parameters)
-    gradients = torch.autograd.grad(loss, held, create_graph=True, materialize_grads=True)
-    signs = (
-        [torch.randint(2, p.shape, device=p.device).to(p.dtype) * 2 - 1 for p in held] for _ in range(samples)
-    )
-    return sum(_curvature(gradients, held, vector).item() for vector in signs) / samples
-
-
-def flatness_penalty(model: nn.Module, loss: Tensor) -> float:
-    """1/2 tr(H Cov d): what the experts' deviations add to the loss in training, to second order.
-
-    Layers draw their partitions independently, so only the Hessian's blocks within one MoE layer count. It
-    holds where the loss is a sum over the units that are dealt: by image, and for losses summed over tokens.
-    Where tokens of different experts meet in one loss, as in attention, cross terms between tokens are in H
-    but average out in training.
-
-    Args:
-        model: an expanded model.
-        loss: of the model in `eval()` mode, where its FFNs are the mean experts, with its graph; about
-            attention see `hessian_trace`.
-
-    Returns:
-        1/2 mean_i d_i^T H d_i, summed over MoE layers.
-
-    Raises:
-        EwavitError: the model has no MoE layer.
-    """
-    penalty = 0.0
-    for moe in _layers(model).values():
-        families = _families(moe.experts)
-        held = [parameter for family in families for parameter in family]
-        gradients = torch.autograd.grad(loss, held, create_graph=True, materialize_grads=True)
-        deviations = [_deviations([parameter.detach() for parameter in family]) for family in families]
-        for expert in range(moe.num_experts):
-            # All experts move by this one's deviation, and so does their mean.
-            vector = [
-                d[expert].expand_as(p) for d, family in zip(deviations, families, strict=True) for p in family
-            ]
-            penalty += 0.5 * _curvature(gradients, held, vector).item() / moe.num_experts
-    return penalty
-
-
-def _curvature(gradients: Sequence[Tensor], parameters: list[Tensor], vector: list[Tensor]) -> Tensor:
-    """v^T H v for the gradients of a loss, taken with their graph."""
-    products = torch.autograd.grad(gradients, parameters, vector, retain_graph=True, materialize_grads=True)
-    return torch.stack([(v * product).sum() for v, product in zip(vector, products, strict=True)]).sum()
-
-
-def _layers(model: nn.Module) -> dict[str, Any]:
-    layers = moe_layers(model)
-    if not layers:
-        raise EwavitError("the model has no MoE layer: call ewavit.expand(model) first")
-    if any(moe.experts.peers is not None for moe in layers.values()):
-        raise EwavitError(
-            "the spread of replica experts is not predicted: each process knows one expert only"
-        )
-    return layers
-
-
-def _families(experts: Experts) -> list[list[Tensor]]:
-    """Per parameter of the FFN the tensors that an optimizer holds: one with N on dimension 0, or N."""
-    if isinstance(experts, SeparateExperts):
-        return [list(family) for family in zip(*(copy.parameters() for copy in experts.copies), strict=True)]
-    return [[parameter] for parameter in experts.parameters()]
-
-
-def _deviations(family: list[Tensor]) -> Tensor:
-    """(experts, ...) minus its mean over experts, for one tensor that holds all experts or one for each."""
-    stacked = family[0] if len(family) == 1 else torch.stack(family)
-    return stacked - stacked.mean(0)
 
 
 class _Part:
@@ -440,3 +249,27 @@ def _unwrapped(optimizer: Optimizer) -> Optimizer:
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner
     return optimizer
+
+
+def _layers(model: nn.Module) -> dict[str, Any]:
+    layers = moe_layers(model)
+    if not layers:
+        raise EwavitError("the model has no MoE layer: call ewavit.expand(model) first")
+    if any(moe.experts.peers is not None for moe in layers.values()):
+        raise EwavitError(
+            "the spread of replica experts is not predicted: each process knows one expert only"
+        )
+    return layers
+
+
+def _families(experts: Experts) -> list[list[Tensor]]:
+    """Per parameter of the FFN the tensors that an optimizer holds: one with N on dimension 0, or N."""
+    if isinstance(experts, SeparateExperts):
+        return [list(family) for family in zip(*(copy.parameters() for copy in experts.copies), strict=True)]
+    return [[parameter] for parameter in experts.parameters()]
+
+
+def _deviations(family: list[Tensor]) -> Tensor:
+    """(experts, ...) minus its mean over experts, for one tensor that holds all experts or one for each."""
+    stacked = family[0] if len(family) == 1 else torch.stack(family)
+    return stacked - stacked.mean(0)

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import EwavitError
-from .experts import Of
-from .moe import MoE, moe_layers
-from .replicas import check_peers
-from .sharding import local
+from ewavit.core.devices import local
+from ewavit.core.experts import Of
+from ewavit.core.moe import MoE, moe_layers
+from ewavit.core.replicas import check_peers
+from ewavit.errors import EwavitError
 
 CHECK_EVERY = 100  # optimizer steps between two looks whether processes with replica experts agree
 Schedule = Callable[[int], float]  # number of optimizer steps done (1, 2, ...) -> share rate
@@ -264,3 +264,14 @@ class ExpertAveraging:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on from a saved number of steps."""
         self.steps_done = int(state["steps_done"])
+
+
+def lerp_weight(share_rate: float, num_experts: int) -> float:
+    """D = beta N / (N - 1), the share of its deviation that an expert loses when averaged (Eq. 6 as a lerp).
+
+    Raises:
+        EwavitError: the share rate is outside 0 <= beta <= (N - 1) / N.
+    """
+    if num_experts == 1:
+        return 0.0  # a single expert is its own mean
+    return min(1.0, check_share_rate(share_rate, num_experts) * num_experts / (num_experts - 1))

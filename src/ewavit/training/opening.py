@@ -12,13 +12,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ewavit.data import sources
+from ewavit.data.augmentation import Augmentation
+from ewavit.data.batches import BatchPlan, Data, _first, _hold_out
+from ewavit.data.in_memory import TensorData
+from ewavit.data.loading import LoaderData, StreamData
+from ewavit.data.sources import TIMM_PREFIXES, Arrays, ImageSource
 from ewavit.errors import EwavitError
-from ewavit.training import sources
-from ewavit.training.augmentation import Augmentation
-from ewavit.training.batches import BatchPlan, Data, TensorData
-from ewavit.training.loading import LoaderData, StreamData
+from ewavit.points.sources import POINT_PREFIXES, is_points
 from ewavit.training.recipe import Recipe
-from ewavit.training.sources import Arrays, ImageSource, Ints
 
 __all__ = ["Augmentation", "Data", "open_data", "open_recipe_data"]
 
@@ -51,7 +53,7 @@ def open_data(
         spec: "fashion-mnist-mini" (bundled); a folder with train/ and val/ of class folders, of CIFAR-10/100
             in the python format, or of Tiny-ImageNet; or what timm's create_dataset takes: "torch/...",
             "hfds/...", "wds/...", "tfds/..."; or point clouds: "solids" (bundled), "modelnet10:PATH" and the
-            others of `ewavit.points.data.read_points`.
+            others of `ewavit.points.sources.read_points`.
         batch_size: images per batch and rank.
         seed: decides the order of the images and the augmentation of images read from files.
         augmentation: what happens to training images.
@@ -116,13 +118,13 @@ def open_data(
     def plan(num_train: int, num_eval: int) -> BatchPlan:
         return BatchPlan(num_train, num_eval, batch_size, seed, rank, world_size)
 
-    if sources.is_points(spec):
+    if is_points(spec):
         options = {"img_size": img_size, "reprob": augmentation.reprob}
         if given := [name for name, value in options.items() if value]:
             raise EwavitError(f"{given[0]} is for images: leave it out for the point clouds of {spec}")
         from ewavit.points.augmentation import PointAugmentation
-        from ewavit.points.data import read_points
-        from ewavit.training.clouds import PointData
+        from ewavit.points.batches import PointData
+        from ewavit.points.sources import read_points
 
         num_points = num_points or (2048 if spec.startswith("shapenetpart") else 1024)
         points = read_points(spec, num_points, skip_bad_images)
@@ -144,7 +146,7 @@ def open_data(
     elif is_timm:
         train, val = sources.read_timm(spec, data_dir, train_split, val_split)
     elif not path.is_dir():
-        raise EwavitError(f"unknown data {spec!r}, and no folder either: give {sources.ACCEPTED}")
+        raise EwavitError(f"unknown data {spec!r}, and no folder either: give {ACCEPTED}")
     elif cifar := sources.find_cifar(path):
         arrays = sources.read_cifar(cifar)
     else:
@@ -207,24 +209,10 @@ def open_recipe_data(
     )
 
 
-def _hold_out(indices: Ints, share: float) -> tuple[Ints, Ints]:
-    """Deal images into those that stay and those held out, at random but always alike."""
-    count = round(share * len(indices))
-    if share and not 0 < count < len(indices):
-        raise EwavitError(f"holdout {share} of {len(indices)} images leaves one side empty: change it")
-    order = np.random.default_rng(0).permutation(len(indices))
-    return indices[np.sort(order[count:])], indices[np.sort(order[:count])]
-
-
-def _first(labels: Ints, limit: int | None) -> Ints:
-    """Indices of the first `limit` images; what is stored class by class is taken from each class in turn."""
-    order = np.arange(len(labels))
-    if limit is None:
-        return order
-    if (np.diff(labels) >= 0).all():
-        _, starts, inverse = np.unique(labels, return_index=True, return_inverse=True)
-        order = np.lexsort((labels, order - starts[inverse]))
-    chosen = order[:limit]
-    if len(np.unique(labels[chosen])) < 2:
-        raise EwavitError(f"limit {limit} leaves images of one class only: raise it")
-    return chosen
+ACCEPTED = (
+    "fashion-mnist-mini or solids, a folder with train/ and val/, of CIFAR-10/100 (python format) or "
+    "Tiny-ImageNet, or timm's "
+    + ", ".join(f"{prefix}/..." for prefix in TIMM_PREFIXES)
+    + ", or point clouds, "
+    + ", ".join(f"{prefix}:PATH" for prefix in POINT_PREFIXES)
+)

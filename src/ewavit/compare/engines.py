@@ -6,7 +6,6 @@ and tells its end. It ends, with a checkpoint, when the process that started it 
 
 from __future__ import annotations
 
-import csv
 import fcntl
 import multiprocessing
 import os
@@ -25,6 +24,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ewavit.compare.results import is_finished, log_file, run_folder
 from ewavit.errors import EwavitError
 from ewavit.training.recipe import Recipe
 
@@ -55,35 +55,6 @@ class Engine(Protocol):
 
     def kill(self) -> None:
         """End all runs at once."""
-
-
-def run_folder(recipe: Recipe) -> Path:
-    """Where a run is."""
-    return Path(recipe.output) / str(recipe.name)
-
-
-def log_file(run: Path) -> Path:
-    """What a run said."""
-    return run.with_name(run.name + ".log")
-
-
-def is_finished(run: Path) -> bool:
-    """Whether a run has left all that a comparison reads."""
-    return (run / "model.safetensors").exists() and (run / "predictions.csv").exists()
-
-
-def last_row(run: Path) -> dict[str, str] | None:
-    """The last line of a run's `summary.csv`, if it has one."""
-    with suppress(OSError), (run / "summary.csv").open(newline="") as handle:
-        return next(iter(deque(csv.DictReader(handle), maxlen=1)), None)
-    return None
-
-
-def top1(run: Path) -> float:
-    """The latest accuracy of a run that has one, in percent, as `read_run` takes it."""
-    row = last_row(run)
-    assert row is not None
-    return float(row.get("average_top1") or row["eval_top1"])
 
 
 def gpus_here() -> list[str]:

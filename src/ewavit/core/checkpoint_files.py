@@ -20,9 +20,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import nn
 
-from .errors import EwavitError
-from .experts import SeparateExperts
-from .moe import MoE
+from ewavit.core.experts import SeparateExperts
+from ewavit.core.moe import MoE
+from ewavit.errors import EwavitError
 
 EXPERTS = "ewavit_experts"  # the key of a file's metadata that says which tensors are experts
 INDEX = ".safetensors.index.json"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .errors import EwavitError
+from ewavit.errors import EwavitError
 
 STATE = 4 + 4 + 8  # bytes of a parameter: weight, gradient, AdamW's two moments
 HALF, FULL = 2, 4  # bytes of a bfloat16 and a float32

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .errors import EwavitError
+from ewavit.errors import EwavitError
 
 if TYPE_CHECKING:
-    from .replicas import Peers
+    from ewavit.core.devices import Peers
 
 Of = Callable[[nn.Parameter], Tensor | None]
 _HALF = (torch.bfloat16, torch.float16)

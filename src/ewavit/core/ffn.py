@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from .experts import ExpertLeaf, SeparateExperts, StackedExperts
-from .moe import MoE, Unit
+from ewavit.core.experts import ExpertLeaf, SeparateExperts, StackedExperts
+from ewavit.core.moe import MoE, Unit
 
 _NAMES = re.compile(r"(mlp|ffn)\d*|mlp_(layer|channels|tokens|in)|channel_mixer|feed_?forward|ff")
 _CLASSES = re.compile(r"mlp|ffn|feed_?forward|swiglu|geglu", re.IGNORECASE)

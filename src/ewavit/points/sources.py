@@ -392,3 +392,12 @@ def _read_parts(
     if not points:
         return np.empty((0, 0, 3), np.float32), np.empty((0, 0), np.int64), np.empty(0, np.int64)
     return np.stack(points), np.stack(labels), np.array(category, np.int64)
+
+
+# what point clouds' specs begin with, before a colon and a path; ewavit.points.sources reads them
+POINT_PREFIXES = ("modelnet10", "modelnet40", "obj_bg", "obj_only", "pb_t50_rs", "shapenetpart", "points")
+
+
+def is_points(spec: str) -> bool:
+    """Whether a data spec names point clouds."""
+    return spec == "solids" or spec.partition(":")[0] in POINT_PREFIXES

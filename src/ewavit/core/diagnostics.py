@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import EwavitError
-from .moe import dispatching, moe_layers
-from .routing import TopKRouter
-from .sharding import local, summed
-from .surgery import collapsed
+from ewavit.core.devices import local, summed
+from ewavit.core.moe import dispatching, moe_layers
+from ewavit.core.routing import TopKRouter
+from ewavit.core.surgery import collapsed
+from ewavit.errors import EwavitError
 
 
 @torch.no_grad()

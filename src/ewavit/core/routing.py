@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import EwavitError
+from ewavit.errors import EwavitError
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ewavit.data.augmentation import Augmentation
+from ewavit.data.batches import Batch, BatchPlan, Data, Statistics, entropy
+from ewavit.data.sources import ImageSource, Ints, UnreadableImage, class_names, open_timm
 from ewavit.errors import EwavitError
-from ewavit.training.augmentation import Augmentation
-from ewavit.training.batches import Batch, BatchPlan, Data, Statistics, entropy
-from ewavit.training.sources import ImageSource, Ints, UnreadableImage, class_names, open_timm
 
 PROBED = 64  # images whose size and mode are looked at
 

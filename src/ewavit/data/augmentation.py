@@ -14,8 +14,8 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision.transforms import v2
 
+from ewavit.data.rand_augment import RandAugment
 from ewavit.errors import EwavitError
-from ewavit.training.rand_augment import RandAugment
 
 # Images that share the drawn operations of AutoAugment and AugMix; smaller groups vary more, and take longer.
 GROUP = 8

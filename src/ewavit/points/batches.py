@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ewavit.data.batches import Batch, BatchPlan, Data
+from ewavit.data.sources import Ints
 from ewavit.points.augmentation import PointAugmentation
-from ewavit.points.data import PointSet
 from ewavit.points.ops import gather_points
+from ewavit.points.sources import PointSet
 from ewavit.points.transformer import NUM_CATEGORIES
-from ewavit.training import report
-from ewavit.training.batches import Batch, BatchPlan, Data
-from ewavit.training.sources import Ints
 
 SHOWN = 10  # clouds in the picture of a run
 
@@ -123,4 +123,29 @@ class PointData(Data):
         chosen = right[: SHOWN - len(wrong)] + wrong
         names = self.classes
         named = [(names[predictions[index][0]], names[predictions[index][1]]) for index in chosen]
-        report.draw_clouds(self._eval_points[chosen].cpu().numpy(), named, path)
+        draw_clouds(self._eval_points[chosen].cpu().numpy(), named, path)
+
+
+def draw_clouds(clouds: Any, names: Sequence[tuple[str, str]], path: Path) -> None:
+    """Draw point clouds (clouds, points, 3) with their true and predicted class, the wrong ones in red."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = min(5, len(names))
+    rows = -(-len(names) // columns)
+    figure = pyplot.figure(figsize=(2.4 * columns, 2.6 * rows), layout="constrained")
+    for number, (points, (label, found)) in enumerate(zip(clouds, names, strict=True), 1):
+        axis = figure.add_subplot(rows, columns, number, projection="3d")
+        x, y, z = points.T
+        axis.scatter(x, y, z, c=y, s=2, cmap="viridis", linewidths=0)
+        axis.set_box_aspect((1, 1, 1), zoom=1.3)
+        for limits in (axis.set_xlim, axis.set_ylim, axis.set_zlim):
+            limits(-0.8, 0.8)
+        axis.set_axis_off()
+        right = label == found
+        title = label if right else f"{label}\npredicted {found}"
+        axis.set_title(title, fontsize=9, color="black" if right else "tab:red")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ewavit.averaging import ExpertAveraging
+from ewavit.core.averaging import ExpertAveraging
 from ewavit.training.building import (
     build_model,
     build_optimizer,
@@ -28,7 +28,7 @@ from ewavit.training.building import (
     model_settings,
     set_grad_checkpointing,
 )
-from ewavit.training.data import Data
+from ewavit.training.opening import Data
 from ewavit.training.processes import keep_freed_memory
 from ewavit.training.recipe import Recipe
 

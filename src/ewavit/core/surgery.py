@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .errors import EwavitError
-from .experts import ExpertLeaf, Experts, SeparateExperts, StackedExperts
-from .ffn import FFN, find_ffns
-from .moe import MoE, Unit, moe_layers
-from .replicas import DealtByProcess, Peers, ReplicaExperts, keep_from_ddp
-from .routing import TopK, TopKRouter
-from .sharding import cut_like, is_sharded, whole
+from ewavit.core.devices import Peers, cut_like, is_sharded, whole
+from ewavit.core.experts import ExpertLeaf, Experts, SeparateExperts, StackedExperts
+from ewavit.core.ffn import FFN, find_ffns
+from ewavit.core.moe import MoE, Unit, moe_layers
+from ewavit.core.replicas import DealtByProcess, ReplicaExperts, keep_from_ddp
+from ewavit.core.routing import TopK, TopKRouter
+from ewavit.errors import EwavitError
 
 Select = str | Iterable[str] | Callable[[str, nn.Module], bool]
 Init = Literal["copy", "perturb", "independent"]

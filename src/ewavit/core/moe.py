@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from .errors import EwavitError
-from .experts import ExpertLeaf, Experts
-from .partition import RandomPartition
-from .routing import TopKRouter
+from ewavit.core.experts import ExpertLeaf, Experts
+from ewavit.core.partition import RandomPartition
+from ewavit.core.routing import TopKRouter
+from ewavit.errors import EwavitError
 
 Unit = Literal["token", "image"]
 

@@ -1,0 +1,178 @@
+"""Replica experts: each data-parallel process holds one expert, and averaging is an all-reduce of the FFNs.
+
+The samples of a batch are dealt to the processes already, so nothing is dispatched. What DDP would send of an
+FFN's gradients is not sent; its weights are, after the optimizer step. N is the number of processes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.parallel import DistributedDataParallel
+
+from ewavit.core.devices import Peers, is_sharded, local, sharded_like, whole
+from ewavit.core.experts import Experts, Of
+from ewavit.core.moe import moe_layers
+from ewavit.core.partition import RandomPartition
+from ewavit.errors import EwavitError
+
+
+class ReplicaExperts(Experts):
+    """One of N experts: this process's FFN, which starts as a copy of the first process's.
+
+    In eval mode it computes with the mean, for which the processes meet in `eval()`: each must call it.
+
+    Args:
+        ffn: the FFN, left untouched.
+        peers: the processes that hold one expert each.
+    """
+
+    def __init__(self, ffn: nn.Module, peers: Peers) -> None:
+        super().__init__()
+        self.peers: Peers = peers
+        self.num_experts = peers.size
+        self.ffn = copy.deepcopy(ffn)
+        self.training = ffn.training
+        for tensor in (*self.ffn.parameters(), *self.ffn.buffers()):
+            peers.broadcast_(tensor.detach())
+        self._mean: dict[str, Tensor] | None = None
+        self._versions: list[int] = []
+        self._sharded = False
+        if not self.training:
+            self.eval()
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return cast(Tensor, self.ffn(x, *args, **kwargs))
+
+    def merged(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.num_experts == 1:
+            return self.forward(x, *args, **kwargs)
+        if self._mean is None or self._stale():
+            raise EwavitError(
+                "replica experts meet in eval(): call model.eval() in every process before evaluating, "
+                "and again when the weights have changed"
+            )
+        mean = {name: whole(value) for name, value in self._mean.items()}
+        return cast(Tensor, functional_call(self.ffn, mean, (x, *args), kwargs))
+
+    def train(self, mode: bool = True) -> ReplicaExperts:
+        """Switch the mode; into eval mode every process must go, for the experts' mean."""
+        super().train(mode)
+        self._mean = None if mode else self.mean()
+        self._versions = [parameter._version for parameter in self.ffn.parameters()]
+        self._sharded = any(is_sharded(parameter) for parameter in self.ffn.parameters())
+        return self
+
+    def _stale(self) -> bool:
+        """Whether the weights were written to since `eval()`, as far as that can be seen."""
+        if self._sharded or torch.compiler.is_compiling():
+            return False
+        return self._versions != [parameter._version for parameter in self.ffn.parameters()]
+
+    @torch.no_grad()
+    def mean(self) -> dict[str, Tensor]:
+        """The mean over all processes of each parameter, by name; every process must ask."""
+        parameters = dict(self.ffn.named_parameters())
+        total = self.peers.sum([local(parameter) for parameter in parameters.values()])
+        means = [
+            _like(p, part.div_(self.num_experts)) for p, part in zip(parameters.values(), total, strict=True)
+        ]
+        return dict(zip(parameters, means, strict=True))
+
+    def families(self, of: Of | None = None) -> Iterator[tuple[str, list[Tensor]]]:
+        for name, parameter in self.ffn.named_parameters():
+            value = parameter if of is None else of(parameter)
+            if value is not None:
+                yield name, [value]
+
+    @torch.no_grad()
+    def pull_(self, weight: float, of: Of | None = None) -> Callable[[], None] | None:
+        values = [value for _, (value,) in self.families(of)]
+        if not values:
+            return None
+        sums = self.peers.begin_sum(values)
+
+        def finish() -> None:
+            for value, total in zip(values, sums(), strict=True):
+                work = value.to(total.dtype)  # itself, but for half precision
+                work.lerp_(total.div_(self.num_experts), weight)
+                if work is not value:
+                    value.copy_(work)
+
+        return finish
+
+    def replicas(self) -> list[nn.Module]:
+        return [self.ffn]
+
+    def collapse(self) -> nn.Module:
+        parameters = dict(self.ffn.named_parameters())
+        memo: dict[int, Any] = {
+            id(parameters[name]): nn.Parameter(
+                mean.clone(), parameters[name].requires_grad
+            )  # they share memory
+            for name, mean in self.mean().items()
+        }
+        return copy.deepcopy(self.ffn, memo)
+
+
+def _like(parameter: Tensor, part: Tensor) -> Tensor:
+    """Of a parameter's dtype, and as it is sharded: `part` is this process's."""
+    part = part.to(parameter.dtype)
+    return sharded_like(parameter, part) if is_sharded(parameter) else part
+
+
+class DealtByProcess(RandomPartition):
+    """The dispatcher of replica experts: the data loader has dealt the samples to the processes already."""
+
+    def dispatch(self, x: Tensor) -> tuple[Tensor, Any]:
+        return x, None
+
+    def combine(self, block: Tensor, state: Any) -> Tensor:
+        return block
+
+
+def own_parameters(model: nn.Module) -> dict[nn.Parameter, Peers]:
+    """The parameters that every process has of its own, with the processes."""
+    experts = [moe.experts for moe in moe_layers(model).values()]
+    return {p: each.peers for each in experts if each.peers is not None for p in each.parameters()}
+
+
+def keep_from_ddp(model: nn.Module) -> None:
+    """Let DDP, which will wrap this very module, leave the replica experts' weights and gradients alone."""
+    own = own_parameters(model)
+    names = {name for name, parameter in model.named_parameters() if parameter in own}
+    names |= set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
+    mark = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
+    mark(model, names)  # type: ignore[no-untyped-call]
+
+
+@torch.no_grad()
+def check_peers(model: nn.Module) -> None:
+    """See that only the experts of the processes differ, and that they learn from samples of their own.
+
+    Raises:
+        EwavitError: the other weights have come apart, or the experts' gradients are all the same.
+    """
+    own = own_parameters(model)
+    if not own:
+        return
+    parameter, peers = next(iter(own.items()))
+    sums = [local(p).float().abs().sum() for p in model.parameters() if p not in own]
+    gradient = torch.zeros_like(sums[0]) if parameter.grad is None else local(parameter.grad).float().norm()
+    values = torch.stack([gradient, *sums])
+    apart = peers.range(values)
+    if bool((apart[1:] > 1e-6 * values[1:]).any()):
+        raise EwavitError(
+            "weights that all processes share differ between them: wrap the model in "
+            "DistributedDataParallel, and clip gradients with ewavit.clip_grad_norm_"
+        )
+    if peers.size > 1 and float(apart[0]) == 0 and float(gradient) > 0:
+        raise EwavitError(
+            "the replica experts get the same gradient in every process: expand the very module that "
+            "DistributedDataParallel wraps, and give each process samples of its own"
+        )

@@ -1,0 +1,1 @@
+"""Figures without a full training: plan, bench, scaling, closed forms."""

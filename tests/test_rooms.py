@@ -1,0 +1,81 @@
+"""The house: a file imports its own wing and earlier ones, the core needs torch alone, no circle."""
+
+import ast
+import sys
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import ewavit
+
+PACKAGE = Path(ewavit.__file__).parent
+# A wing may import itself and every wing before it. Integrations import the core only.
+ORDER = ("errors", "core", "integrations", "data", "points", "tasks", "training", "study", "compare", "cli")
+FILES = sorted(PACKAGE.rglob("*.py"))
+DOOR = PACKAGE / "__init__.py"
+
+
+def room(file: Path) -> str:
+    """`ewavit.core.moe` for ewavit/core/moe.py, `ewavit.core` for the wing's own file."""
+    parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def wing(name: str) -> str:
+    return name.split(".")[1] if "." in name else ""
+
+
+def imports(file: Path, late: bool = True) -> set[str]:
+    """The modules that a file imports; with `late`, within functions and under TYPE_CHECKING as well."""
+    tree = ast.parse(file.read_text())
+    nodes = ast.walk(tree) if late else iter(tree.body)
+    package = room(file).split(".") if file.name == "__init__.py" else room(file).split(".")[:-1]
+    found: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            rooms = {f"{module}.{alias.name}" for alias in node.names} & ROOMS
+            found |= rooms or {module}
+    return found
+
+
+ROOMS = {room(file) for file in FILES}
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file != DOOR], ids=room)
+def test_a_file_imports_its_own_wing_and_earlier_ones(file):
+    mine = wing(room(file))
+    allowed = {"core", "errors", "integrations"} if mine == "integrations" else ORDER[: ORDER.index(mine) + 1]
+    for name in imports(file):
+        if name.split(".")[0] == "ewavit" and name != "ewavit":  # `import ewavit` alone is the door's version
+            assert wing(name) in allowed, f"{room(file)} imports {name}"
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if wing(room(f)) in ("core", "errors")], ids=room)
+def test_the_core_imports_torch_and_the_standard_library_only(file):
+    for name in imports(file):
+        top = name.split(".")[0]
+        assert top in {"torch", "ewavit"} | sys.stdlib_module_names, f"{room(file)} imports {name}"
+
+
+def test_no_files_import_each_other_in_a_circle():
+    graph = {room(file): imports(file) & ROOMS - {room(file)} for file in FILES if file != DOOR}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as circle:
+        pytest.fail(" -> ".join(circle.args[1]))
+
+
+def test_every_file_belongs_to_a_wing():
+    assert {wing(room(file)) for file in FILES if file != DOOR} <= set(ORDER)
+
+
+def test_the_door_imports_the_core_and_leaves_the_trainer_for_later():
+    assert {wing(name) for name in imports(DOOR, late=False) if name.startswith("ewavit")} <= {
+        "core",
+        "errors",
+    }
