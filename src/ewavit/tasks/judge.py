@@ -1,0 +1,37 @@
+"""`Judge`: the metric that a task's runs are judged by, with its words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The judging metric of a task.
+
+    Attributes:
+        column: its name in files: `eval_top1` and `average_top1` in summary.csv, `top1` in results.csv.
+        name: its name in sentences, e.g. "top-1".
+        unit: of its values, e.g. "%".
+        difference_unit: of differences between two values, e.g. "points".
+        higher_is_better: False for an error.
+    """
+
+    column: str
+    name: str
+    unit: str = "%"
+    difference_unit: str = "points"
+    higher_is_better: bool = True
+
+    @property
+    def sign(self) -> int:
+        """1 where a higher value is better, else -1."""
+        return 1 if self.higher_is_better else -1
+
+    def text(self, value: float) -> str:
+        """A value with its unit, e.g. "86.20 %"."""
+        return f"{value:.2f} {self.unit}".rstrip()
+
+
+TOP1 = Judge("top1", "top-1")
+INSTANCE_IOU = Judge("instance_iou", "instance mIoU")
