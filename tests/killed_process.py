@@ -4,17 +4,12 @@ import os
 import signal
 import sys
 
+import pytest
+
 from ewavit.cli import main
-from ewavit.training import loop
+from runs import stop_after
 
-if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-    original = loop._Run._update
-
-    def update(run: loop._Run) -> None:
-        original(run)
-        if run.progress.update == 5:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    loop._Run._update = update
-
-sys.exit(main())
+with pytest.MonkeyPatch.context() as patch:
+    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        stop_after(patch, 5, signal.SIGKILL)
+    sys.exit(main())

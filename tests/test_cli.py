@@ -11,9 +11,8 @@ import torch
 from PIL import Image
 
 from ewavit.cli import main
-from ewavit.training import loop
 from ewavit.training.checkpoint import load_checkpoint
-from test_training import TINY, fresh_accelerator  # noqa: F401  (a fixture)
+from runs import TINY, observe, raise_after
 
 SMALL = [
     "--model",
@@ -164,14 +163,11 @@ def test_existing_run_is_not_overwritten(capsys, tmp_path):
 
 
 def test_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_checkpoint(capsys, tmp_path, monkeypatch):
-    original = loop._Run._update
-
     def poison(run):
-        original(run)
         if run.progress.update == 6:  # the second step of the second epoch
             next(run.state.model.parameters()).data.fill_(float("nan"))
 
-    monkeypatch.setattr(loop._Run, "_update", poison)
+    observe(monkeypatch, poison)
     assert main(["train", *SMALL, "--output", str(tmp_path), "--name", "run"]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
@@ -184,14 +180,11 @@ def test_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_checkpoint(ca
 
 
 def test_weights_that_are_not_finite_are_never_saved(capsys, tmp_path, monkeypatch):
-    original = loop._Run._update
-
     def poison(run):
-        original(run)
         if run.progress.update == 8:  # the last step: no loss comes after it
             next(run.state.model.parameters()).data.fill_(float("nan"))
 
-    monkeypatch.setattr(loop._Run, "_update", poison)
+    observe(monkeypatch, poison)
     assert main(["train", *SMALL, "--output", str(tmp_path), "--name", "run"]) == 2
     said = capsys.readouterr().err
     assert "weights are not finite after step 8" in said
@@ -212,15 +205,8 @@ def test_checkpoint_of_another_model_is_refused(capsys, tmp_path):
 
 
 def test_truncated_checkpoint_falls_back_to_the_one_before_and_says_so(capsys, tmp_path, monkeypatch):
-    original = loop._Run._update
-
-    def crash(run):
-        original(run)
-        if run.progress.update == 10:
-            raise MemoryError
-
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "_update", crash)
+        raise_after(patch, 10, MemoryError)
         with pytest.raises(MemoryError):
             main(["train", *SMALL, "--epochs", "3", "--output", str(tmp_path), "--name", "run"])
     file = tmp_path / "run" / "checkpoint" / "model.safetensors"

@@ -24,7 +24,7 @@ from ewavit.compare.work import best_lr
 from ewavit.training.loop import train
 from ewavit.training.processes import Interrupted
 from ewavit.training.recipe import Recipe
-from test_training import TINY, fresh_accelerator, stop_after  # noqa: F401  (a fixture)
+from runs import TINY, stop_after
 
 SMALL = {**TINY, "limit": 128, "holdout": 0.25, "workers": 0}
 WILD = {"lr": 1e30, "warmup_epochs": 0}  # diverges at once

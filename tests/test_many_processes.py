@@ -15,7 +15,7 @@ from ewavit.training.checkpoint import load_checkpoint
 from ewavit.training.export import evaluate, export
 from ewavit.training.recipe import Recipe
 from processes import in_processes
-from test_training import TINY, assert_same_end
+from runs import TINY, assert_same_end, raise_after
 
 SETTINGS = {**TINY, "placement": "replicas", "recovery_interval": 2, "share_rate": 0.2, "clip_grad": 0.5}
 
@@ -30,17 +30,10 @@ def train(folder, name, settings=()):
 
 def stopped_after(updates, folder, name, settings):
     """Train until an error in every process."""
-    original = loop._Run._update
-
-    def update(run):
-        original(run)
-        if run.progress.update == updates:
-            raise KeyError
-
-    loop._Run._update = update
-    with pytest.raises(KeyError):
-        train(folder, name, settings)
-    loop._Run._update = original
+    with pytest.MonkeyPatch.context() as patch:
+        raise_after(patch, updates, KeyError)
+        with pytest.raises(KeyError):
+            train(folder, name, settings)
 
 
 def resume(folder, name):
@@ -69,7 +62,7 @@ def test_a_run_of_replicas_leaves_a_plain_model_and_every_expert(whole, tmp_path
     plain = load_file(whole / "model.safetensors")
     assert torch.allclose(plain["blocks.1.mlp.fc1.weight"], experts.mean(0), atol=1e-7)
     for source in (whole, whole / "checkpoint"):
-        assert evaluate(source).top1 == pytest.approx(float(row["eval_top1"]), abs=0.05)
+        assert evaluate(source)["top1"] == pytest.approx(float(row["eval_top1"]), abs=0.05)
     assert f"top-1 {float(row['eval_top1']):.2f} %" in export(whole, tmp_path / "plain.safetensors")
 
 

@@ -20,9 +20,7 @@ from ewavit.training.opening import open_data
 from ewavit.training.processes import Interrupted
 from ewavit.training.recipe import Recipe
 from processes import in_processes
-from test_training import assert_same_end, fresh_accelerator, stop_after
-
-__all__ = ["fresh_accelerator"]  # a fixture that every test here takes too
+from runs import assert_same_end, stop_after
 
 KWARGS = "dim=16,depth=3,num_heads=2,num_group=6,group_size=4,encoder_width=4"
 TINY = {
@@ -79,7 +77,7 @@ def test_the_deployed_model_is_a_plain_point_transformer(finished, capsys):
 def test_evaluation_with_the_same_votes_gives_the_figure_of_the_run(finished):
     for source in (finished.run, finished.run / "checkpoint", finished.model_file):
         metrics = evaluate(source, votes=2)
-        assert (metrics.top1, metrics.mean_class) == (
+        assert (metrics["top1"], metrics["mean_class"]) == (
             finished.row["eval_top1"],
             finished.row["eval_mean_class"],
         )
@@ -89,7 +87,7 @@ def test_evaluation_with_the_same_votes_gives_the_figure_of_the_run(finished):
 def test_exported_files_compute_the_same(finished, tmp_path, ending):
     said = export(finished.run, tmp_path / f"model.{ending}")
     assert "logits equal the model's" in said
-    assert evaluate(tmp_path / f"model.{ending}").images == 2
+    assert evaluate(tmp_path / f"model.{ending}").count == 2
 
 
 def test_interrupted_and_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch):
@@ -111,7 +109,7 @@ def test_processes_evaluate_with_the_batch_statistics_that_are_saved(tmp_path):
     point_sets.write_folder(tmp_path / "clouds")
     in_processes(2, train_here, str(tmp_path))
     loss = float(rows(tmp_path / "two")[-1]["eval_loss"])
-    assert evaluate(tmp_path / "two").loss == pytest.approx(loss, rel=1e-5)
+    assert evaluate(tmp_path / "two")["loss"] == pytest.approx(loss, rel=1e-5)
 
 
 def test_a_run_on_other_classes_starts_from_a_checkpoint(finished, tmp_path):
@@ -137,7 +135,7 @@ def test_parts_are_segmented_and_measured_by_their_ious(tmp_path):
     instance, by_class = float(last["eval_instance_iou"]), float(last["eval_class_iou"])
     assert 0 <= instance <= 100
     assert instance == pytest.approx(by_class, abs=1e-3)  # one cloud in each of two categories
-    assert evaluate(result.run).instance_iou == pytest.approx(instance, abs=1e-3)
+    assert evaluate(result.run)["instance_iou"] == pytest.approx(instance, abs=1e-3)
     assert "logits equal" in export(result.run, tmp_path / "parts.safetensors")
     assert read_run(result.run, 0).predictions is None
 
@@ -157,7 +155,7 @@ def test_solids_get_a_small_point_transformer_unless_told_otherwise(capsys):
         ({"model": "vit_tiny_patch16_224"}, "there is no point model 'vit_tiny_patch16_224'"),
         ({"mixup": 0.8}, "--mixup and --cutmix mix images"),
         ({"batch_size": 1}, "--batch-size 1 leaves"),
-        ({"pretrained": True}, "--pretrained fetches timm's weights"),
+        ({"pretrained": True}, "--pretrained loads timm's weights"),
         ({"num_points": 41}, "has 40 points: remove it, or choose --num-points 40"),
         ({"model_kwargs": "num_group=33"}, "32 points a cloud are fewer than the 33 groups"),
         (

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -21,18 +22,15 @@ import ewavit as ewa
 from ewavit.cli import main
 from ewavit.compare.arms import arm_recipe, make_arms
 from ewavit.core.routing import _Gather, routed_reference
-from ewavit.training import loop
 from ewavit.training.building import expert_averaging
 from ewavit.training.export import evaluate
-from ewavit.training.loop import resume, train
+from ewavit.training.loop import TrainingRun, resume, train
 from ewavit.training.processes import Interrupted
 from ewavit.training.recipe import Recipe
 from processes import in_processes
+from runs import TINY, assert_same_end, recipe, stop_after
 from small_models import DIM, MlpNet, ffn, images, randomised, separated, tiny_vit, tokens
 from test_invariants import assert_same, fresh_compiler, gradients, labels
-from test_training import TINY, assert_same_end, fresh_accelerator, recipe, stop_after
-
-__all__ = ["fresh_accelerator"]  # an autouse fixture
 
 KINDS = {"stacked": ewa.StackedExperts, "separate": ewa.SeparateExperts}
 both_kinds = pytest.mark.parametrize("kind", KINDS)
@@ -684,11 +682,11 @@ def test_a_routed_run_resumes_exactly(tmp_path, monkeypatch, updates):
 
 def test_the_loop_scales_the_auxiliary_losses_like_its_own(tmp_path):
     settings = {**ROUTED, "grad_accum_steps": 4}
-    run = loop._Run(recipe(tmp_path, "scaled", **settings), tmp_path / "scaled", loop.Accelerator(cpu=True))
+    run = TrainingRun(recipe(tmp_path, "scaled", **settings), tmp_path / "scaled", Accelerator(cpu=True))
     one = torch.ones(())
     assert float(only_router(run.state.model).scale_loss(one)) == 0.25
     run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    run._forward_backward(run._training_batches(0))
+    run._forward_backward(run.training_batches(0))
     assert float(only_router(run.state.model).scale_loss(one)) == 2.0
 
 

@@ -1,36 +1,26 @@
 """Properties of whole runs: exact resumption, what a run leaves behind, evaluation, export, two processes."""
 
 import csv
-import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 import yaml
-from accelerate.state import AcceleratorState, PartialState
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 import ewavit as ewa
 from ewavit import EwavitError
-from ewavit.training import loop
 from ewavit.training.checkpoint import load_checkpoint
 from ewavit.training.export import evaluate, export, load_model
-from ewavit.training.loop import resume, train
+from ewavit.training.loop import TrainingRun, resume, train
 from ewavit.training.processes import Interrupted
 from ewavit.training.recipe import Recipe
+from runs import TINY, assert_same_end, raise_after, recipe, stop_after
 
-TINY = {
-    "model": "vit_tiny_patch16_224",
-    "model_kwargs": "patch_size=7,embed_dim=32,depth=2,num_heads=2",
-    "limit": 256,
-    "batch_size": 32,
-    "epochs": 2,
-    "warmup_epochs": 1,
-}
 EVERYTHING = {
     "mixup": 0.8,
     "cutmix": 1.0,
@@ -41,47 +31,10 @@ EVERYTHING = {
 }
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """accelerate keeps its precision for the life of a process; a test may need another."""
-    yield
-    AcceleratorState._reset_state()
-    PartialState._reset_state()
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """One finished run, for tests that only look at it."""
     return train(Recipe(**TINY, output=str(tmp_path_factory.mktemp("runs")), name="finished"))
-
-
-def recipe(tmp_path, name, **settings):
-    return Recipe(**{**TINY, **settings}, output=str(tmp_path), name=name)
-
-
-def stop_after(monkeypatch, updates, signal_number=signal.SIGTERM):
-    """Send this process a signal in the midst of the given optimizer step."""
-    original = loop._Run._update
-
-    def update(run):
-        original(run)
-        if run.progress.update == updates:
-            os.kill(os.getpid(), signal_number)
-
-    monkeypatch.setattr(loop._Run, "_update", update)
-
-
-def assert_same_end(one: Path, other: Path):
-    for file in ("model.safetensors", "checkpoint/model.safetensors", "checkpoint/training.safetensors"):
-        first, second = load_file(one / file), load_file(other / file)
-        assert list(first) == list(second)
-        for name, tensor in first.items():
-            assert torch.equal(tensor, second[name]), f"{file}: {name}"
-    rows = [list(csv.DictReader((run / "summary.csv").open())) for run in (one, other)]
-    measured = {"images_per_second": "", "seconds": "", "peak_memory_mib": ""}
-    for first, second in zip(*rows, strict=True):
-        assert first | measured == second | measured
-    assert (one / "predictions.csv").read_text() == (other / "predictions.csv").read_text()
 
 
 @pytest.mark.parametrize("updates", [3, 8, 11], ids=["mid-epoch", "epoch end", "second epoch"])
@@ -112,15 +65,8 @@ def test_resume_is_exact_with_gradient_accumulation_sgd_and_augmentation(tmp_pat
 
 def test_killed_run_goes_on_from_its_recovery_checkpoint(tmp_path, monkeypatch):
     whole = train(recipe(tmp_path, "whole")).run
-    original = loop._Run._update
-
-    def update(run):
-        original(run)
-        if run.progress.update == 7:
-            raise MemoryError
-
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "_update", update)
+        raise_after(patch, 7, MemoryError)
         with pytest.raises(MemoryError):
             train(recipe(tmp_path, "parts", recovery_interval=5))
     assert load_checkpoint(tmp_path / "parts").facts["progress"]["update"] == 5
@@ -132,18 +78,18 @@ def test_dense_and_expanded_runs_see_the_same_images(tmp_path, monkeypatch):
     seen = {}
 
     def watch(name):
-        original = loop._Run._forward_backward
+        original = TrainingRun.training_batches
 
-        def recorded(batches):
-            for batch in batches:
+        def recorded(run, epoch, start=0):
+            for batch in original(run, epoch, start):
                 seen.setdefault(name, []).append(batch[0].clone())
                 yield batch
 
-        return lambda run, batches: original(run, recorded(batches))
+        return recorded
 
     for name, experts in (("dense", 1), ("ewa", 4)):
         with monkeypatch.context() as patch:
-            patch.setattr(loop._Run, "_forward_backward", watch(name))
+            patch.setattr(TrainingRun, "training_batches", watch(name))
             train(recipe(tmp_path, name, experts=experts, epochs=1))
     assert len(seen["dense"]) == 8
     assert all(torch.equal(a, b) for a, b in zip(seen["dense"], seen["ewa"], strict=True))
@@ -188,9 +134,9 @@ assert "ewavit" not in sys.modules
 def test_evaluate_finds_the_accuracy_that_the_run_reported(finished):
     for source in (finished.run, finished.model_file, finished.run / "checkpoint"):
         metrics = evaluate(source)
-        assert metrics.images == 2000
-        assert metrics.top1 == pytest.approx(finished.row["eval_top1"], abs=0.05)
-        assert metrics.loss == pytest.approx(finished.row["eval_loss"], abs=1e-4)
+        assert metrics.count == 2000
+        assert metrics["top1"] == pytest.approx(finished.row["eval_top1"], abs=0.05)
+        assert metrics["loss"] == pytest.approx(finished.row["eval_loss"], abs=1e-4)
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "onnx"])
@@ -198,7 +144,7 @@ def test_export_writes_a_file_with_the_runs_accuracy(finished, tmp_path, suffix)
     file = tmp_path / f"plain.{suffix}"
     said = export(finished.run / "checkpoint", file)
     assert f"top-1 {finished.row['eval_top1']:.2f} %" in said
-    assert evaluate(file).top1 == pytest.approx(finished.row["eval_top1"], abs=0.1)
+    assert evaluate(file)["top1"] == pytest.approx(finished.row["eval_top1"], abs=0.1)
     assert [path.name for path in tmp_path.iterdir()] == [file.name]
 
 
@@ -216,9 +162,7 @@ def test_export_that_computes_something_else_leaves_no_file(finished, tmp_path, 
 
 
 def test_the_experts_learning_rate_is_scaled_and_nothing_else(tmp_path):
-    run = loop._Run(
-        recipe(tmp_path, "scaled", expert_lr=3.0), tmp_path / "scaled", loop.Accelerator(cpu=True)
-    )
+    run = TrainingRun(recipe(tmp_path, "scaled", expert_lr=3.0), tmp_path / "scaled", Accelerator(cpu=True))
     experts = {id(p) for moe in ewa.moe_layers(run.state.model).values() for p in moe.parameters()}
     for update in (1, 5, 11):
         run.state.scheduler.step_update(update)
@@ -322,7 +266,7 @@ def test_tensorboard_events_are_written_when_asked(tmp_path):
 def test_compiled_run_trains(tmp_path):
     result = train(recipe(tmp_path, "compiled", compile=True, epochs=1, limit=128))
     assert result.row["train_loss"] < 2.6
-    assert evaluate(result.run).top1 == pytest.approx(result.row["eval_top1"], abs=0.1)
+    assert evaluate(result.run)["top1"] == pytest.approx(result.row["eval_top1"], abs=0.1)
 
 
 @pytest.mark.slow
@@ -359,4 +303,4 @@ def test_two_processes_share_the_work_and_one_writes(tmp_path):
     facts = load_checkpoint(run).facts["progress"]
     assert facts["update"] == 256 // (2 * 32)
     row = next(csv.DictReader((run / "summary.csv").open()))
-    assert evaluate(run).top1 == pytest.approx(float(row["eval_top1"]), abs=0.01)
+    assert evaluate(run)["top1"] == pytest.approx(float(row["eval_top1"]), abs=0.01)

@@ -366,24 +366,11 @@ def _comparison_yaml(path: str | Path, what: str, own: dict[str, dict[str, Any] 
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from dataclasses import asdict
-
     from ewavit.training.export import evaluate
 
     names = ("data", "batch_size", "workers", "data_dir", "val_split", "votes", "skip_bad_images")
     metrics = evaluate(options.source, **{name: getattr(options, name) for name in names})
-    if options.json:
-        print(json.dumps(asdict(metrics)))
-    elif metrics.instance_iou is not None:
-        print(
-            f"instance mIoU {metrics.instance_iou:.2f} %, class mIoU {metrics.class_iou:.2f} %, "
-            f"of points {metrics.top1:.2f} % right, loss {metrics.loss:.4f} on {metrics.images:,} clouds"
-        )
-    else:
-        print(
-            f"top-1 {metrics.top1:.2f} % (mean of classes {metrics.mean_class:.2f} %), "
-            f"top-5 {metrics.top5:.2f} %, loss {metrics.loss:.4f} on {metrics.images:,} images"
-        )
+    print(json.dumps(metrics.as_dict()) if options.json else metrics.sentence)
     return 0
 
 

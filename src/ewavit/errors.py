@@ -1,4 +1,4 @@
-"""The one exception class for input that a user can correct."""
+"""The exceptions for what a user can correct."""
 
 
 class EwavitError(ValueError):
@@ -6,3 +6,7 @@ class EwavitError(ValueError):
 
     The command line prints the message on one line and exits with status 2.
     """
+
+
+class Diverged(EwavitError):
+    """The loss or the weights of a training are not finite any more."""

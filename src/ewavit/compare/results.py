@@ -114,7 +114,7 @@ def read_run(folder: Path, seed: int) -> Run:
             points.append(
                 Point(
                     epoch=int(float(row["epoch"])),
-                    images=int(float(row["images"])),
+                    images=int(float(row.get("images") or row["clouds"])),
                     seconds=float(row["seconds"]),
                     train_loss=float(row["train_loss"]),
                     eval_loss=float(loss or "nan"),

@@ -2,9 +2,9 @@
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -66,37 +66,41 @@ class BatchPlan:
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """What a model is for: the number of classes, and images of `img_size` pixels or clouds of `num_points`.
-
-    `parts` says that not clouds but their points are classified.
-    """
+class Inputs(ABC):
+    """Shape of a model's inputs, and the number of classes that it tells apart."""
 
     num_classes: int
     in_chans: int
-    img_size: int
-    num_points: int | None = None
-    parts: bool = False
+
+    kind: ClassVar[str]  # in messages: "images" or "clouds"
 
     @property
-    def kind(self) -> str:
-        """What one calls them."""
-        return "images" if self.num_points is None else "clouds"
-
-    @property
+    @abstractmethod
     def size(self) -> str:
-        """Of one, in words."""
-        sides = (self.img_size, self.img_size) if self.num_points is None else (self.num_points,)
-        return "x".join(map(str, (*sides, self.in_chans)))
+        """Shape of one input in words, e.g. "28x28x1"."""
 
+    @abstractmethod
     def sample(self, batch: int = 1) -> Tensor:
-        """Zeros, images (batch, channels, height, width) or clouds (batch, points, channels)."""
-        if self.num_points is None:
-            return torch.zeros(batch, self.in_chans, self.img_size, self.img_size)
-        return torch.zeros(batch, self.num_points, self.in_chans)
+        """Zeros in the shape of a batch."""
 
     def __str__(self) -> str:
         return f"{self.size} {self.kind}, {self.num_classes} classes"
+
+
+@dataclass(frozen=True)
+class ImageInputs(Inputs):
+    """Images (batch, in_chans, img_size, img_size)."""
+
+    img_size: int
+
+    kind = "images"
+
+    @property
+    def size(self) -> str:
+        return f"{self.img_size}x{self.img_size}x{self.in_chans}"
+
+    def sample(self, batch: int = 1) -> Tensor:
+        return torch.zeros(batch, self.in_chans, self.img_size, self.img_size)
 
 
 class Data(ABC):
@@ -135,15 +139,12 @@ class Data(ABC):
 
     @property
     def inputs(self) -> Inputs:
-        """What a model for this data is for."""
-        return Inputs(len(self.classes), self.in_chans, self.img_size, self.num_points, bool(self.categories))
+        """Shape of the inputs, and the number of classes."""
+        return ImageInputs(len(self.classes), self.in_chans, self.img_size)
 
     def voting(self, predict: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """What evaluation asks for logits: `predict` itself, or its mean over several views of an input."""
         return predict
-
-    def picture(self, predictions: Sequence[tuple[int, int]], path: Path) -> None:  # noqa: B027 (optional)
-        """Draw a few evaluation inputs, given each one's label and predicted class, where there is a way."""
 
     @property
     def bad_images(self) -> int:

@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ewavit.data.batches import Batch, BatchPlan, Data
+from ewavit.data.batches import Batch, BatchPlan, Data, Inputs
 from ewavit.data.sources import Ints
 from ewavit.points.augmentation import PointAugmentation
 from ewavit.points.ops import gather_points
 from ewavit.points.sources import PointSet
 from ewavit.points.transformer import NUM_CATEGORIES
 
-SHOWN = 10  # clouds in the picture of a run
+
+@dataclass(frozen=True)
+class CloudInputs(Inputs):
+    """Clouds (batch, num_points, in_chans); with `parts` not clouds but their points are classified."""
+
+    num_points: int
+    parts: bool = False
+
+    kind = "clouds"
+
+    @property
+    def size(self) -> str:
+        return f"{self.num_points}x{self.in_chans}"
+
+    def sample(self, batch: int = 1) -> Tensor:
+        return torch.zeros(batch, self.num_points, self.in_chans)
 
 
 class PointData(Data):
@@ -72,6 +87,10 @@ class PointData(Data):
         self._bad = points.bad
 
     @property
+    def inputs(self) -> CloudInputs:
+        return CloudInputs(self.num_classes, self.in_chans, self._size, bool(self.categories))
+
+    @property
     def bad_images(self) -> int:
         return self._bad
 
@@ -114,38 +133,7 @@ class PointData(Data):
 
         return vote
 
-    def picture(self, predictions: Sequence[tuple[int, int]], path: Path) -> None:
-        if not predictions:
-            return
-        order = np.random.default_rng(0).permutation(len(predictions)).tolist()
-        wrong = [index for index in order if predictions[index][0] != predictions[index][1]][: SHOWN // 2]
-        right = [index for index in order if predictions[index][0] == predictions[index][1]]
-        chosen = right[: SHOWN - len(wrong)] + wrong
-        names = self.classes
-        named = [(names[predictions[index][0]], names[predictions[index][1]]) for index in chosen]
-        draw_clouds(self._eval_points[chosen].cpu().numpy(), named, path)
-
-
-def draw_clouds(clouds: Any, names: Sequence[tuple[str, str]], path: Path) -> None:
-    """Draw point clouds (clouds, points, 3) with their true and predicted class, the wrong ones in red."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    columns = min(5, len(names))
-    rows = -(-len(names) // columns)
-    figure = pyplot.figure(figsize=(2.4 * columns, 2.6 * rows), layout="constrained")
-    for number, (points, (label, found)) in enumerate(zip(clouds, names, strict=True), 1):
-        axis = figure.add_subplot(rows, columns, number, projection="3d")
-        x, y, z = points.T
-        axis.scatter(x, y, z, c=y, s=2, cmap="viridis", linewidths=0)
-        axis.set_box_aspect((1, 1, 1), zoom=1.3)
-        for limits in (axis.set_xlim, axis.set_ylim, axis.set_zlim):
-            limits(-0.8, 0.8)
-        axis.set_axis_off()
-        right = label == found
-        title = label if right else f"{label}\npredicted {found}"
-        axis.set_title(title, fontsize=9, color="black" if right else "tab:red")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    def evaluation_clouds(self, indices: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Some evaluation clouds (clouds, points, 3), on the CPU."""
+        clouds: npt.NDArray[np.float32] = self._eval_points[list(indices)].cpu().numpy()
+        return clouds

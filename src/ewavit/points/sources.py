@@ -401,3 +401,8 @@ POINT_PREFIXES = ("modelnet10", "modelnet40", "obj_bg", "obj_only", "pb_t50_rs",
 def is_points(spec: str) -> bool:
     """Whether a data spec names point clouds."""
     return spec == "solids" or spec.partition(":")[0] in POINT_PREFIXES
+
+
+def has_parts(spec: str) -> bool:
+    """Whether a data spec names point clouds with a part for each point."""
+    return spec.partition(":")[0] == "shapenetpart"

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ewavit.core.averaging import ExpertAveraging
+from ewavit.tasks.choice import task_for
 from ewavit.training.building import (
-    build_model,
     build_optimizer,
     expand_by_recipe,
     expert_averaging,
@@ -128,7 +128,7 @@ def bench(recipe: Recipe, rounds: int = 20, data: Data | None = None) -> Bench:
 
     def trainee(experts: bool) -> Trainee:
         torch.manual_seed(recipe.seed)
-        model, _ = build_model(name, inputs, **kwargs)
+        model, _ = task_for(recipe.data).build_model(name, inputs, **kwargs)
         if experts:
             expand_by_recipe(model, recipe, inputs.sample())
         if recipe.grad_checkpointing:

@@ -18,8 +18,8 @@ from ewavit.core.surgery import select_ffns, summary
 from ewavit.errors import EwavitError
 from ewavit.study.bench import activation_bytes
 from ewavit.study.scaling import Work, table
+from ewavit.tasks.choice import task_for
 from ewavit.training.building import (
-    build_model,
     expand_by_recipe,
     ffn_input_shapes,
     model_inputs,
@@ -108,7 +108,7 @@ def plan(recipe: Recipe, data: Data | None = None, devices: int | None = None) -
     """
     inputs = model_inputs(recipe, data)
     name, kwargs = model_settings(recipe, inputs)
-    model, _ = build_model(name, inputs, **kwargs)
+    model, _ = task_for(recipe.data).build_model(name, inputs, **kwargs)
     sample = inputs.sample()
     chosen = select_ffns(model, recipe.select, recipe.partition) if recipe.experts > 1 else []
     names = {ffn.name for ffn in chosen}

@@ -7,16 +7,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
 from ewavit.core.moe import moe_layers
 from ewavit.core.routing import TopK, TopKRouter
 from ewavit.core.surgery import expand
-from ewavit.data.batches import Inputs
-from ewavit.points.transformer import create_point_model
-from ewavit.training.opening import Data
+from ewavit.data.batches import Data, Inputs
+from ewavit.tasks.choice import task_for
+from ewavit.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,8 @@ class Mixture:
 class ModelCard:
     """What is needed to build a run's model again and to feed it; kept in its file's metadata.
 
-    `model_kwargs` is all that `timm.create_model` takes beside the name. `top1` is in percent, on `data`.
-    `mixture` is None for a plain model.
+    `model_kwargs` is all that `timm.create_model` takes beside the name. `metric` is the task's judging
+    metric on `data`, None within the first epoch. `mixture` is None for a plain model.
     """
 
     model: str
@@ -51,7 +50,7 @@ class ModelCard:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     data: str
-    top1: float | None = None
+    metric: float | None = None
     mixture: Mixture | None = None
     num_points: int | None = None
 
@@ -66,6 +65,9 @@ class ModelCard:
     @classmethod
     def from_dict(cls, card: dict[str, Any]) -> ModelCard:
         """The inverse of `asdict` after a trip through JSON."""
+        if "top1" in card:  # the name of the field in files of version 0.1
+            card = {**card, "metric": card["top1"]}
+            del card["top1"]
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in card.items()}
         if mixture := values.get("mixture"):
             values["mixture"] = Mixture(**mixture | {"layers": tuple(mixture["layers"])})
@@ -75,43 +77,34 @@ class ModelCard:
         """The card as metadata of a safetensors or ONNX file."""
         return {"ewavit": json.dumps(asdict(self))}
 
+    @property
+    def task(self) -> Task:
+        """What the model was trained for."""
+        return task_for(self.data)
+
+    @property
+    def inputs(self) -> Inputs:
+        """Shape of the model's inputs, and its number of classes."""
+        return self.task.inputs(len(self.classes), self.in_chans, self.img_size, self.num_points)
+
     def build(self) -> nn.Module:
         """The model, with fresh weights."""
-        model: nn.Module
-        if self.num_points is not None:
-            model = create_point_model(self.model, **self.model_kwargs)
-        else:
-            model = timm.create_model(self.model, **self.model_kwargs)
+        model = self.task.create_model(self.model, self.model_kwargs)
         if self.mixture is not None:
             router = TopK(**self.mixture.router)
             expand(model, self.mixture.num_experts, select=self.mixture.layers, router=router)
         return model
 
     def loading_code(self, file: Path) -> str:
-        """Lines that load the file: of timm, or of ewavit for a mixture or a point transformer."""
+        """Python lines that load the file: with ewavit for a mixture, else with the task's own library."""
         if self.mixture is not None:
             return f"import ewavit\nmodel = ewavit.load({str(file)!r})"
-        arguments = ", ".join(f"{key}={value!r}" for key, value in self.model_kwargs.items())
-        if self.num_points is not None:
-            return (
-                "from ewavit.points.transformer import create_point_model, load_point_checkpoint\n"
-                f"model = create_point_model({self.model!r}, {arguments}).eval()\n"
-                f"load_point_checkpoint(model, {str(file)!r})"
-            )
-        return (
-            "import timm\n"
-            f"settings = dict({arguments})\n"
-            f"model = timm.create_model({self.model!r}, checkpoint_path={str(file)!r}, **settings).eval()"
-        )
+        return self.task.loading_code(self.model, self.model_kwargs, file)
 
     def input_text(self) -> str:
-        """What the model is to be given."""
-        if self.num_points is not None:
-            return f"clouds (batch, {self.num_points}, {self.in_chans}), centred, scaled into the unit sphere"
-        mean, std = (", ".join(f"{value:.4f}" for value in values) for values in (self.mean, self.std))
-        return f"images in 0 to 1, less the mean {mean}, divided by {std}"
+        """What the model has to be given, in words."""
+        return self.task.input_text(self.inputs, self.mean, self.std)
 
     def sample(self, batch: int) -> Tensor:
         """Random inputs in the shape that the model takes."""
-        inputs = Inputs(len(self.classes), self.in_chans, self.img_size, self.num_points)
-        return torch.randn_like(inputs.sample(batch))
+        return torch.randn_like(self.inputs.sample(batch))

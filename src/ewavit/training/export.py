@@ -18,16 +18,17 @@ from ewavit.core.checkpoint_files import EXPERTS, collapse_checkpoint, is_checkp
 from ewavit.core.moe import moe_layers
 from ewavit.core.surgery import collapse, dense_state_dict
 from ewavit.errors import EwavitError
+from ewavit.tasks.task import Metrics
 from ewavit.training.building import expand_by_recipe
 from ewavit.training.card import Mixture, ModelCard
 from ewavit.training.checkpoint import load_checkpoint, save_tensors
-from ewavit.training.evaluation import Metrics, evaluate_batches
+from ewavit.training.evaluation import evaluate_batches
 from ewavit.training.opening import Data, open_data
 from ewavit.training.recipe import Recipe
 from ewavit.training.report import Row
 
 LARGEST_DIFFERENCE = 1e-3  # of the logits, relative; beyond it an exported file is refused
-LARGEST_TOP1_CHANGE = 0.1  # percentage points
+LARGEST_CHANGE = 0.1  # of the judging metric, percentage points
 
 
 def load_model(source: Path) -> tuple[nn.Module, ModelCard]:
@@ -74,7 +75,7 @@ def _from_checkpoint(source: Path) -> tuple[nn.Module, ModelCard]:
         collapse(model)
     progress = checkpoint.facts["progress"]
     if progress["rows"] and progress["batch"] == 0:
-        card = replace(card, top1=progress["rows"][-1]["eval_top1"])
+        card = replace(card, metric=progress["rows"][-1][f"eval_{card.task.judge.column}"])
     return model.eval(), card
 
 
@@ -94,7 +95,7 @@ def save_models(
         run: the folder.
         card: of the plain model.
         recipe: it says whether the experts are kept.
-        row: the last epoch's; the accuracies of both are in it.
+        row: the last epoch's; the judging metrics of both are in it.
         model: with its experts, and so is `averaged`.
         averaged: the average of the weights.
         write: false in all processes but one, which only take part: replicas meet for it.
@@ -102,15 +103,16 @@ def save_models(
     Returns:
         The model's card.
     """
+    column = card.task.judge.column
     state_of = nn.Module.state_dict if recipe.keeps_experts else dense_state_dict
     weights = state_of(model)
     average = None if averaged is None else state_of(averaged)
     if recipe.keeps_experts:
         card = replace(card, mixture=Mixture.of(model))
     if write and average is not None:
-        of_average = replace(card, top1=row["average_top1"])
+        of_average = replace(card, metric=row[f"average_{column}"])
         save_tensors(average, run / "model-average.safetensors", of_average.metadata())
-    card = replace(card, top1=row["eval_top1"])
+    card = replace(card, metric=row[f"eval_{column}"])
     if write:
         save_tensors(weights, run / "model.safetensors", card.metadata())
     return card
@@ -149,9 +151,8 @@ def evaluate(source: Path, data: str | None = None, batch_size: int = 128, **dat
     device = torch.device("cuda" if torch.cuda.is_available() and isinstance(predict, nn.Module) else "cpu")
     if isinstance(predict, nn.Module):
         predict.to(device)
-    return evaluate_batches(
-        opened.voting(predict), opened.eval_batches(), len(card.classes), device, opened.categories
-    )
+    meter = card.task.meter(opened, device)
+    return evaluate_batches(opened.voting(predict), opened.eval_batches(), meter)
 
 
 def _open_for(card: ModelCard, spec: str | None, batch_size: int, **options: Any) -> Data:
@@ -212,7 +213,7 @@ def export(source: Path, to: Path, data: str | None = None, mean_expert: bool = 
                 f"ewavit.load({str(source)!r}), or --collapse to export the mean expert, another model"
             )
         collapse(model)
-        of_file = replace(card, top1=None, mixture=None)
+        of_file = replace(card, metric=None, mixture=None)
     partial = to.with_name(f"unchecked-{to.name}")
     try:
         if to.suffix == ".onnx":
@@ -252,7 +253,7 @@ def _check(file: Path, model: nn.Module, card: ModelCard, data: str | None, coll
             f"the written file's logits differ from the model's by {difference:.1e}: it was removed"
         )
     said = f"logits equal the model's (relative difference {difference:.0e})"
-    if card.top1 is None and data is None:
+    if card.metric is None and data is None:
         return f"{said}, accuracy not compared: the checkpoint was written within an epoch"
     try:
         opened = _open_for(card, data, 128)
@@ -260,12 +261,14 @@ def _check(file: Path, model: nn.Module, card: ModelCard, data: str | None, coll
         if data is not None:
             raise
         return f"{said}, accuracy not compared: {problem}"
-    metrics = evaluate_batches(predict, opened.eval_batches(), len(card.classes))
-    said += f", top-1 {metrics.top1:.2f} % on {metrics.images:,} images"
-    if card.top1 is None or data is not None:
+    task, judge = card.task, card.task.judge
+    metrics = evaluate_batches(predict, opened.eval_batches(), task.meter(opened))
+    found_metric = metrics[judge.column]
+    said += f", {judge.name} {judge.text(found_metric)} on {metrics.count:,} {task.kind}"
+    if card.metric is None or data is not None:
         return said
     if collapsed:
-        return f"{said} (with its router and all experts the run had {card.top1:.2f} %)"
-    if abs(metrics.top1 - card.top1) > LARGEST_TOP1_CHANGE:
-        raise EwavitError(f"{said}, but the run had {card.top1:.2f} %: the file was removed")
-    return f"{said} (the run: {card.top1:.2f} %)"
+        return f"{said} (with its router and all experts the run had {judge.text(card.metric)})"
+    if abs(found_metric - card.metric) > LARGEST_CHANGE:
+        raise EwavitError(f"{said}, but the run had {judge.text(card.metric)}: the file was removed")
+    return f"{said} (the run: {judge.text(card.metric)})"

@@ -19,7 +19,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor, nn
@@ -30,13 +29,14 @@ from ewavit.core.distributed import clip_grad_norm_
 from ewavit.core.moe import moe_layers
 from ewavit.core.routing import scale_auxiliary_loss
 from ewavit.core.surgery import collapsed
-from ewavit.data.augmentation import Mix
 from ewavit.data.batches import Batch, seed_all
-from ewavit.errors import EwavitError
+from ewavit.errors import Diverged, EwavitError
+from ewavit.tasks.choice import task_for
+from ewavit.tasks.task import Metrics
 from ewavit.training import report
 from ewavit.training.building import check_recipe_with_data
 from ewavit.training.checkpoint import CURRENT, PREVIOUS, Checkpoint, load_checkpoint
-from ewavit.training.evaluation import Metrics, evaluate_batches, predictions
+from ewavit.training.evaluation import evaluate_batches, predictions
 from ewavit.training.export import save_models
 from ewavit.training.opening import open_recipe_data
 from ewavit.training.processes import (
@@ -115,11 +115,25 @@ def _trained(
     recipe: Recipe, run: Path, accelerator: Accelerator, checkpoint: Checkpoint | None = None
 ) -> Result:
     with told_of_lost_processes(accelerator, run):
-        return _Run(recipe, run, accelerator, checkpoint).train()
+        return TrainingRun(recipe, run, accelerator, checkpoint).train()
 
 
-class _Run:
-    """Everything that one run needs, built from its recipe and, when resumed, its checkpoint."""
+class TrainingRun:
+    """One run: its data, task, model and optimizer, built from a recipe and, when resumed, a checkpoint.
+
+    Args:
+        recipe: the settings.
+        run: the run's folder.
+        accelerator: of the processes that train.
+        checkpoint: where to go on; None starts at the first step.
+
+    Attributes:
+        state: the model, the optimizer and everything else that training changes.
+        progress: epoch, batch and optimizer steps done.
+
+    Raises:
+        EwavitError: wrong settings, data that cannot be read, or another run's checkpoint.
+    """
 
     def __init__(
         self, recipe: Recipe, run: Path, accelerator: Accelerator, checkpoint: Checkpoint | None = None
@@ -130,6 +144,7 @@ class _Run:
                 raise EwavitError("--placement replicas takes one process for each expert: use torchrun")
         self.recipe, self.folder, self.accelerator = recipe, run, accelerator
         device, processes = accelerator.device, accelerator.num_processes
+        self.task = task_for(recipe.data)
         self.data = open_recipe_data(recipe, device, accelerator.process_index, processes)
         check_recipe_with_data(recipe, self.data, processes)
         self.updates_per_epoch = self.data.batches_per_epoch // recipe.grad_accum_steps
@@ -143,9 +158,9 @@ class _Run:
         if recipe.top_k is not None:
             scale = self.loss_scale
             scale_auxiliary_loss(self.state.model, lambda loss: loss * scale)
-        self.mixup = None
-        if recipe.mixup or recipe.cutmix:
-            self.mixup = Mix(recipe.mixup, recipe.cutmix, self.data.num_classes)
+        self.mixing = self.task.mixing(recipe.mixup, recipe.cutmix, self.data.num_classes)
+        self._received: list[int] = []  # signals
+        self._losses: deque[tuple[int, Tensor]] = deque()  # not counted yet, with the step of each
 
     def train(self) -> Result:
         """Train to the last epoch, evaluating and saving after each."""
@@ -159,9 +174,9 @@ class _Run:
             report.say(f"{opening}, {self.accelerator.device}{resumed if progress.update else ''}")
         if recipe.tensorboard:
             self.accelerator.init_trackers("tensorboard")
-        with stop_signals(self.accelerator) as received:
+        with stop_signals(self.accelerator) as self._received:
             while progress.epoch < recipe.epochs:
-                row = self._train_epoch(received)
+                row = self._train_epoch()
                 progress.epoch, progress.batch = progress.epoch + 1, 0
                 progress.loss_sum, progress.loss_count = 0.0, 0
                 if self.average is not None:
@@ -173,73 +188,80 @@ class _Run:
                 row |= self._evaluate()
                 progress.rows.append(row)
                 if main:
-                    report.say(report.epoch_line(row, recipe.epochs))
+                    report.say(report.epoch_line(row, recipe.epochs, self.task))
                     report.write_summary(progress.rows, self.folder / "summary.csv")
                 self.accelerator.log(row, step=progress.epoch)
                 self.state.save(self.folder)
-                if received and progress.epoch < recipe.epochs:
-                    raise Interrupted(self.folder, received[0])
+                if self._received and progress.epoch < recipe.epochs:
+                    raise Interrupted(self.folder, self._received[0])
         return self._finish()
 
-    def _train_epoch(self, received: list[int]) -> report.Row:
+    def after_step(self) -> None:
+        """Follow an optimizer step: write the recovery checkpoint, stop at a signal. Tests observe here."""
+        due = self.recipe.recovery_interval and self.progress.update % self.recipe.recovery_interval == 0
+        if self._received or (due and self.progress.batch < self._batches_per_epoch):
+            self._settle()
+            self.state.save(self.folder)
+        if self._received:
+            raise Interrupted(self.folder, self._received[0])
+
+    @property
+    def _batches_per_epoch(self) -> int:
+        return self.updates_per_epoch * self.recipe.grad_accum_steps
+
+    def _train_epoch(self) -> report.Row:
         recipe, progress = self.recipe, self.progress
         self.model.train()
-        batches = self._training_batches(progress.epoch, start=progress.batch)
-        begun, first_batch = time.perf_counter(), progress.batch
-        losses: deque[tuple[int, Tensor]] = deque()  # with the step that each belongs to
-        total = self.updates_per_epoch * recipe.grad_accum_steps
+        batches = self.training_batches(progress.epoch, start=progress.batch)
+        begun, first_batch, total = time.perf_counter(), progress.batch, self._batches_per_epoch
+        self._losses.clear()
         title = f"epoch {progress.epoch + 1}/{recipe.epochs}"
         with report.progress_bar(title, total, progress.batch, self.accelerator.is_main_process) as advance:
             while progress.batch < total:
                 for micro_batch in range(recipe.grad_accum_steps):
                     last = micro_batch == recipe.grad_accum_steps - 1
                     with nullcontext() if last else self.accelerator.no_sync(self.model):
-                        losses.append((progress.update + 1, self._forward_backward(batches)))
+                        self._losses.append((progress.update + 1, self._forward_backward(batches)))
                     progress.batch += 1
                 self._update()
-                while len(losses) > recipe.grad_accum_steps:  # one step late, so that a GPU never waits
-                    advance(self._count(*losses.popleft()))
-                due = recipe.recovery_interval and progress.update % recipe.recovery_interval == 0
-                if received or (due and progress.batch < total):
-                    self._settle(losses)
-                    self.state.save(self.folder)
-                if received:
-                    raise Interrupted(self.folder, received[0])
-            self._settle(losses)
+                while len(self._losses) > recipe.grad_accum_steps:  # one step late, so that a GPU never waits
+                    advance(self._count(*self._losses.popleft()))
+                self.after_step()
+            self._settle()
         seconds = time.perf_counter() - begun
         progress.seconds += seconds
-        images_per_batch = recipe.batch_size * self.accelerator.num_processes
-        images = (total - first_batch) * images_per_batch
+        per_batch = recipe.batch_size * self.accelerator.num_processes
+        inputs = (total - first_batch) * per_batch
         spread = expert_spread(self.state.model)
         predicted = self.state.prediction.relative() if self.state.prediction is not None else {}
         self.state.gather_loss()
         return {
             "epoch": progress.epoch,
-            "images": (progress.epoch + 1) * total * images_per_batch,
+            self.task.kind: (progress.epoch + 1) * total * per_batch,
             "seconds": progress.seconds,
             "train_loss": progress.loss_sum / max(progress.loss_count, 1),
             "lr": progress.lr,
             "share_rate": self.state.averaging.share_rate if self.state.averaging else 0.0,
             "expert_spread": fmean(spread.values()) if spread else 0.0,
             **({"predicted_spread": fmean(predicted.values())} if predicted else {}),
-            "images_per_second": images / seconds,
+            f"{self.task.kind}_per_second": inputs / seconds,
             "peak_memory_mib": report.peak_memory_mib(self.accelerator.device),
             **{f"spread/{layer}": value for layer, value in spread.items()},
             **report.routing_columns(self.state.model),
         }
 
-    def _training_batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """An epoch's batches, each drawn, and then trained on, from generators seeded for it alone."""
+    def training_batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """An epoch's batches; the generators are seeded for each batch before it is drawn and trained on."""
         batches = self.data.train_batches(epoch, start)
-        for batch in range(start, self.updates_per_epoch * self.recipe.grad_accum_steps):
+        for batch in range(start, self._batches_per_epoch):
             seed_all(self.recipe.seed, epoch, batch, self.accelerator.process_index)
-            images, targets = next(batches)
-            if self.mixup is not None:
-                images, targets = self.mixup(images, targets)
-            yield images, targets
+            inputs, targets = next(batches)
+            if self.mixing is not None:
+                inputs, targets = self.mixing(inputs, targets)
+            yield inputs, targets
 
-    def _loss(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(model(images), targets, label_smoothing=self.recipe.smoothing)
+    def _loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+        return self.task.loss(model(inputs), targets, self.recipe.smoothing)
 
     def _forward_backward(self, batches: Iterator[Batch]) -> Tensor:
         if (scaler := self.accelerator.scaler) is not None:
@@ -270,10 +292,10 @@ class _Run:
         if self.average is not None:
             self.average.after_step(self.progress.update)
 
-    def _settle(self, losses: deque[tuple[int, Tensor]]) -> None:
+    def _settle(self) -> None:
         """Count the losses that are left and stop if the weights are not finite: such are never saved."""
-        while losses:
-            self._count(*losses.popleft())
+        while self._losses:
+            self._count(*self._losses.popleft())
         if not math.isfinite(float(get_total_norm(self.state.model.parameters()))):
             raise self._diverged(f"the weights are not finite after step {self.progress.update}")
 
@@ -286,10 +308,10 @@ class _Run:
         self.progress.loss_count += 1
         return value
 
-    def _diverged(self, what: str) -> EwavitError:
+    def _diverged(self, what: str) -> Diverged:
         has_checkpoint = (self.folder / "checkpoint").exists()
         kept = f"the last good checkpoint is in {self.folder}" if has_checkpoint else "no checkpoint yet"
-        return EwavitError(
+        return Diverged(
             f"{what}, in epoch {self.progress.epoch + 1}: lower --lr, lengthen --warmup-epochs or set "
             f"--clip-grad ({kept})"
         )
@@ -299,19 +321,14 @@ class _Run:
             for buffer in model.buffers():  # BatchNorm's: each process has its own, the first one's are saved
                 broadcast(buffer)
             with self.accelerator.autocast(), self._deployed(model):
-                return evaluate_batches(
-                    self.data.voting(model.eval()),
-                    self.data.eval_batches(),
-                    self.data.num_classes,
-                    self.accelerator.device,
-                    self.data.categories,
-                )
+                meter = self.task.meter(self.data, self.accelerator.device)
+                return evaluate_batches(self.data.voting(model.eval()), self.data.eval_batches(), meter)
 
         metrics = measure(self.state.model)
         row = metrics.row()
         if self.average is not None:
             averaged = measure(self.average.module) if self.average.ready else metrics
-            row |= {"average_loss": averaged.loss, "average_top1": averaged.top1}
+            row |= {f"average_{column}": averaged[column] for column in ("loss", self.task.judge.column)}
         return row
 
     def _deployed(self, model: nn.Module) -> AbstractContextManager[Any]:
@@ -319,16 +336,15 @@ class _Run:
         return collapsed(model) if self.recipe.top_k and self.recipe.collapse else nullcontext()
 
     def _complete_average(self, average: WeightAverage, row: report.Row) -> None:
-        """Let the average learn what it has to from further epochs of training images, and count them."""
+        """Let the average learn what it has to from further training epochs, and count their inputs."""
 
-        def loss(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        def loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
             with self.accelerator.autocast():
-                return self._loss(model, images, targets)
+                return self._loss(model, inputs, targets)
 
         begun = time.perf_counter()
-        row["images"] += average.finish(
-            lambda extra: self._training_batches(self.recipe.epochs + extra), loss
-        )
+        seen = average.finish(lambda extra: self.training_batches(self.recipe.epochs + extra), loss)
+        row[self.task.kind] += seen
         self.progress.seconds += time.perf_counter() - begun
         row["seconds"] = self.progress.seconds
 
@@ -337,16 +353,18 @@ class _Run:
         row, model = self.progress.rows[-1], self.state.model
         averaged = None if self.average is None else self.average.module
         counts = model if averaged is None else averaged
-        batches = () if self.data.categories else self.data.eval_batches()  # not for every point of a cloud
+        batches = self.data.eval_batches() if self.task.names_classes else ()
         with self.accelerator.autocast(), self._deployed(counts):
             found = predictions(self.data.voting(counts.eval()), batches)
         card, main = self.state.card, self.accelerator.is_main_process
-        judged_on = f"{'held-out' if self.recipe.holdout else 'test'} {self.data.inputs.kind}"
+        judged_on = f"{'held-out' if self.recipe.holdout else 'test'} {self.task.kind}"
         if main:
             report.write_predictions(found, self.folder / "predictions.csv")
-            self.data.picture(found, self.folder / "predictions.png")
+            self.task.picture(self.data, found, self.folder / "predictions.png")
             title = f"{self.folder.name}: {card.model} on {self.data.name}"
-            report.draw_curves(self.progress.rows, self.folder / "curves.png", title, judged_on)
+            report.draw_curves(
+                self.progress.rows, self.folder / "curves.png", title, judged_on, self.task.judge
+            )
         card = save_models(self.folder, card, self.recipe, row, model, averaged, write=main)
         if main:
             report.say(report.closing(self.folder, card, self.data, row, judged_on))

@@ -19,6 +19,8 @@ from torch import nn
 
 from ewavit.core.diagnostics import routing_statistics
 from ewavit.core.routing import auxiliary_loss
+from ewavit.tasks.judge import Judge
+from ewavit.tasks.task import Task
 from ewavit.training.recipe import Recipe
 
 if TYPE_CHECKING:  # these import this file
@@ -47,15 +49,17 @@ def progress_bar(title: str, total: int, done: int, shown: bool) -> Iterator[Any
         yield lambda loss: bar.update(task, advance=1, loss=loss)
 
 
-def epoch_line(row: Row, epochs: int) -> str:
+def epoch_line(row: Row, epochs: int, task: Task) -> str:
     """One epoch in one line."""
     width = len(str(epochs))
-    average = f"averaged {row['average_top1']:.2f} %  " if "average_top1" in row else ""
+    judge = task.judge
+    found, average = row[f"eval_{judge.column}"], row.get(f"average_{judge.column}")
+    averaged = "" if average is None else f"averaged {judge.text(average)}  "
     return (
         f"epoch {int(row['epoch']) + 1:>{width}}/{epochs}  train loss {row['train_loss']:.4f}  "
-        f"eval loss {row['eval_loss']:.4f}  top-1 {row['eval_top1']:.2f} %  {average}lr {row['lr']:.2e}  "
+        f"eval loss {row['eval_loss']:.4f}  {judge.name} {judge.text(found)}  {averaged}lr {row['lr']:.2e}  "
         f"share rate {row['share_rate']:.3f}  spread {row['expert_spread']:.4f}  "
-        f"{row['images_per_second']:.0f} images/s"
+        f"{row[f'{task.kind}_per_second']:.0f} {task.kind}/s"
     )
 
 
@@ -72,11 +76,13 @@ def opening(run: Path, card: ModelCard, data: Data, recipe: Recipe, num_mixtures
 
 def closing(run: Path, card: ModelCard, data: Data, row: Row, judged_on: str) -> str:
     """What came of it, and how to load it."""
-    skipped = f", {data.bad_images} unreadable images skipped" if data.bad_images else ""
-    lines = [f"top-1 {row['eval_top1']:.2f} % on {data.num_eval:,} {judged_on}{skipped}"]
-    if "average_top1" in row:
+    judge, kind = card.task.judge, card.task.kind
+    skipped = f", {data.bad_images} unreadable {kind} skipped" if data.bad_images else ""
+    found = judge.text(row[f"eval_{judge.column}"])
+    lines = [f"{judge.name} {found} on {data.num_eval:,} {judged_on}{skipped}"]
+    if (average := row.get(f"average_{judge.column}")) is not None:
         file = run / "model-average.safetensors"
-        lines.append(f"top-1 {row['average_top1']:.2f} % of the averaged weights, {file}")
+        lines.append(f"{judge.name} {judge.text(average)} of the averaged weights, {file}")
     what = "the plain model" if card.mixture is None else "the mixture of experts"
     file = run / "model.safetensors"
     lines.append(f"{what} is {file}; load it with\n\n{card.loading_code(file)}\n")
@@ -95,7 +101,7 @@ def write_summary(rows: list[Row], path: Path) -> None:
 
 
 def write_predictions(rows: list[tuple[int, int]], path: Path) -> None:
-    """Write the label and the predicted class of every evaluation image, in the images' order."""
+    """Write the label and the predicted class of every evaluation input, in the data's order."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", newline="") as handle:
         writer = csv.writer(handle)
@@ -104,8 +110,8 @@ def write_predictions(rows: list[tuple[int, int]], path: Path) -> None:
     os.replace(partial, path)
 
 
-def draw_curves(rows: list[Row], path: Path, title: str, judged_on: str) -> None:
-    """Draw loss, accuracy, schedules and expert spread over the epochs as one picture."""
+def draw_curves(rows: list[Row], path: Path, title: str, judged_on: str, judge: Judge) -> None:
+    """Draw loss, judging metric, schedules and expert spread over the epochs as one picture."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -115,10 +121,13 @@ def draw_curves(rows: list[Row], path: Path, title: str, judged_on: str) -> None
     epochs = [row["epoch"] + 1 for row in rows]
     panels: list[tuple[str, list[tuple[str, str]]]] = [
         (
-            "cross-entropy",
+            "loss",
             [("train_loss", "train, as optimised (smoothed, augmented)"), ("eval_loss", "test")],
         ),
-        (f"top-1 on {judged_on}, %", [("eval_top1", "model"), ("average_top1", "its averaged weights")]),
+        (
+            f"{judge.name} on {judged_on}, {judge.unit}",
+            [(f"eval_{judge.column}", "model"), (f"average_{judge.column}", "its averaged weights")],
+        ),
         (
             "share rate and learning rate, of their peak",
             [("share_rate", "share rate"), ("lr", "learning rate")],

@@ -17,8 +17,8 @@ from ewavit.core.moe import moe_layers
 from ewavit.core.prediction import SpreadPrediction
 from ewavit.data.batches import Data
 from ewavit.errors import EwavitError
+from ewavit.tasks.choice import task_for
 from ewavit.training.building import (
-    build_model,
     build_optimizer,
     build_scheduler,
     expand_by_recipe,
@@ -80,7 +80,7 @@ class TrainingState:
             EwavitError: no such model, settings that do not fit it, or another run's checkpoint.
         """
         name, kwargs = model_settings(recipe, data.inputs)
-        dense, settings = build_model(
+        dense, settings = task_for(recipe.data).build_model(
             name,
             data.inputs,
             pretrained=recipe.pretrained and checkpoint is None,

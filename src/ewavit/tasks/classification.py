@@ -1,0 +1,107 @@
+"""Image classification: a timm model, cross-entropy, judged by top-1."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, SumMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from ewavit.data.augmentation import Mix
+from ewavit.data.batches import Data, ImageInputs, Inputs
+from ewavit.tasks.judge import TOP1
+from ewavit.tasks.task import Meter, Metrics, Mixing, Task
+from ewavit.tasks.timm_models import build_timm_model, fitting_patch
+
+
+class Classification(Task):
+    """One class for each image."""
+
+    kind = "images"
+    judge = TOP1
+
+    def inputs(self, classes: int, in_chans: int, img_size: int, num_points: int | None) -> Inputs:
+        return ImageInputs(classes, in_chans, img_size)
+
+    def default_model(self, inputs: Inputs, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        assert isinstance(inputs, ImageInputs)
+        kwargs = {**kwargs}
+        kwargs.setdefault("patch_size", fitting_patch(inputs.img_size))
+        return "vit_tiny_patch16_224", kwargs
+
+    def build_model(
+        self,
+        name: str,
+        inputs: Inputs,
+        *,
+        pretrained: bool = False,
+        initial_checkpoint: str | None = None,
+        **kwargs: Any,
+    ) -> tuple[nn.Module, dict[str, Any]]:
+        assert isinstance(inputs, ImageInputs)
+        return build_timm_model(name, inputs, pretrained, initial_checkpoint, kwargs)
+
+    def create_model(self, name: str, settings: Mapping[str, Any]) -> nn.Module:
+        model: nn.Module = timm.create_model(name, **settings)
+        return model
+
+    def loading_code(self, name: str, settings: Mapping[str, Any], file: Path) -> str:
+        arguments = ", ".join(f"{key}={value!r}" for key, value in settings.items())
+        return (
+            "import timm\n"
+            f"settings = dict({arguments})\n"
+            f"model = timm.create_model({name!r}, checkpoint_path={str(file)!r}, **settings).eval()"
+        )
+
+    def input_text(self, inputs: Inputs, mean: Sequence[float], std: Sequence[float]) -> str:
+        means, stds = (", ".join(f"{value:.4f}" for value in values) for values in (mean, std))
+        return f"images in 0 to 1, less the mean {means}, divided by {stds}"
+
+    def loss(self, outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+        return F.cross_entropy(outputs, targets, label_smoothing=smoothing)
+
+    def mixing(self, mixup: float, cutmix: float, num_classes: int) -> Mixing | None:
+        return Mix(mixup, cutmix, num_classes) if mixup or cutmix else None
+
+    def meter(self, data: Data, device: torch.device | str = "cpu") -> Meter:
+        return ClassMeter(self.kind, data.num_classes, device)
+
+
+class ClassMeter(Meter):
+    """Cross-entropy, top-1, top-5 and the mean of the classes' top-1, the last three in percent.
+
+    Args:
+        kind: of the inputs, in the sentence.
+        num_classes: number of classes; top-5 becomes top-`num_classes` below five.
+        device: where the metrics are kept.
+    """
+
+    def __init__(self, kind: str, num_classes: int, device: torch.device | str = "cpu") -> None:
+        self.kind = kind
+        self.loss, self.count = MeanMetric().to(device), SumMetric().to(device)
+        self.accuracy = {
+            "top1": MulticlassAccuracy(num_classes, average="micro").to(device),
+            "top5": MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro").to(device),
+            "mean_class": MulticlassAccuracy(num_classes, average="macro").to(device),
+        }
+
+    def update(self, inputs: Tensor, outputs: Tensor, targets: Tensor) -> None:
+        self.count.update(len(targets))
+        self.loss.update(F.cross_entropy(outputs, targets), weight=len(targets))
+        for metric in self.accuracy.values():
+            metric.update(outputs, targets)
+
+    def compute(self) -> Metrics:
+        percent = {name: round(100 * float(metric.compute()), 4) for name, metric in self.accuracy.items()}
+        loss, count = float(self.loss.compute()), int(self.count.compute())
+        sentence = (
+            f"top-1 {percent['top1']:.2f} % (mean of classes {percent['mean_class']:.2f} %), "
+            f"top-5 {percent['top5']:.2f} %, loss {loss:.4f} on {count:,} {self.kind}"
+        )
+        return Metrics({"loss": loss, **percent}, count, self.kind, sentence)

@@ -1,0 +1,111 @@
+"""Classification of point clouds: a point transformer in the place of a timm model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ewavit.data.batches import Data, Inputs
+from ewavit.errors import EwavitError
+from ewavit.points.batches import CloudInputs, PointData
+from ewavit.points.transformer import create_point_model, load_point_checkpoint
+from ewavit.tasks.classification import Classification
+from ewavit.tasks.task import Mixing
+
+SHOWN = 10  # clouds in the picture of a run
+
+
+class CloudClassification(Classification):
+    """One class for each cloud."""
+
+    kind = "clouds"
+    no_mixing = "--mixup and --cutmix mix images: leave them out for point clouds"
+    fewest_per_batch = (2, "leaves the point transformer's BatchNorm no variance: choose more")
+    model = "point_transformer_s"
+
+    def inputs(self, classes: int, in_chans: int, img_size: int, num_points: int | None) -> Inputs:
+        assert num_points is not None
+        return CloudInputs(classes, in_chans, num_points)
+
+    def default_model(self, inputs: Inputs, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        return self.model, kwargs
+
+    def build_model(
+        self,
+        name: str,
+        inputs: Inputs,
+        *,
+        pretrained: bool = False,
+        initial_checkpoint: str | None = None,
+        **kwargs: Any,
+    ) -> tuple[nn.Module, dict[str, Any]]:
+        if pretrained:
+            raise EwavitError(
+                "--pretrained loads timm's weights: give a point model --initial-checkpoint FILE"
+            )
+        settings = {"num_classes": inputs.num_classes, **kwargs}
+        model = create_point_model(name, **settings)
+        if initial_checkpoint is not None:
+            load_point_checkpoint(model, initial_checkpoint)
+        with torch.no_grad():
+            model.eval()(inputs.sample())
+        return model.train(), settings
+
+    def create_model(self, name: str, settings: Mapping[str, Any]) -> nn.Module:
+        return create_point_model(name, **settings)
+
+    def loading_code(self, name: str, settings: Mapping[str, Any], file: Path) -> str:
+        arguments = ", ".join(f"{key}={value!r}" for key, value in settings.items())
+        return (
+            "from ewavit.points.transformer import create_point_model, load_point_checkpoint\n"
+            f"model = create_point_model({name!r}, {arguments}).eval()\n"
+            f"load_point_checkpoint(model, {str(file)!r})"
+        )
+
+    def input_text(self, inputs: Inputs, mean: Sequence[float], std: Sequence[float]) -> str:
+        assert isinstance(inputs, CloudInputs)
+        shape = f"(batch, {inputs.num_points}, {inputs.in_chans})"
+        return f"clouds {shape}, centred, scaled into the unit sphere"
+
+    def mixing(self, mixup: float, cutmix: float, num_classes: int) -> Mixing | None:
+        return None
+
+    def picture(self, data: Data, predictions: Sequence[tuple[int, int]], path: Path) -> None:
+        if not predictions or not isinstance(data, PointData):
+            return
+        order = np.random.default_rng(0).permutation(len(predictions)).tolist()
+        wrong = [index for index in order if predictions[index][0] != predictions[index][1]][: SHOWN // 2]
+        right = [index for index in order if predictions[index][0] == predictions[index][1]]
+        chosen = right[: SHOWN - len(wrong)] + wrong
+        named = [tuple(data.classes[number] for number in predictions[index]) for index in chosen]
+        draw_clouds(data.evaluation_clouds(chosen), named, path)
+
+
+def draw_clouds(clouds: Any, names: Sequence[tuple[str, ...]], path: Path) -> None:
+    """Draw point clouds (clouds, points, 3) with their true and predicted class, the wrong ones in red."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = min(5, len(names))
+    rows = -(-len(names) // columns)
+    figure = pyplot.figure(figsize=(2.4 * columns, 2.6 * rows), layout="constrained")
+    for number, (points, (label, found)) in enumerate(zip(clouds, names, strict=True), 1):
+        axis = figure.add_subplot(rows, columns, number, projection="3d")
+        x, y, z = points.T
+        axis.scatter(x, y, z, c=y, s=2, cmap="viridis", linewidths=0)
+        axis.set_box_aspect((1, 1, 1), zoom=1.3)
+        for limits in (axis.set_xlim, axis.set_ylim, axis.set_zlim):
+            limits(-0.8, 0.8)
+        axis.set_axis_off()
+        right = label == found
+        title = label if right else f"{label}\npredicted {found}"
+        axis.set_title(title, fontsize=9, color="black" if right else "tab:red")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,72 @@
+"""Part segmentation: a part for each point of a cloud, judged by IoU as ShapeNetPart defines it."""
+
+from __future__ import annotations
+
+import math
+from statistics import fmean
+
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from ewavit.data.batches import Data, Inputs
+from ewavit.points.batches import CloudInputs
+from ewavit.points.metrics import Categories, part_ious
+from ewavit.tasks.classification import ClassMeter
+from ewavit.tasks.clouds import CloudClassification
+from ewavit.tasks.judge import INSTANCE_IOU
+from ewavit.tasks.task import Meter, Metrics
+
+
+class PartSegmentation(CloudClassification):
+    """One part for each point. Clouds carry their category as a one-hot vector behind x, y, z."""
+
+    judge = INSTANCE_IOU
+    names_classes = False  # not for every point of a cloud
+    model = "point_transformer_seg_s"
+
+    def inputs(self, classes: int, in_chans: int, img_size: int, num_points: int | None) -> Inputs:
+        assert num_points is not None
+        return CloudInputs(classes, in_chans, num_points, parts=True)
+
+    def meter(self, data: Data, device: torch.device | str = "cpu") -> Meter:
+        return PartMeter(self.kind, data.num_classes, data.categories, device)
+
+
+class PartMeter(ClassMeter):
+    """What `ClassMeter` measures, over points, and instance and class mIoU in percent.
+
+    Args:
+        kind: of the inputs, in the sentence.
+        num_classes: parts of all categories.
+        categories: the parts of each category.
+        device: where the metrics are kept.
+    """
+
+    def __init__(
+        self, kind: str, num_classes: int, categories: Categories, device: torch.device | str = "cpu"
+    ) -> None:
+        super().__init__(kind, num_classes, device)
+        self.categories = categories
+        # Of all clouds, and of the clouds of each category.
+        self.iou = [MeanMetric(nan_strategy="disable").to(device) for _ in range(1 + len(categories))]
+
+    def update(self, inputs: Tensor, outputs: Tensor, targets: Tensor) -> None:
+        super().update(inputs, outputs, targets)
+        category = inputs[:, 0, 3:].argmax(-1)
+        ious = part_ious(outputs, targets, category, self.categories)
+        self.iou[0].update(ious)
+        for number, metric in enumerate(self.iou[1:]):
+            metric.update(ious, weight=(category == number).float())
+
+    def compute(self) -> Metrics:
+        of_points = super().compute()
+        instance, *of_category = (100 * float(metric.compute()) for metric in self.iou)
+        by_class = fmean(value for value in of_category if not math.isnan(value))
+        values = {**of_points.values, "instance_iou": round(instance, 4), "class_iou": round(by_class, 4)}
+        sentence = (
+            f"instance mIoU {instance:.2f} %, class mIoU {by_class:.2f} %, "
+            f"points right {values['top1']:.2f} %, loss {values['loss']:.4f} "
+            f"on {of_points.count:,} {self.kind}"
+        )
+        return Metrics(values, of_points.count, self.kind, sentence)

@@ -1,0 +1,140 @@
+"""Models of timm for images of any size: built, checked with one forward pass, loaded from files."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import load_state_dict
+from torch import nn
+
+from ewavit.data.batches import ImageInputs
+from ewavit.errors import EwavitError
+from ewavit.points.transformer import MODELS as POINT_MODELS
+
+MOST_PATCHES = 4096
+FEWEST_PATCHES = 4
+
+
+def build_timm_model(
+    name: str, inputs: ImageInputs, pretrained: bool, initial_checkpoint: str | None, kwargs: dict[str, Any]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A timm model that fits the images, and its settings; arguments as in `Task.build_model`.
+
+    Raises:
+        EwavitError: unknown model, patches that do not fit the image, settings it refuses, weights that are
+            missing or of another model.
+    """
+    img_size = inputs.img_size
+    if name in POINT_MODELS:
+        raise EwavitError(
+            f"{name} is for point clouds: give --data solids or modelnet10:PATH, or another --model"
+        )
+    if not timm.is_model(name.split(".")[0]):
+        close = difflib.get_close_matches(name, timm.list_models(), 3)
+        hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() names them all"
+        raise EwavitError(f"timm has no model {name!r}: {hint}")
+    _check_patches(kwargs.get("patch_size"), img_size)
+    settings = {
+        "num_classes": inputs.num_classes, "in_chans": inputs.in_chans, "img_size": img_size, **kwargs
+    }  # fmt: skip
+    if initial_checkpoint is not None:
+        model = _from_file(name, initial_checkpoint, settings)
+    else:
+        model = _create(name, settings, pretrained=pretrained)
+    patch_embed = getattr(model, "patch_embed", None)
+    _check_patches(getattr(patch_embed, "patch_size", None), img_size)
+    try:
+        with torch.no_grad():
+            was_training = model.training
+            model.eval()(inputs.sample())
+            model.train(was_training)
+    except (RuntimeError, AssertionError, ValueError) as problem:
+        raise EwavitError(
+            f"{name} cannot take {img_size}x{img_size} images ({_first_line(problem)}): "
+            "choose another --img-size, --model or --model-kwargs"
+        ) from None
+    return model, settings
+
+
+def _create(name: str, settings: dict[str, Any], **more: Any) -> nn.Module:
+    """`timm.create_model`; drops `img_size` from the settings of a model that works at any size."""
+    try:
+        try:
+            model: nn.Module = timm.create_model(name, **settings, **more)
+        except TypeError as problem:
+            if "img_size" not in str(problem):
+                raise
+            settings.pop("img_size")
+            model = timm.create_model(name, **settings, **more)
+        return model
+    except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as problem:
+        given = ", ".join(f"{key}={value}" for key, value in settings.items())
+        raise EwavitError(f"timm could not build {name} with {given}: {_first_line(problem)}") from None
+
+
+def _from_file(name: str, file: str, settings: dict[str, Any]) -> nn.Module:
+    """The model with a file's weights, loaded strictly; the head is new if the file has other classes."""
+    if not Path(file).is_file():
+        raise EwavitError(f"no file {file}: give --initial-checkpoint the weights of a {name}")
+    try:
+        weights = load_state_dict(file)
+    except Exception as problem:  # whatever a damaged or foreign file makes the readers raise
+        raise EwavitError(f"{file} cannot be read as weights ({_first_line(problem)})") from None
+    config = timm.get_pretrained_cfg(name.split(".")[0])
+    head = getattr(config, "classifier", None)
+    head_weight = weights.get(f"{head}.weight") if isinstance(head, str) else None
+    num_classes = settings["num_classes"]
+    classes = num_classes if head_weight is None else head_weight.shape[0]
+    overlay = {"state_dict": weights, "num_classes": classes}
+    stem = (
+        weights.get(f"{config.first_conv}.weight") if config and isinstance(config.first_conv, str) else None
+    )
+    if stem is not None:
+        overlay["input_size"] = (stem.shape[1], *config.input_size[1:])
+    try:
+        settings["num_classes"] = classes
+        model = _create(name, settings, pretrained=True, pretrained_cfg_overlay=overlay)
+        settings["num_classes"] = num_classes
+    except EwavitError as problem:
+        raise EwavitError(f"{file} does not hold the weights of {name}: {problem}") from None
+    if classes != num_classes:
+        model.reset_classifier(num_classes)  # type: ignore[operator]
+    return model
+
+
+def fitting_patch(img_size: int) -> int:
+    """The divisor of the image side that gives the number of patches per side closest to eight."""
+    divisors = [patch for patch in range(1, img_size + 1) if img_size % patch == 0]
+    return min(divisors, key=lambda patch: abs(img_size / patch - 8))
+
+
+def _check_patches(patch_size: Any, img_size: int) -> None:
+    patch = patch_size[0] if isinstance(patch_size, tuple | list) else patch_size
+    if not isinstance(patch, int):
+        return
+    fitting = [p for p in range(1, img_size + 1) if img_size % p == 0]
+    fitting = [p for p in fitting if FEWEST_PATCHES <= (img_size // p) ** 2 <= MOST_PATCHES]
+    patches = (img_size // patch) ** 2 if patch > 0 else 0
+    if patch <= 0 or img_size % patch or not FEWEST_PATCHES <= patches <= MOST_PATCHES:
+        if patch > 0 and patches > MOST_PATCHES:
+            why = f"is too small for {img_size}x{img_size} images ({patches:,} patches)"
+        elif patch > 0 and patches >= FEWEST_PATCHES:
+            why = f"does not divide {img_size}x{img_size} images"
+        else:
+            why = (
+                f"is too large for {img_size}x{img_size} images" if patch > 0 else "is not a number of pixels"
+            )
+        choices = ", ".join(map(str, fitting))
+        remedy = (
+            f"give --model-kwargs patch_size=N with N one of {choices}" if choices else "use larger images"
+        )
+        raise EwavitError(f"patch size {patch} {why}: {remedy}")
+
+
+def _first_line(problem: BaseException) -> str:
+    lines = str(problem).strip().splitlines()
+    return lines[0][:200] if lines else type(problem).__name__
