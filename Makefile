@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := src tests benchmarks tools
 
-.PHONY: install demo test lint bench
+.PHONY: install demo test lint hooks bench
 
 install: .venv/installed
 
@@ -22,6 +22,9 @@ lint: install
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
+
+hooks: install
+	$(BIN)/pre-commit run --all-files
 
 bench: install
 	$(BIN)/python benchmarks/device_check.py
