@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := src tests benchmarks tools
 
-.PHONY: install demo test lint bench
+.PHONY: install demo test lint hooks package bench
 
 install: .venv/installed
 
@@ -22,6 +22,15 @@ lint: install
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
+
+hooks: install
+	$(BIN)/pre-commit run --all-files
+
+# Builds dist/ and runs the suite once more, in the unpacked sdist and against the wheel.
+package: install
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python tools/check_package.py -q -n auto
 
 bench: install
 	$(BIN)/python benchmarks/device_check.py
