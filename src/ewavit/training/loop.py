@@ -46,6 +46,7 @@ from ewavit.training.processes import (
     stop_signals,
     told_of_lost_processes,
 )
+from ewavit.training.progress import RunProgress
 from ewavit.training.recipe import Recipe
 from ewavit.training.state import TrainingState
 from ewavit.training.weight_average import WeightAverage
@@ -146,6 +147,8 @@ class _Run:
         self.mixup = None
         if recipe.mixup or recipe.cutmix:
             self.mixup = Mix(recipe.mixup, recipe.cutmix, self.data.num_classes)
+        batches = self.updates_per_epoch * recipe.grad_accum_steps
+        self.shown = RunProgress(recipe, batches, recipe.batch_size * processes, self.data.inputs.kind)
 
     def train(self) -> Result:
         """Train to the last epoch, evaluating and saving after each."""
@@ -188,8 +191,8 @@ class _Run:
         begun, first_batch = time.perf_counter(), progress.batch
         losses: deque[tuple[int, Tensor]] = deque()  # with the step that each belongs to
         total = self.updates_per_epoch * recipe.grad_accum_steps
-        title = f"epoch {progress.epoch + 1}/{recipe.epochs}"
-        with report.progress_bar(title, total, progress.batch, self.accelerator.is_main_process) as advance:
+        main = self.accelerator.is_main_process
+        with self.shown.epoch(progress.epoch, progress.batch, main) as advance:
             while progress.batch < total:
                 for micro_batch in range(recipe.grad_accum_steps):
                     last = micro_batch == recipe.grad_accum_steps - 1
