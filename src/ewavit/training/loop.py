@@ -46,6 +46,7 @@ from ewavit.training.processes import (
     stop_signals,
     told_of_lost_processes,
 )
+from ewavit.training.progress import RunProgress
 from ewavit.training.recipe import Recipe
 from ewavit.training.state import TrainingState
 from ewavit.training.weight_average import WeightAverage
@@ -161,6 +162,8 @@ class TrainingRun:
         self.mixing = self.task.mixing(recipe.mixup, recipe.cutmix, self.data.num_classes)
         self._received: list[int] = []  # signals
         self._losses: deque[tuple[int, Tensor]] = deque()  # not counted yet, with the step of each
+        at_a_time = recipe.batch_size * processes
+        self.shown = RunProgress(recipe, self._batches_per_epoch, at_a_time, self.task.kind)
 
     def train(self) -> Result:
         """Train to the last epoch, evaluating and saving after each."""
@@ -215,8 +218,8 @@ class TrainingRun:
         batches = self.training_batches(progress.epoch, start=progress.batch)
         begun, first_batch, total = time.perf_counter(), progress.batch, self._batches_per_epoch
         self._losses.clear()
-        title = f"epoch {progress.epoch + 1}/{recipe.epochs}"
-        with report.progress_bar(title, total, progress.batch, self.accelerator.is_main_process) as advance:
+        main = self.accelerator.is_main_process
+        with self.shown.epoch(progress.epoch, progress.batch, main) as advance:
             while progress.batch < total:
                 for micro_batch in range(recipe.grad_accum_steps):
                     last = micro_batch == recipe.grad_accum_steps - 1

@@ -1,4 +1,4 @@
-"""What a run shows: progress on a terminal, lines elsewhere, `summary.csv`, and pictures."""
+"""What a run leaves to read: lines, `summary.csv`, and pictures."""
 
 from __future__ import annotations
 
@@ -6,15 +6,11 @@ import csv
 import os
 import resource
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from ewavit.core.diagnostics import routing_statistics
@@ -33,20 +29,6 @@ Row = dict[str, float]
 def say(line: str) -> None:
     """Print one line of plain text at once."""
     print(line, flush=True)
-
-
-@contextmanager
-def progress_bar(title: str, total: int, done: int, shown: bool) -> Iterator[Any]:
-    """A progress bar on terminals only; yields a function to call after each batch with the latest loss."""
-    if not shown or not sys.stdout.isatty():
-        yield lambda loss: None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(
-        *columns, TextColumn("loss {task.fields[loss]:.3f}"), console=Console(), transient=True
-    ) as bar:
-        task = bar.add_task(title, total=total, completed=done, loss=float("nan"))
-        yield lambda loss: bar.update(task, advance=1, loss=loss)
 
 
 def epoch_line(row: Row, epochs: int, task: Task) -> str:
