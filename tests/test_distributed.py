@@ -23,8 +23,10 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 import ewavit as ewa
+from ewavit.core import moe_layers
 from ewavit.core.devices import whole
 from ewavit.core.partition import Partition, RandomPartition
+from ewavit.distributed import expert_placement
 from processes import in_processes
 from small_models import tiny_vit
 
@@ -47,7 +49,7 @@ def build(experts="auto", init="perturb", num_experts=4, **kwargs):
     torch.manual_seed(1)
     model = tiny_vit(class_token=False, global_pool="avg", **kwargs)
     ewa.expand(model, num_experts, select="all", experts=experts, init=init, noise=0.3)
-    for moe in ewa.moe_layers(model).values():
+    for moe in moe_layers(model).values():
         moe.dispatcher = RoundRobin(num_experts)
     return model.double()  # in float32 AdamW makes a step of what is rounding in a gradient of nothing
 
@@ -108,7 +110,7 @@ def assert_same(model, reference, tolerance=1e-8):
 
 def sharded(model, mesh=None, **kwargs):
     mesh = mesh or whole_mesh()
-    placement = ewa.expert_placement(model, mesh)
+    placement = expert_placement(model, mesh)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, shard_placement_fn=placement, **kwargs)
     return fully_shard(model, mesh=mesh, shard_placement_fn=placement, **kwargs)
@@ -283,10 +285,10 @@ def test_accelerate_trains_as_one_process_does(fsdp2):
 def misuse():
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     with pytest.raises(ewa.EwavitError, match=r"no MoE layer: call ewavit\.expand"):
-        ewa.expert_placement(tiny_vit(), mesh)
+        expert_placement(tiny_vit(), mesh)
     odd = ewa.expand(tiny_vit(mlp_ratio=0.3125), 4)  # a hidden width of 5
     with pytest.raises(ewa.EwavitError, match=r"fc1.bias \(4, 5\) cannot be cut evenly over 2 processes"):
-        ewa.expert_placement(odd, mesh)
+        expert_placement(odd, mesh)
 
     model = build()
     fully_shard(model, mesh=mesh)  # torch's default: over the experts

@@ -14,8 +14,8 @@ import yaml
 from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 
-import ewavit as ewa
 from ewavit import EwavitError
+from ewavit.core import moe_layers
 from ewavit.training import loop
 from ewavit.training.checkpoint import load_checkpoint
 from ewavit.training.export import evaluate, export, load_model
@@ -219,7 +219,7 @@ def test_the_experts_learning_rate_is_scaled_and_nothing_else(tmp_path):
     run = loop._Run(
         recipe(tmp_path, "scaled", expert_lr=3.0), tmp_path / "scaled", loop.Accelerator(cpu=True)
     )
-    experts = {id(p) for moe in ewa.moe_layers(run.state.model).values() for p in moe.parameters()}
+    experts = {id(p) for moe in moe_layers(run.state.model).values() for p in moe.parameters()}
     for update in (1, 5, 11):
         run.state.scheduler.step_update(update)
         rates = {True: set(), False: set()}

@@ -116,7 +116,7 @@ def average_experts_(
     begun = []
     for moe in several if share_rate else ():
         weight = min(1.0, share_rate * moe.num_experts / (moe.num_experts - 1))
-        begun += [moe.experts.pull_(weight, of) for of in (local, *_moments(moe, optimizer))]
+        begun += [moe.experts.pull_towards_mean_(weight, of) for of in (local, *_moments(moe, optimizer))]
     for finish in begun:  # by now the replicas' weights of all layers are under way
         if finish is not None:
             finish()
@@ -127,7 +127,7 @@ def average_experts_reference_(model: nn.Module, share_rate: float) -> None:
     """`average_experts_` written as the explicit sum of Eq. 6; the tests hold the two equal."""
     for moe in moe_layers(model).values():
         n = moe.num_experts
-        for _, values in moe.experts.families() if n > 1 else ():
+        for _, values in moe.experts.values_by_parameter() if n > 1 else ():
             old = [value.clone() for value in values]
             for i in range(n):
                 others = sum(share_rate / (n - 1) * old[j] for j in range(n) if j != i)

@@ -29,7 +29,7 @@ def expert_spread(model: nn.Module) -> dict[str, float]:
     spread = {}
     for layer, moe in moe_layers(model).items():
         peers, apart, norm = moe.experts.peers, [], []
-        for _, values in moe.experts.families(local):
+        for _, values in moe.experts.values_by_parameter(local):
             stacked = torch.stack([value.float() for value in values])
             total = stacked.sum(0) if peers is None else peers.sum([stacked.sum(0)])[0]
             mean = total / moe.num_experts

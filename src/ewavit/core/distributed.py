@@ -39,7 +39,7 @@ def expert_placement(
             such dimension that the processes divide evenly.
 
     Example:
-        >>> placement = ewa.expert_placement(model, mesh)
+        >>> placement = ewa.distributed.expert_placement(model, mesh)
         >>> for block in model.blocks:
         ...     fully_shard(block, mesh=mesh, shard_placement_fn=placement)
         >>> fully_shard(model, mesh=mesh, shard_placement_fn=placement)

@@ -106,7 +106,7 @@ class SpreadPrediction:
     SLOPE_WEIGHT = 0.1
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, averaging: ExpertAveraging) -> None:
-        self.optimizer, self.averaging = _unwrapped(optimizer), averaging
+        self.optimizer, self.averaging = unwrapped(optimizer), averaging
         if not self.supports(optimizer):
             raise EwavitError(
                 f"the spread under {type(self.optimizer).__name__} is not predicted: use torch's SGD, "
@@ -116,12 +116,12 @@ class SpreadPrediction:
         self._averaging_steps = averaging.steps_done
         group_of = {id(p): i for i, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
         parts: dict[tuple[str, int | None], _Part] = {}
-        for layer, moe in _layers(model).items():
-            for family in _families(moe.experts):
+        for layer, moe in layers_with_all_experts(model).items():
+            for family in tensors_by_parameter(moe.experts):
                 key = (layer, group_of.get(id(family[0])))  # None: frozen
                 part = parts.setdefault(key, _Part(*key, moe.num_experts))
                 part.families.append(family)
-                start = _deviations([parameter.detach().float() for parameter in family])
+                start = deviations_from_mean([parameter.detach().float() for parameter in family])
                 d_d = part.moments.d_d + float(start.square().sum()) / moe.num_experts
                 part.moments = DeviationMoments(d_d)
         self._parts = list(parts.values())
@@ -129,7 +129,7 @@ class SpreadPrediction:
     @staticmethod
     def supports(optimizer: Optimizer) -> bool:
         """Whether the spread under this optimizer can be predicted."""
-        optimizer = _unwrapped(optimizer)
+        optimizer = unwrapped(optimizer)
         amsgrad = any(group.get("amsgrad") for group in optimizer.param_groups)
         return type(optimizer) in (SGD, Adam, AdamW) and not amsgrad
 
@@ -159,8 +159,8 @@ class SpreadPrediction:
         for family in part.families:
             if part.group is None or any(parameter.grad is None for parameter in family):
                 continue
-            x = _deviations([self._direction(parameter, part.group, scale) for parameter in family])
-            d = _deviations([parameter.float() for parameter in family])
+            x = deviations_from_mean([self._direction(parameter, part.group, scale) for parameter in family])
+            d = deviations_from_mean([parameter.float() for parameter in family])
             total += torch.stack([(x * x).sum(), (d * x).sum(), (d * d).sum()]) / part.num_experts
         return total
 
@@ -245,13 +245,13 @@ class SpreadPrediction:
             part.moments = DeviationMoments(*moments)
 
 
-def _unwrapped(optimizer: Optimizer) -> Optimizer:
+def unwrapped(optimizer: Optimizer) -> Optimizer:
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
         optimizer = inner
     return optimizer
 
 
-def _layers(model: nn.Module) -> dict[str, Any]:
+def layers_with_all_experts(model: nn.Module) -> dict[str, Any]:
     layers = moe_layers(model)
     if not layers:
         raise EwavitError("the model has no MoE layer: call ewavit.expand(model) first")
@@ -262,14 +262,14 @@ def _layers(model: nn.Module) -> dict[str, Any]:
     return layers
 
 
-def _families(experts: Experts) -> list[list[Tensor]]:
+def tensors_by_parameter(experts: Experts) -> list[list[Tensor]]:
     """Per parameter of the FFN the tensors that an optimizer holds: one with N on dimension 0, or N."""
     if isinstance(experts, SeparateExperts):
         return [list(family) for family in zip(*(copy.parameters() for copy in experts.copies), strict=True)]
     return [[parameter] for parameter in experts.parameters()]
 
 
-def _deviations(family: list[Tensor]) -> Tensor:
+def deviations_from_mean(family: list[Tensor]) -> Tensor:
     """(experts, ...) minus its mean over experts, for one tensor that holds all experts or one for each."""
     stacked = family[0] if len(family) == 1 else torch.stack(family)
     return stacked - stacked.mean(0)

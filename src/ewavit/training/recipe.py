@@ -74,7 +74,7 @@ class Recipe:
     select: str = _option(
         "alternate", "which FFNs: alternate, all, last_half, a name or a regular expression"
     )
-    partition: Unit = _option("token", "what is dealt to the experts", ("token", "image"))
+    unit: Unit = _option("token", "what is dealt to the experts", ("token", "image"))
     router: str = _option(
         "random", "who deals: chance, or a learned top-k router (naive MoE)", ("random", "topk")
     )
@@ -173,10 +173,8 @@ class Recipe:
         if self.top_k is not None:
             if self.k > self.experts:
                 raise EwavitError(f"--k {self.k} is more than --experts {self.experts}: choose less")
-            if self.partition != "token":
-                raise EwavitError(
-                    f"--router {self.router} sends tokens: leave out --partition {self.partition}"
-                )
+            if self.unit != "token":
+                raise EwavitError(f"--router {self.router} sends tokens: leave out --unit {self.unit}")
         if self.placement == "replicas":
             self._check_replicas()
         if self.pretrained and self.initial_checkpoint:
