@@ -58,6 +58,16 @@ def separated(module: nn.Module, scale: float = 0.1) -> nn.Module:
     return module
 
 
+@torch.no_grad()
+def perturbed(model: nn.Module, noise: float) -> nn.Module:
+    """Move every expert by noise relative to the root mean square of each of its parameters."""
+    for moe in moe_layers(model).values():
+        for _, values in moe.experts.values_by_parameter():
+            for value in values:
+                value.add_(torch.randn_like(value) * value.square().mean().sqrt(), alpha=noise)
+    return model
+
+
 class Block(nn.Module):
     def __init__(self, kind: str) -> None:
         super().__init__()

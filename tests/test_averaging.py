@@ -455,29 +455,20 @@ def test_every_below_one_and_a_second_ramp_are_refused():
 
 @both_kinds
 @pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.AdamW])
-def test_moments_are_averaged_like_the_experts_when_asked(kind, optimizer_class):
+def test_averaging_leaves_the_optimizers_moments_alone(kind, optimizer_class):
     options = {"momentum": 0.9} if optimizer_class is torch.optim.SGD else {}
     optimizers = []
-    for moments in (False, True):
+    for share_rate in (0.0, full_share_rate(4)):
         torch.manual_seed(0)
         model = expanded(kind=kind)
         optimizer = optimizer_class(model.parameters(), lr=0.1, **options)
-        ewa.ExpertAveraging(model, full_share_rate(4), moments=moments).attach(optimizer)
+        ewa.ExpertAveraging(model, share_rate).attach(optimizer)
         model(tokens()).square().mean().backward()
         optimizer.step()
-        optimizers.append((model, optimizer))
-    (model, untouched), (averaged_model, averaged) = optimizers
-    names = ["momentum_buffer"] if options else ["exp_avg", "exp_avg_sq"]
-    for moe, averaged_moe in zip(
-        moe_layers(model).values(), moe_layers(averaged_model).values(), strict=True
-    ):
-        for name in names:
-            before = moe.experts.values_by_parameter(lambda p, name=name: untouched.state[p][name])
-            after = averaged_moe.experts.values_by_parameter(lambda p, name=name: averaged.state[p][name])
-            for (_, apart), (_, together) in zip(before, after, strict=True):
-                mean = torch.stack(apart).mean(0)
-                assert not torch.allclose(apart[0], mean, rtol=1e-3, atol=0)
-                for value in together:
-                    assert torch.allclose(value, mean, rtol=1e-5, atol=1e-12)
-    steps = [state["step"] for state in averaged.state.values() if "step" in state]
-    assert all(float(step) == 1 for step in steps)
+        optimizers.append(optimizer)
+    before, after = (optimizer.state_dict()["state"] for optimizer in optimizers)
+    assert before
+    assert before.keys() == after.keys()
+    for index, state in before.items():
+        assert state.keys() == after[index].keys()
+        assert all(torch.equal(value, after[index][name]) for name, value in state.items())

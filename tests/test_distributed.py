@@ -28,7 +28,7 @@ from ewavit.core.devices import whole
 from ewavit.core.partition import Partition, RandomPartition
 from ewavit.distributed import expert_placement
 from processes import in_processes
-from small_models import tiny_vit
+from small_models import perturbed, tiny_vit
 
 IMAGES, STEPS = 8, 3  # images in the global batch
 kinds_in_worlds = pytest.mark.parametrize(
@@ -44,11 +44,13 @@ class RoundRobin(RandomPartition):
         return Partition(slots, torch.argsort(slots), None)
 
 
-def build(experts="auto", init="perturb", num_experts=4, **kwargs):
+def build(experts="auto", num_experts=4, apart=True, **kwargs):
     """The same expanded model in every process, dealt to without chance; 16 tokens an image."""
     torch.manual_seed(1)
     model = tiny_vit(class_token=False, global_pool="avg", **kwargs)
-    ewa.expand(model, num_experts, select="all", experts=experts, init=init, noise=0.3)
+    ewa.expand(model, num_experts, select="all", experts=experts)
+    if apart:
+        perturbed(model, 0.3)
     for moe in moe_layers(model).values():
         moe.dispatcher = RoundRobin(num_experts)
     return model.double()  # in float32 AdamW makes a step of what is rounding in a gradient of nothing
@@ -164,7 +166,7 @@ def fsdp(experts, mesh):
 
     with CommDebugMode() as counted:
         averaging.step()
-        ewa.average_experts_(model, 0.1, optimizer)  # the moments too
+        ewa.average_experts_(model, 0.1)
     assert counted.get_total_counts() == 0
 
     ewa.average_experts_(reference, 0.2)
@@ -181,7 +183,7 @@ def fsdp(experts, mesh):
     for key, value in dense.items():
         assert type(value) is torch.Tensor
         assert torch.allclose(value, expected[key], atol=1e-8, rtol=1e-8), key
-    plain = build(experts, init="copy")
+    plain = build(experts, apart=False)
     ewa.load_dense_state_dict(model, ewa.dense_state_dict(plain))
     assert max(ewa.expert_spread(model).values()) < 1e-6
     assert all(torch.equal(whole(p), q) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
@@ -232,7 +234,7 @@ def save_sharded(folder):
 
 
 def resume_sharded(folder):
-    model = build(init="copy")
+    model = build(apart=False)
     if dist.get_world_size() > 1:
         sharded(model)
     optimizer, averaging = training(model)

@@ -695,7 +695,7 @@ def test_the_search_leaves_the_model_and_the_generator_alone() -> None:
     ewa.find_ffns(model)
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
-    ewa.expand(model, 3, init="copy")
+    ewa.expand(model, 3)
     assert torch.equal(torch.get_rng_state(), generator)
     assert [block.mlp.training for block in model.blocks] == [True, False, True, True]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import ewavit as ewa
 from ewavit.core import SeparateExperts, StackedExperts, moe_layers
-from small_models import DIM, MlpNet, images, randomised, separated, tiny_vit, tokens
+from small_models import DIM, MlpNet, images, perturbed, randomised, separated, tiny_vit, tokens
 
 KINDS = ["stacked", "separate"]
 both_kinds = pytest.mark.parametrize("kind", KINDS)
@@ -84,7 +84,6 @@ def test_a_model_without_ffns_is_refused():
         ({"num_experts": 2.5}, "num_experts=2.5"),
         ({"unit": "batch"}, "unit='batch'"),
         ({"experts": "many"}, "experts='many'"),
-        ({"init": "zeros"}, "init='zeros'"),
     ],
 )
 def test_a_wrong_option_is_named_with_its_value(options, named):
@@ -157,7 +156,7 @@ def test_expanding_twice_is_refused():
 
 
 def test_collapsing_what_is_not_expanded_is_refused():
-    with pytest.raises(ewa.EwavitError, match="nothing to collapse"):
+    with pytest.raises(ewa.EwavitError, match=r"no MoE layer: call ewavit\.expand"):
         ewa.collapse(MlpNet())
 
 
@@ -290,7 +289,7 @@ def test_the_expanded_state_dict_loads_into_another_expanded_model(kind):
     assert torch.equal(model.eval()(x), other.eval()(x))
 
 
-# ---------------------------------------------------------------- init
+# ---------------------------------------------------------------- how experts start
 
 
 def experts_of(model: nn.Module, name: str = "fc1.weight") -> Tensor:
@@ -308,31 +307,6 @@ def test_copies_are_equal_to_the_ffn(kind):
     original = wide()
     for name, parameter in original.blocks[3].mlp.named_parameters():
         assert all(torch.equal(expert, parameter) for expert in experts_of(model, name))
-
-
-@both_kinds
-def test_perturb_adds_noise_relative_to_the_root_mean_square(kind):
-    model = ewa.expand(wide(), experts=kind, init="perturb", noise=0.05)
-    weight = wide().blocks[3].mlp.fc1.weight
-    noise = (experts_of(model) - weight) / weight.square().mean().sqrt()
-    assert noise.flatten(1).std(1).tolist() == pytest.approx([0.05] * 4, rel=0.05)
-    correlation = torch.corrcoef(noise.flatten(1)).fill_diagonal_(0).abs()
-    assert correlation.max() < 0.05
-
-
-@both_kinds
-def test_independent_experts_hold_the_same_values_row_by_row_but_are_unrelated(kind):
-    model = ewa.expand(wide(), experts=kind, init="independent")
-    original = wide().blocks[3].mlp.fc1.weight
-    experts = experts_of(model)
-    assert torch.equal(experts[0], original)
-    for expert in experts:
-        assert torch.equal(expert.sort(1).values, original.sort(1).values)
-    correlation = torch.corrcoef(experts.flatten(1)).fill_diagonal_(0).abs()
-    assert correlation.max() < 0.05
-    assert experts.mean(0).var() == pytest.approx(original.var().item() / 4, rel=0.1)
-    for name in ("fc1.bias", "fc2.bias"):
-        assert all(torch.equal(bias, experts_of(model, name)[0]) for bias in experts_of(model, name))
 
 
 # ---------------------------------------------------------------- state dicts
@@ -508,7 +482,7 @@ def test_summary_of_a_dense_model_has_no_layers():
 
 def test_a_vit_is_expanded_trained_and_collapsed():
     model = tiny_vit()
-    ewa.expand(model, 4, init="perturb", noise=0.1)
+    perturbed(ewa.expand(model, 4), 0.1)
     optimizer = torch.optim.AdamW(ewa.param_groups(model, 0.05), lr=1e-2)
     ewa.ExpertAveraging(model, 0.3).attach(optimizer)
     x, y = images(6), torch.arange(6) % 3

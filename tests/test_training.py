@@ -241,8 +241,8 @@ def test_evaluating_every_second_epoch_changes_no_weight(tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_averaging_at_intervals_with_moments_resumes_exactly(tmp_path, monkeypatch):
-    settings = {"average_every": 3, "average_moments": True, "init": "perturb", "val_interval": 2}
+def test_averaging_at_intervals_resumes_exactly(tmp_path, monkeypatch):
+    settings = {"average_every": 3, "val_interval": 2}
     whole = train(recipe(tmp_path, "whole", **settings)).run
     with monkeypatch.context() as patch:
         stop_after(patch, 10)

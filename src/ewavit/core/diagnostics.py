@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ewavit.core.devices import local, summed
-from ewavit.core.moe import dispatching, moe_layers
+from ewavit.core.moe import dispatching, moe_layers, require_moe_layers
 from ewavit.core.routing import TopKRouter
 from ewavit.core.surgery import collapsed
-from ewavit.errors import EwavitError
 
 
 @torch.no_grad()
@@ -78,9 +77,7 @@ def collapse_gap(
     Raises:
         EwavitError: the model has no MoE layer.
     """
-    layers = moe_layers(model).values()
-    if not layers:
-        raise EwavitError("the model has no MoE layer: call ewavit.expand(model) first")
+    layers = require_moe_layers(model).values()
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

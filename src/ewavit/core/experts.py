@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Container, Iterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ewavit.core.devices import Peers, local
 from ewavit.errors import EwavitError
 
-if TYPE_CHECKING:
-    from ewavit.core.devices import Peers
-
-Of = Callable[[nn.Parameter], Tensor | None]
+Read = Callable[[nn.Parameter], Tensor | None]
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -198,24 +196,26 @@ class Experts(nn.Module):
         """The FFN with the mean parameters on a dense input: what will be deployed."""
         raise NotImplementedError
 
-    def values_by_parameter(self, of: Of | None = None) -> Iterator[tuple[str, list[Tensor]]]:
-        """For each parameter of the FFN its name and its values, one per expert here, as writable views.
+    def values_by_parameter(self, read: Read | None = None) -> Iterator[tuple[str, list[Tensor]]]:
+        """For each parameter of the FFN its name and its values, one per local expert, as writable views.
 
         Args:
-            of: maps a parameter to a tensor of its shape that is wanted in its stead (its gradient, a moment
-                of the optimizer's), or to None, which leaves the parameter out.
+            read: maps a parameter to the tensor to take instead, of the same shape (its gradient, its local
+                shard), or to None, which leaves the parameter out.
         """
         raise NotImplementedError
 
-    def pull_towards_mean_(self, weight: float, of: Of | None = None) -> Callable[[], None] | None:
+    def pull_towards_mean_(self, weight: float) -> Callable[[], None] | None:
         """Move every expert towards their mean, in place: `W_i <- W_i + weight (mean - W_i)`.
 
-        Half-precision values are moved in float32. Where the mean takes other processes, it is asked for, and
-        what is returned waits for it and moves: call it when all layers have begun.
+        Half-precision values are averaged in float32.
 
         Args:
-            weight: 0 leaves the experts where they are, 1 makes them equal.
-            of: as in `values_by_parameter`.
+            weight: D of Eq. 6. 0 leaves the experts where they are, 1 makes them equal.
+
+        Returns:
+            None when the experts have moved. Replica experts return a function that waits for the all-reduce
+            and then moves them: call it after the all-reduce of every layer has started.
         """
         raise NotImplementedError
 
@@ -274,14 +274,14 @@ class StackedExperts(Experts):
 
     merged = forward  # the layers themselves compute with the mean when they are not dispatched to
 
-    def values_by_parameter(self, of: Of | None = None) -> Iterator[tuple[str, list[Tensor]]]:
-        for name, stack in self._stacks(of):
+    def values_by_parameter(self, read: Read | None = None) -> Iterator[tuple[str, list[Tensor]]]:
+        for name, stack in self._stacks(read):
             yield name, list(stack.unbind(0))
 
-    def _stacks(self, of: Of | None) -> Iterator[tuple[str, Tensor]]:
-        """What `values_by_parameter` yields before it is taken apart, (experts, ...)."""
+    def _stacks(self, read: Read | None) -> Iterator[tuple[str, Tensor]]:
+        """As `values_by_parameter`, each parameter as one tensor (E, ...)."""
         for name, parameter in self.ffn.named_parameters():
-            value = parameter if of is None else of(parameter)
+            value = parameter if read is None else read(parameter)
             if value is None:
                 continue
             if value.shape[0] != self.num_experts:
@@ -292,8 +292,8 @@ class StackedExperts(Experts):
             yield name, value
 
     @torch.no_grad()
-    def pull_towards_mean_(self, weight: float, of: Of | None = None) -> None:
-        for _, stack in self._stacks(of):
+    def pull_towards_mean_(self, weight: float) -> None:
+        for _, stack in self._stacks(local):
             work = stack.float() if stack.dtype in _HALF else stack
             work.lerp_(work.mean(0), weight)
             if work is not stack:
@@ -328,8 +328,8 @@ class SeparateExperts(Experts):
         return cast(Tensor, functional_call(self.copies[0], mean, (x, *args), kwargs))
 
     @torch.no_grad()
-    def pull_towards_mean_(self, weight: float, of: Of | None = None) -> None:
-        for _, values in self.values_by_parameter(of):
+    def pull_towards_mean_(self, weight: float) -> None:
+        for _, values in self.values_by_parameter(local):
             work = [value.float() if value.dtype in _HALF else value for value in values]
             mean = torch.stack(work).mean(0)
             for value, moved in zip(values, work, strict=True):
@@ -338,10 +338,10 @@ class SeparateExperts(Experts):
     def ffns(self) -> list[nn.Module]:
         return list(self.copies)
 
-    def values_by_parameter(self, of: Of | None = None) -> Iterator[tuple[str, list[Tensor]]]:
+    def values_by_parameter(self, read: Read | None = None) -> Iterator[tuple[str, list[Tensor]]]:
         parameters = [dict(ffn.named_parameters()) for ffn in self.copies]
         for name in parameters[0]:
-            found = [p if of is None else of(p) for p in (of_expert[name] for of_expert in parameters)]
+            found = [p if read is None else read(p) for p in (of_expert[name] for of_expert in parameters)]
             values = [value for value in found if value is not None]
             if len(values) == self.num_experts:
                 yield name, values

@@ -105,6 +105,18 @@ def moe_layers(model: nn.Module) -> dict[str, MoE]:
     return {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
 
 
+def require_moe_layers(model: nn.Module) -> dict[str, MoE]:
+    """The MoE layers of a model by name.
+
+    Raises:
+        EwavitError: there are none.
+    """
+    layers = moe_layers(model)
+    if not layers:
+        raise EwavitError("the model has no MoE layer: call ewavit.expand(model) first")
+    return layers
+
+
 @contextmanager
 def dispatching(model: nn.Module) -> Iterator[None]:
     """Within, a model in eval mode still dispatches to its experts, with dropout switched off."""

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from ewavit.core.averaging import ExpertAveraging, lerp_weight
+from ewavit.core.averaging import ExpertAveraging, lerp_weight, unwrapped_optimizer
 from ewavit.core.experts import Experts, SeparateExperts
-from ewavit.core.moe import moe_layers
+from ewavit.core.moe import MoE, require_moe_layers
 from ewavit.errors import EwavitError
 
 
@@ -106,7 +106,7 @@ class SpreadPrediction:
     SLOPE_WEIGHT = 0.1
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, averaging: ExpertAveraging) -> None:
-        self.optimizer, self.averaging = unwrapped(optimizer), averaging
+        self.optimizer, self.averaging = unwrapped_optimizer(optimizer), averaging
         if not self.supports(optimizer):
             raise EwavitError(
                 f"the spread under {type(self.optimizer).__name__} is not predicted: use torch's SGD, "
@@ -129,7 +129,7 @@ class SpreadPrediction:
     @staticmethod
     def supports(optimizer: Optimizer) -> bool:
         """Whether the spread under this optimizer can be predicted."""
-        optimizer = unwrapped(optimizer)
+        optimizer = unwrapped_optimizer(optimizer)
         amsgrad = any(group.get("amsgrad") for group in optimizer.param_groups)
         return type(optimizer) in (SGD, Adam, AdamW) and not amsgrad
 
@@ -245,16 +245,9 @@ class SpreadPrediction:
             part.moments = DeviationMoments(*moments)
 
 
-def unwrapped(optimizer: Optimizer) -> Optimizer:
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner
-    return optimizer
-
-
-def layers_with_all_experts(model: nn.Module) -> dict[str, Any]:
-    layers = moe_layers(model)
-    if not layers:
-        raise EwavitError("the model has no MoE layer: call ewavit.expand(model) first")
+def layers_with_all_experts(model: nn.Module) -> dict[str, MoE]:
+    """The MoE layers of a model by name; replica experts are refused."""
+    layers = require_moe_layers(model)
     if any(moe.experts.peers is not None for moe in layers.values()):
         raise EwavitError(
             "the spread of replica experts is not predicted: each process knows one expert only"

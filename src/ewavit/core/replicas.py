@@ -16,7 +16,7 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from ewavit.core.devices import Peers, is_sharded, local, sharded_like, whole
-from ewavit.core.experts import Experts, Of
+from ewavit.core.experts import Experts, Read
 from ewavit.core.moe import moe_layers
 from ewavit.core.partition import RandomPartition
 from ewavit.errors import EwavitError
@@ -84,17 +84,15 @@ class ReplicaExperts(Experts):
         ]
         return dict(zip(parameters, means, strict=True))
 
-    def values_by_parameter(self, of: Of | None = None) -> Iterator[tuple[str, list[Tensor]]]:
+    def values_by_parameter(self, read: Read | None = None) -> Iterator[tuple[str, list[Tensor]]]:
         for name, parameter in self.ffn.named_parameters():
-            value = parameter if of is None else of(parameter)
+            value = parameter if read is None else read(parameter)
             if value is not None:
                 yield name, [value]
 
     @torch.no_grad()
-    def pull_towards_mean_(self, weight: float, of: Of | None = None) -> Callable[[], None] | None:
-        values = [value for _, (value,) in self.values_by_parameter(of)]
-        if not values:
-            return None
+    def pull_towards_mean_(self, weight: float) -> Callable[[], None]:
+        values = [value for _, (value,) in self.values_by_parameter(local)]
         sums = self.peers.begin_sum(values)
 
         def finish() -> None:

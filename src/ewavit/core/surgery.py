@@ -9,20 +9,18 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ewavit.core.devices import Peers, cut_like, is_sharded, whole
-from ewavit.core.experts import ExpertLeaf, Experts, SeparateExperts, StackedExperts
+from ewavit.core.experts import ExpertLeaf, SeparateExperts, StackedExperts
 from ewavit.core.ffn import FFN, find_ffns
-from ewavit.core.moe import MoE, Unit, moe_layers
+from ewavit.core.moe import MoE, Unit, moe_layers, require_moe_layers
 from ewavit.core.replicas import DealtByProcess, ReplicaExperts, keep_from_ddp
 from ewavit.core.routing import TopK, TopKRouter
 from ewavit.errors import EwavitError
 
 Select = str | Iterable[str] | Callable[[str, nn.Module], bool]
-Init = Literal["copy", "perturb", "independent"]
 Placement = Literal["local", "replicas"]
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -43,8 +41,6 @@ def expand(
     unit: Unit = "token",
     router: TopK | None = None,
     experts: Literal["auto", "stacked", "separate"] = "auto",
-    init: Init = "copy",
-    noise: float = 0.01,
     placement: Placement = "local",
     process_group: dist.ProcessGroup | None = None,
 ) -> Model:
@@ -62,10 +58,6 @@ def expand(
             routes too, so the MoE itself is deployed, or by `collapse` the mean expert.
         experts: "stacked" (one batched matmul), "separate" (N copies), or "auto": stacked where it was tried
             and computes the same.
-        init: experts start as a "copy" of the FFN; "perturb" adds relative noise to the copies;
-            "independent" shuffles the weights within each row, which for freshly initialised weights is a new
-            draw of the same distribution. Their mean then has 1/N of the variance.
-        noise: standard deviation of the noise of "perturb", relative to each tensor's root mean square.
         placement: "local", every process has all experts; or "replicas", each data-parallel process has one,
             a plain FFN for its own samples, which starts as a copy of the first process's. N is then the
             number of processes. Every process must call `expand`, and wrap this very model in DDP.
@@ -84,12 +76,11 @@ def expand(
         raise EwavitError(
             f"num_experts={num_experts}, but {peers.size} processes hold one replica each: leave it out"
         )
-    if peers is not None and (experts, init) != ("auto", "copy"):
-        raise EwavitError(f'replicas are copies of the FFN: leave out experts="{experts}", init="{init}"')
+    if peers is not None and experts != "auto":
+        raise EwavitError(f'replicas are copies of the FFN: leave out experts="{experts}"')
     for option, value, choices in (
         ("unit", unit, ("token", "image")),
         ("experts", experts, ("auto", "stacked", "separate")),
-        ("init", init, ("copy", "perturb", "independent")),
         ("placement", placement, ("local", "replicas")),
     ):
         if value not in choices:
@@ -116,7 +107,6 @@ def expand(
             continue
         kind = SeparateExperts if experts == "separate" or not ffn.stackable else StackedExperts
         made = kind(ffn.module, num_experts)
-        _initialise_(made, init, noise)
         dispatcher = None if router is None else _router(router, num_experts, ffn)
         _replace(model, ffn.module, MoE(made, unit, ffn.channels_first, dispatcher))
     _exempt_norms_from_decay(model)
@@ -206,19 +196,6 @@ def _refuse_wrapped(model: nn.Module) -> None:
             raise EwavitError("the model is compiled: call model.compile() after ewavit.expand(model)")
 
 
-@torch.no_grad()
-def _initialise_(experts: Experts, init: Init, noise: float) -> None:
-    for _, values in experts.values_by_parameter():
-        for value in values if init == "perturb" else values[1:]:
-            if init == "perturb":
-                rms = value.float().square().mean().sqrt().to(value.dtype)
-                value.add_(torch.randn_like(value) * rms, alpha=noise)
-            elif init == "independent" and value.ndim > 1:
-                rows = value.flatten(1)
-                order = torch.rand(rows.shape, device=rows.device).argsort(1)
-                value.copy_(rows.gather(1, order).view_as(value))
-
-
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put `new` wherever `old` is registered in the model (CoaT registers one FFN three times)."""
     for parent in list(model.modules()):
@@ -261,11 +238,7 @@ def collapse(model: Model) -> Model:
     Raises:
         EwavitError: the model is not expanded, or it is sharded (FSDP2).
     """
-    layers = moe_layers(model)
-    if not layers:
-        raise EwavitError(
-            "the model has no MoE layer, so there is nothing to collapse: call ewavit.expand first"
-        )
+    layers = require_moe_layers(model)
     if isinstance(model, MoE):
         raise EwavitError("a single MoE cannot replace itself: use its collapse() method")
     if any(is_sharded(parameter) for parameter in model.parameters()):

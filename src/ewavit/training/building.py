@@ -157,7 +157,6 @@ def expand_by_recipe(model: nn.Module, recipe: Recipe, sample: Tensor | None = N
         select=[ffn.name for ffn in chosen],
         unit=recipe.unit,
         router=recipe.top_k,
-        init=recipe.init,
         placement=recipe.placement,
     )
 
@@ -171,7 +170,7 @@ def expert_averaging(model: nn.Module, recipe: Recipe, updates_per_epoch: int) -
     schedule: Schedule = ramp(recipe.share_rate, round(recipe.ramp * last))
     if recipe.early is not None:
         schedule = Early(schedule, last)
-    return ExpertAveraging(model, schedule, every=recipe.average_every, moments=recipe.average_moments)
+    return ExpertAveraging(model, schedule, every=recipe.average_every)
 
 
 def check_recipe_with_data(recipe: Recipe, data: Data, processes: int) -> None:
