@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ewavit as ewa
+from ewavit.core import moe_layers
 from ewavit.core.averaging import average_experts_reference_
 from records import write_record
 
@@ -49,7 +50,12 @@ class Setting:
 
     def apart(self) -> nn.Module:
         """A model whose experts differ."""
-        return self.model(4, init="perturb")
+        model = self.model(4)
+        with torch.no_grad():
+            for moe in moe_layers(model).values():
+                for parameter in moe.experts.parameters():
+                    parameter.add_(torch.randn_like(parameter), alpha=1e-3)
+        return model
 
 
 def relative(found: Tensor, expected: Tensor) -> float:

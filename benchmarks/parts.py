@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import ewavit as ewa
+from ewavit.core import RandomPartition
 from ewavit.core.experts import ExpertLinear
 from ewavit.study.bench import interval_of_median
 from ewavit.training.processes import keep_freed_memory
@@ -31,7 +31,7 @@ Ways = dict[str, Callable[[], object]]
 
 def draws(tokens: int, experts: int, layers: int, device: str) -> Ways:
     """Partitions for all layers of one step."""
-    partition = ewa.RandomPartition(experts)
+    partition = RandomPartition(experts)
 
     def each_its_own() -> None:
         for _ in range(layers):
@@ -51,7 +51,7 @@ def draws(tokens: int, experts: int, layers: int, device: str) -> Ways:
 
 def moves(x: Tensor, experts: int) -> Ways:
     """There and back, forward and backward, of one layer's tokens; a copy of them for comparison."""
-    partition = ewa.RandomPartition(experts)
+    partition = RandomPartition(experts)
     grad = torch.randn_like(x)
 
     def there_and_back() -> None:

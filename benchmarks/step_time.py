@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import ewavit as ewa
+from ewavit.core import moe_layers
 from ewavit.core.experts import ExpertLinear
 from ewavit.study.bench import Trainee, measure, ratios
 from records import write_record
@@ -78,7 +79,7 @@ def trainee(model: str, arm: str, mode: str, device: str) -> Trainee:
         made.set_grad_checkpointing()
     made.to(device).train()
     optimizer = torch.optim.AdamW(ewa.param_groups(made, weight_decay=0.05), lr=1e-4, fused=True)
-    return Trainee(made, optimizer, ewa.ExpertAveraging(made, 0.1) if ewa.moe_layers(made) else None)
+    return Trainee(made, optimizer, ewa.ExpertAveraging(made, 0.1) if moe_layers(made) else None)
 
 
 def run(model: str, mode: str, arms: list[str], rounds: int, device: str) -> dict[str, Any]:

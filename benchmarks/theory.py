@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ewavit as ewa
+from ewavit.core import MoE, StackedExperts, moe_layers
 from ewavit.core.moe import dispatching
 from ewavit.study import theory
 from ewavit.training.opening import Data, open_data
@@ -57,11 +58,11 @@ def finish(axis: Any, x: str, y: str, title: str = "", **legend: Any) -> None:
         axis.legend(frameon=False, fontsize=8, **legend)
 
 
-def linear_moe(size: int = 32, num_experts: int = N) -> ewa.MoE:
-    return ewa.MoE(ewa.StackedExperts(nn.Linear(size, size, bias=False), num_experts))
+def linear_moe(size: int = 32, num_experts: int = N) -> MoE:
+    return MoE(StackedExperts(nn.Linear(size, size, bias=False), num_experts))
 
 
-def deviations(moe: ewa.MoE) -> Tensor:
+def deviations(moe: MoE) -> Tensor:
     weight = next(moe.parameters()).detach()
     return weight - weight.mean(0)
 
@@ -152,7 +153,7 @@ def history() -> dict[str, Any]:
     plot, axes = figure(2, sharey=True)
     found = {}
     for colour, (name, schedule) in zip(COLOURS, schedules.items(), strict=True):
-        moe = ewa.MoE(ewa.StackedExperts(nn.Linear(steps, 1, bias=False), N)).double()
+        moe = MoE(StackedExperts(nn.Linear(steps, 1, bias=False), N)).double()
         weight = next(moe.parameters())
         with torch.no_grad():
             weight.zero_()
@@ -215,7 +216,7 @@ def against_dense() -> dict[str, Any]:
         groups: Any = model.parameters()
         if share_rate is not None:
             ewa.expand(model, N)
-            inside = [p for moe in ewa.moe_layers(model).values() for p in moe.parameters()]
+            inside = [p for moe in moe_layers(model).values() for p in moe.parameters()]
             known = {id(p) for p in inside}
             outside = [p for p in model.parameters() if id(p) not in known]
             groups = [
@@ -397,9 +398,9 @@ def measure_penalties(model: nn.Module, unit: Any, x: Tensor, y: Tensor) -> list
     """The penalty of a model's deviations, halved three times, and what they add to the loss in training."""
     model = copy.deepcopy(model).double().eval()
     x = x.double()
-    layers = list(ewa.moe_layers(model).values())
+    layers = list(moe_layers(model).values())
     for moe in layers:
-        moe.partition = unit
+        moe.unit = unit
     points = []
     for _ in range(4):
         with sdpa_kernel(SDPBackend.MATH):
@@ -420,10 +421,10 @@ def measure_penalties(model: nn.Module, unit: Any, x: Tensor, y: Tensor) -> list
 
 
 @torch.no_grad()
-def change(layers: list[ewa.MoE], function: Callable[[list[Tensor]], list[Tensor]]) -> None:
+def change(layers: list[MoE], function: Callable[[list[Tensor]], list[Tensor]]) -> None:
     """Give the experts of layers new values, made from all values of the same parameter."""
     for moe in layers:
-        for _, values in moe.experts.families():
+        for _, values in moe.experts.values_by_parameter():
             for value, new in zip(values, function([value.clone() for value in values]), strict=True):
                 value.copy_(new)
 

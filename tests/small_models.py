@@ -5,7 +5,7 @@ from timm.layers import GluMlp, Mlp, RmsNorm, SwiGLU
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 
-import ewavit as ewa
+from ewavit.core import moe_layers
 
 DIM = 8
 
@@ -45,13 +45,27 @@ def ffn(kind: str = "mlp") -> nn.Module:
 
 def separated(module: nn.Module, scale: float = 0.1) -> nn.Module:
     """Give every expert of every MoE within (or of one Experts) its own weights."""
-    found = [module] if hasattr(module, "families") else [m.experts for m in ewa.moe_layers(module).values()]
+    found = (
+        [module]
+        if hasattr(module, "values_by_parameter")
+        else [m.experts for m in moe_layers(module).values()]
+    )
     with torch.no_grad():
         for experts in found:
-            for _, values in experts.families():
+            for _, values in experts.values_by_parameter():
                 for value in values:
                     value.add_(torch.randn_like(value), alpha=scale)
     return module
+
+
+@torch.no_grad()
+def perturbed(model: nn.Module, noise: float) -> nn.Module:
+    """Move every expert by noise relative to the root mean square of each of its parameters."""
+    for moe in moe_layers(model).values():
+        for _, values in moe.experts.values_by_parameter():
+            for value in values:
+                value.add_(torch.randn_like(value) * value.square().mean().sqrt(), alpha=noise)
+    return model
 
 
 class Block(nn.Module):

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import ewavit as ewa
+from ewavit.core import MoE, StackedExperts
 from small_models import MlpNet, images, separated, tiny_vit, tokens
 
 both_kinds = pytest.mark.parametrize("kind", ["stacked", "separate"])
@@ -25,7 +26,9 @@ def test_spread_equals_a_computation_by_hand(kind):
     spread = ewa.expert_spread(model)
     flat = torch.stack(
         [
-            torch.cat([values[e].flatten() for _, values in model.blocks[3].mlp.experts.families()])
+            torch.cat(
+                [values[e].flatten() for _, values in model.blocks[3].mlp.experts.values_by_parameter()]
+            )
             for e in range(3)
         ]
     )
@@ -37,10 +40,10 @@ def test_spread_equals_a_computation_by_hand(kind):
 
 def test_spread_of_two_opposite_experts_by_numbers():
     layer = nn.Linear(2, 1, bias=False)
-    experts = ewa.StackedExperts(layer, 2)
+    experts = StackedExperts(layer, 2)
     with torch.no_grad():
         experts.ffn.weight.copy_(torch.tensor([[[3.0, 5.0]], [[3.0, 3.0]]]))  # mean (3, 4), 1 away from it
-    assert ewa.expert_spread(nn.Sequential(ewa.MoE(experts))) == {"0": pytest.approx(1 / 5)}
+    assert ewa.expert_spread(nn.Sequential(MoE(experts))) == {"0": pytest.approx(1 / 5)}
 
 
 @pytest.mark.parametrize("share_rate", [0.1, 0.5])
@@ -80,10 +83,10 @@ def test_collapse_gap_compares_the_mixture_with_the_collapsed_model_without_drop
 
 def test_the_loss_gap_is_negative_when_collapsing_helps():
     # Experts at 3 and -1, mean 1, which is what the targets ask for.
-    experts = ewa.StackedExperts(nn.Linear(1, 1, bias=False), 2)
+    experts = StackedExperts(nn.Linear(1, 1, bias=False), 2)
     with torch.no_grad():
         experts.ffn.weight.copy_(torch.tensor([[[3.0]], [[-1.0]]]))
-    model = nn.Sequential(ewa.MoE(experts))
+    model = nn.Sequential(MoE(experts))
     x = torch.ones(4, 1)
     gap = ewa.collapse_gap(model, x, x, criterion=F.mse_loss)
     assert gap.loss_collapsed == 0

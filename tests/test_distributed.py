@@ -23,10 +23,12 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 import ewavit as ewa
+from ewavit.core import moe_layers
 from ewavit.core.devices import whole
 from ewavit.core.partition import Partition, RandomPartition
+from ewavit.distributed import expert_placement
 from processes import in_processes
-from small_models import tiny_vit
+from small_models import perturbed, tiny_vit
 
 IMAGES, STEPS = 8, 3  # images in the global batch
 kinds_in_worlds = pytest.mark.parametrize(
@@ -42,12 +44,14 @@ class RoundRobin(RandomPartition):
         return Partition(slots, torch.argsort(slots), None)
 
 
-def build(experts="auto", init="perturb", num_experts=4, **kwargs):
+def build(experts="auto", num_experts=4, apart=True, **kwargs):
     """The same expanded model in every process, dealt to without chance; 16 tokens an image."""
     torch.manual_seed(1)
     model = tiny_vit(class_token=False, global_pool="avg", **kwargs)
-    ewa.expand(model, num_experts, select="all", experts=experts, init=init, noise=0.3)
-    for moe in ewa.moe_layers(model).values():
+    ewa.expand(model, num_experts, select="all", experts=experts)
+    if apart:
+        perturbed(model, 0.3)
+    for moe in moe_layers(model).values():
         moe.dispatcher = RoundRobin(num_experts)
     return model.double()  # in float32 AdamW makes a step of what is rounding in a gradient of nothing
 
@@ -108,7 +112,7 @@ def assert_same(model, reference, tolerance=1e-8):
 
 def sharded(model, mesh=None, **kwargs):
     mesh = mesh or whole_mesh()
-    placement = ewa.expert_placement(model, mesh)
+    placement = expert_placement(model, mesh)
     for block in model.blocks:
         fully_shard(block, mesh=mesh, shard_placement_fn=placement, **kwargs)
     return fully_shard(model, mesh=mesh, shard_placement_fn=placement, **kwargs)
@@ -162,7 +166,7 @@ def fsdp(experts, mesh):
 
     with CommDebugMode() as counted:
         averaging.step()
-        ewa.average_experts_(model, 0.1, optimizer)  # the moments too
+        ewa.average_experts_(model, 0.1)
     assert counted.get_total_counts() == 0
 
     ewa.average_experts_(reference, 0.2)
@@ -179,7 +183,7 @@ def fsdp(experts, mesh):
     for key, value in dense.items():
         assert type(value) is torch.Tensor
         assert torch.allclose(value, expected[key], atol=1e-8, rtol=1e-8), key
-    plain = build(experts, init="copy")
+    plain = build(experts, apart=False)
     ewa.load_dense_state_dict(model, ewa.dense_state_dict(plain))
     assert max(ewa.expert_spread(model).values()) < 1e-6
     assert all(torch.equal(whole(p), q) for p, q in zip(model.parameters(), plain.parameters(), strict=True))
@@ -230,7 +234,7 @@ def save_sharded(folder):
 
 
 def resume_sharded(folder):
-    model = build(init="copy")
+    model = build(apart=False)
     if dist.get_world_size() > 1:
         sharded(model)
     optimizer, averaging = training(model)
@@ -283,10 +287,10 @@ def test_accelerate_trains_as_one_process_does(fsdp2):
 def misuse():
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     with pytest.raises(ewa.EwavitError, match=r"no MoE layer: call ewavit\.expand"):
-        ewa.expert_placement(tiny_vit(), mesh)
+        expert_placement(tiny_vit(), mesh)
     odd = ewa.expand(tiny_vit(mlp_ratio=0.3125), 4)  # a hidden width of 5
     with pytest.raises(ewa.EwavitError, match=r"fc1.bias \(4, 5\) cannot be cut evenly over 2 processes"):
-        ewa.expert_placement(odd, mesh)
+        expert_placement(odd, mesh)
 
     model = build()
     fully_shard(model, mesh=mesh)  # torch's default: over the experts

@@ -8,17 +8,17 @@ from timm.layers import ConvMlp, Mlp
 from torch import Tensor, nn
 from torch.func import functional_call
 
-import ewavit as ewa
+from ewavit.core import MoE, RandomPartition, SeparateExperts, StackedExperts, moe_layers
 from ewavit.core.experts import ExpertLinear, Experts
 from ewavit.core.moe import dispatching
 from small_models import DIM, FFNS, LayerScale, ffn, randomised, separated, tokens
 
-KINDS = {"stacked": ewa.StackedExperts, "separate": ewa.SeparateExperts}
+KINDS = {"stacked": StackedExperts, "separate": SeparateExperts}
 both_kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 every_ffn = pytest.mark.parametrize("name", FFNS)
 
 
-class Recording(ewa.RandomPartition):
+class Recording(RandomPartition):
     """A random partition that remembers what it drew."""
 
     def dispatch(self, x: Tensor):
@@ -32,7 +32,9 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
 
 def copy_experts_(target: Experts, source: Experts) -> None:
     with torch.no_grad():
-        for (name, into), (same, values) in zip(target.families(), source.families(), strict=True):
+        for (name, into), (same, values) in zip(
+            target.values_by_parameter(), source.values_by_parameter(), strict=True
+        ):
             assert name == same
             for to, value in zip(into, values, strict=True):
                 to.copy_(value)
@@ -40,25 +42,25 @@ def copy_experts_(target: Experts, source: Experts) -> None:
 
 def stacked_and_separate(module: nn.Module, num_experts: int) -> tuple[Experts, Experts]:
     """The same N different experts, both ways."""
-    separate = separated(ewa.SeparateExperts(module, num_experts))
-    stacked = ewa.StackedExperts(module, num_experts)
+    separate = separated(SeparateExperts(module, num_experts))
+    stacked = StackedExperts(module, num_experts)
     copy_experts_(stacked, separate)
     return stacked, separate
 
 
 def family_gradients(experts: Experts) -> dict[str, Tensor]:
     """For each parameter name the gradient of every expert, (experts, ...)."""
-    if isinstance(experts, ewa.StackedExperts):
+    if isinstance(experts, StackedExperts):
         return {name: p.grad for name, p in experts.ffn.named_parameters()}
     each = [dict(ffn.named_parameters()) for ffn in experts.copies]
     return {name: torch.stack([of_expert[name].grad for of_expert in each]) for name in each[0]}
 
 
-def slow_moe(moe: ewa.MoE, dense: nn.Module, units: Tensor) -> Tensor:
+def slow_moe(moe: MoE, dense: nn.Module, units: Tensor) -> Tensor:
     """One unit after the other through the expert that the latest partition gave it."""
     positions = moe.dispatcher.state.positions.tolist()
     capacity = -(-len(units) // moe.num_experts)
-    families = dict(moe.experts.families())
+    families = dict(moe.experts.values_by_parameter())
     outputs = []
     for unit, position in zip(units, positions, strict=True):
         weights = {name: values[position // capacity] for name, values in families.items()}
@@ -135,7 +137,7 @@ def test_gradients_of_stacked_linear_layers_are_laid_out_as_their_weights(autoca
 
 
 def test_shapes_can_be_asked_for_without_values():
-    moe = ewa.MoE(ewa.StackedExperts(ffn(), 4)).to("meta")
+    moe = MoE(StackedExperts(ffn(), 4)).to("meta")
     assert moe(torch.empty(2, 5, DIM, device="meta")).shape == (2, 5, DIM)
 
 
@@ -175,7 +177,7 @@ def test_collapse_has_the_original_class_keys_and_the_mean_parameters(name, kind
     assert type(merged) is type(module)
     assert [type(m) for m in merged.modules()] == [type(m) for m in module.modules()]
     assert list(merged.state_dict()) == list(module.state_dict())
-    means = {name: torch.stack(values).mean(0) for name, values in experts.families()}
+    means = {name: torch.stack(values).mean(0) for name, values in experts.values_by_parameter()}
     for parameter, value in merged.named_parameters():
         assert_close(value, means[parameter], 1e-6)
         assert isinstance(value, nn.Parameter)
@@ -185,12 +187,14 @@ def test_collapse_has_the_original_class_keys_and_the_mean_parameters(name, kind
 def test_families_are_named_like_the_ffns_parameters_and_write_through(kind):
     module = ffn("swiglu with norm")
     experts = kind(module, 2)
-    assert [name for name, _ in experts.families()] == [name for name, _ in module.named_parameters()]
+    assert [name for name, _ in experts.values_by_parameter()] == [
+        name for name, _ in module.named_parameters()
+    ]
     with torch.no_grad():
-        for _, values in experts.families():
+        for _, values in experts.values_by_parameter():
             assert len(values) == 2
             values[1].zero_()
-    for (_, values), parameter in zip(experts.families(), module.parameters(), strict=True):
+    for (_, values), parameter in zip(experts.values_by_parameter(), module.parameters(), strict=True):
         assert torch.equal(values[0], parameter)
         assert not values[1].any()
 
@@ -210,7 +214,7 @@ def test_collapse_shares_no_memory_with_the_experts(kind):
     with torch.no_grad():
         for parameter in experts.collapse().parameters():
             parameter.zero_()
-    assert all(value.any() for _, values in experts.families() for value in values)
+    assert all(value.any() for _, values in experts.values_by_parameter() for value in values)
 
 
 @both_kinds
@@ -222,7 +226,7 @@ def test_collapse_keeps_dtype_and_requires_grad(kind):
     assert {name: p.requires_grad for name, p in merged.named_parameters()} == {
         name: p.requires_grad for name, p in module.named_parameters()
     }
-    assert not dict(experts.families())["fc1.weight"][0].requires_grad
+    assert not dict(experts.values_by_parameter())["fc1.weight"][0].requires_grad
     assert all(parameter.dtype is torch.float64 for parameter in merged.parameters())
 
 
@@ -243,7 +247,7 @@ def test_filling_gives_every_expert_the_parameters_and_buffers_of_an_ffn(kind):
     experts = separated(kind(Shifted(), 3))
     other = Shifted()
     experts.fill_(other)
-    for name, values in experts.families():
+    for name, values in experts.values_by_parameter():
         assert all(torch.equal(value, other.get_parameter(name)) for value in values)
     x = torch.randn(3, 4, DIM)
     assert_close(experts(x), other(x), 1e-6)
@@ -257,7 +261,7 @@ def test_an_ffn_can_be_a_single_layer(kind):
     assert experts(x).shape == (2, 4, 5)
     merged = experts.collapse()
     assert type(merged) is nn.Linear
-    assert_close(merged.weight, torch.stack(dict(experts.families())["weight"]).mean(0), 1e-6)
+    assert_close(merged.weight, torch.stack(dict(experts.values_by_parameter())["weight"]).mean(0), 1e-6)
 
 
 class WithParameter(nn.Module):
@@ -290,7 +294,7 @@ class OtherRmsNorm(nn.Module):
 )
 def test_a_layer_without_a_stacked_version_is_refused_by_name(layer):
     with pytest.raises(TypeError, match=rf"1 \({type(layer).__name__}\) has no stacked version"):
-        ewa.StackedExperts(nn.Sequential(nn.Linear(DIM, DIM), layer), 2)
+        StackedExperts(nn.Sequential(nn.Linear(DIM, DIM), layer), 2)
 
 
 @both_kinds
@@ -320,7 +324,7 @@ SHAPES = {  # 7, 21, 24 and 27 tokens over 4 experts: 24 divides, the others do 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_moe_equals_a_slow_loop_over_tokens_and_so_do_its_gradients(shape, name, kind):
     module = ffn(name)
-    moe = ewa.MoE(separated(kind(module, 4)), dispatcher=Recording(4))
+    moe = MoE(separated(kind(module, 4)), dispatcher=Recording(4))
     x = torch.randn(shape, requires_grad=True)
     weights = torch.randn(shape)
     y = moe(x)
@@ -340,7 +344,7 @@ def test_moe_equals_a_slow_loop_over_tokens_and_so_do_its_gradients(shape, name,
 @both_kinds
 def test_moe_takes_channels_first_images(kind):
     module = randomised(ConvMlp(DIM, 12))
-    moe = ewa.MoE(separated(kind(module, 4)), channels_first=True, dispatcher=Recording(4))
+    moe = MoE(separated(kind(module, 4)), channels_first=True, dispatcher=Recording(4))
     x = torch.randn(2, DIM, 3, 3)
     y = moe(x)
     rows = x.permute(0, 2, 3, 1).reshape(-1, DIM, 1, 1)
@@ -354,11 +358,11 @@ def test_moe_takes_channels_first_images(kind):
 
 def test_moe_may_change_the_number_of_channels():
     module = Mlp(DIM, 12, 5)
-    moe = ewa.MoE(ewa.StackedExperts(module, 2))
+    moe = MoE(StackedExperts(module, 2))
     x = tokens()
     assert_close(moe(x), module(x), 1e-6)
     conv = ConvMlp(DIM, 12, 5)
-    moe = ewa.MoE(ewa.StackedExperts(conv, 2), channels_first=True)
+    moe = MoE(StackedExperts(conv, 2), channels_first=True)
     x = torch.randn(2, DIM, 3, 3)
     assert_close(moe(x), conv(x), 1e-6)
 
@@ -374,17 +378,17 @@ class Mixing(nn.Module):
         return scale * self.fc(x - x.mean(1, keepdim=True)).tanh()
 
 
-@pytest.mark.parametrize(("kind", "make"), [(ewa.SeparateExperts, Mixing), (ewa.StackedExperts, ffn)])
+@pytest.mark.parametrize(("kind", "make"), [(SeparateExperts, Mixing), (StackedExperts, ffn)])
 @pytest.mark.parametrize("batch", [1, 2, 5, 6])
 def test_moe_by_image_sends_whole_images_to_one_expert(batch, kind, make):
     module = make()
-    moe = ewa.MoE(separated(kind(module, 2)), partition="image", dispatcher=Recording(2))
+    moe = MoE(separated(kind(module, 2)), unit="image", dispatcher=Recording(2))
     x = tokens(batch)
     assert_close(moe(x), slow_moe(moe, module, x), 1e-5)
 
 
 def test_further_arguments_reach_the_ffn():
-    moe = ewa.MoE(ewa.SeparateExperts(Mixing(), 2), partition="image")
+    moe = MoE(SeparateExperts(Mixing(), 2), unit="image")
     x = tokens()
     for mode in (True, False):
         moe.train(mode)
@@ -395,7 +399,7 @@ def test_further_arguments_reach_the_ffn():
 @both_kinds
 @pytest.mark.parametrize("shape", [(0, DIM), (0, 5, DIM), (2, 0, DIM), (2, 0, 3, DIM)])
 def test_no_tokens_give_no_output_and_zero_gradients(shape, kind):
-    moe = ewa.MoE(kind(ffn(), 3))
+    moe = MoE(kind(ffn(), 3))
     x = torch.randn(shape, requires_grad=True)
     y = moe(x)
     assert y.shape == shape
@@ -410,7 +414,7 @@ def test_no_tokens_give_no_output_and_zero_gradients(shape, kind):
 @pytest.mark.parametrize("name", ["mlp", "swiglu with norm", "mlp with rms norm"])
 def test_experts_without_a_token_have_gradients_of_zero(name, kind):
     module = ffn(name)
-    moe = ewa.MoE(kind(module, 4), dispatcher=Recording(4))
+    moe = MoE(kind(module, 4), dispatcher=Recording(4))
     x = torch.randn(2, DIM)
     moe(x).square().sum().backward()
     used = set(moe.dispatcher.state.positions.tolist())
@@ -421,7 +425,7 @@ def test_experts_without_a_token_have_gradients_of_zero(name, kind):
 
 @both_kinds
 def test_the_partition_changes_from_step_to_step(kind):
-    moe = ewa.MoE(separated(kind(ffn(), 4)))
+    moe = MoE(separated(kind(ffn(), 4)))
     x = tokens()
     assert not torch.allclose(moe(x), moe(x))
 
@@ -429,7 +433,7 @@ def test_the_partition_changes_from_step_to_step(kind):
 @both_kinds
 @every_ffn
 def test_eval_of_a_moe_equals_its_collapse(name, kind):
-    moe = ewa.MoE(separated(kind(ffn(name), 4))).eval()
+    moe = MoE(separated(kind(ffn(name), 4))).eval()
     x = tokens()
     assert_close(moe(x), moe.collapse()(x), 1e-5)
     assert torch.equal(moe(x), moe(x))
@@ -437,7 +441,7 @@ def test_eval_of_a_moe_equals_its_collapse(name, kind):
 
 @both_kinds
 def test_eval_draws_no_random_numbers(kind):
-    moe = ewa.MoE(kind(ffn(), 4)).eval()
+    moe = MoE(kind(ffn(), 4)).eval()
     x = tokens()
     before = torch.get_rng_state()
     moe(x)
@@ -447,7 +451,7 @@ def test_eval_draws_no_random_numbers(kind):
 @both_kinds
 def test_collapse_keeps_the_mode(kind):
     for mode in (True, False):
-        moe = ewa.MoE(kind(ffn("swiglu with norm"), 2)).train(mode)
+        moe = MoE(kind(ffn("swiglu with norm"), 2)).train(mode)
         for merged in (moe.collapse(), moe.experts.collapse()):
             assert {m.training for m in merged.modules()} == {mode}
 
@@ -455,7 +459,7 @@ def test_collapse_keeps_the_mode(kind):
 @both_kinds
 def test_dispatching_deals_in_eval_mode_without_dropout_and_restores_the_mode(kind):
     module = randomised(Mlp(DIM, 12, drop=0.5))
-    moe = ewa.MoE(separated(kind(module, 4)), dispatcher=Recording(4)).eval()
+    moe = MoE(separated(kind(module, 4)), dispatcher=Recording(4)).eval()
     x = tokens()
     with dispatching(moe):
         y = moe(x)
@@ -467,7 +471,7 @@ def test_dispatching_deals_in_eval_mode_without_dropout_and_restores_the_mode(ki
 @both_kinds
 @pytest.mark.parametrize("name", ["mlp", "swiglu with norm", "mlp with rms norm"])
 def test_autocast_to_bfloat16_works_in_training_and_eval(name, kind):
-    moe = ewa.MoE(separated(kind(ffn(name), 4), scale=0.01))
+    moe = MoE(separated(kind(ffn(name), 4), scale=0.01))
     x = tokens()
     for mode in (True, False):
         moe.train(mode)
@@ -487,17 +491,17 @@ def test_autocast_to_bfloat16_works_in_training_and_eval(name, kind):
 @both_kinds
 def test_half_precision_weights_work(kind):
     module = ffn("swiglu with norm")
-    moe = ewa.MoE(kind(module, 4)).to(torch.bfloat16)
+    moe = MoE(kind(module, 4)).to(torch.bfloat16)
     x = tokens()
     torch.testing.assert_close(moe(x.bfloat16()).float(), module(x), atol=5e-2, rtol=5e-2)
     assert all(parameter.dtype is torch.bfloat16 for parameter in moe.collapse().parameters())
 
 
 def test_layer_scale_of_the_tests_is_stacked_like_those_of_the_libraries():
-    experts = ewa.StackedExperts(LayerScale(DIM), 3)
+    experts = StackedExperts(LayerScale(DIM), 3)
     assert [(name, tuple(p.shape)) for name, p in experts.named_parameters()] == [("ffn.gamma", (3, DIM))]
 
 
 def test_moe_layers_lists_a_shared_layer_once():
-    moe = ewa.MoE(ewa.StackedExperts(ffn(), 2))
-    assert list(ewa.moe_layers(nn.ModuleList([moe, nn.Linear(2, 2), moe]))) == ["0"]
+    moe = MoE(StackedExperts(ffn(), 2))
+    assert list(moe_layers(nn.ModuleList([moe, nn.Linear(2, 2), moe]))) == ["0"]

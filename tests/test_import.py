@@ -3,7 +3,11 @@
 import subprocess
 import sys
 
+import pytest
+
 import ewavit as ewa
+import ewavit.core
+import ewavit.distributed
 
 
 def test_import_brings_in_torch_and_the_standard_library_only():
@@ -20,9 +24,17 @@ print(sorted(after & heavy))
     assert done.stdout.splitlines() == ["['ewavit']", "[]"]
 
 
-def test_every_public_name_exists():
-    assert len(ewa.__all__) == len(set(ewa.__all__)) > 20
-    assert [name for name in ewa.__all__ if not hasattr(ewa, name)] == []
+@pytest.mark.parametrize("module", [ewa, ewavit.core, ewavit.distributed], ids=lambda module: module.__name__)
+def test_every_public_name_exists_and_has_one_home(module):
+    assert len(module.__all__) == len(set(module.__all__)) > 3
+    assert [name for name in module.__all__ if not hasattr(module, name)] == []
+    others = {ewa, ewavit.core, ewavit.distributed} - {module}
+    assert not set(module.__all__) & {name for other in others for name in other.__all__}
+
+
+def test_the_door_has_the_verbs_and_their_settings():
+    assert 20 < len(ewa.__all__) < 28
+    assert ewa.distributed is ewavit.distributed
 
 
 def test_the_error_is_a_value_error():

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import ewavit as ewa
+from ewavit.core import MoE, SeparateExperts, StackedExperts, full_share_rate, moe_layers
 from small_models import DIM, FFNS, MlpNet, ffn, images, randomised, separated, tiny_vit, tokens
 
-KINDS = {"stacked": ewa.StackedExperts, "separate": ewa.SeparateExperts}
+KINDS = {"stacked": StackedExperts, "separate": SeparateExperts}
 both_kinds = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -63,7 +64,7 @@ def test_one_expert_trains_exactly_like_the_dense_model(kwargs, optimizer, kind)
 @pytest.mark.parametrize("name", FFNS)
 def test_one_expert_has_exactly_the_output_and_gradients_of_the_ffn(name, kind):
     dense = ffn(name)
-    moe = ewa.MoE(KINDS[kind](dense, 1))
+    moe = MoE(KINDS[kind](dense, 1))
     x = tokens()
     inputs = [x.clone().requires_grad_() for _ in range(2)]
     outputs = [module(i) for module, i in zip((dense, moe), inputs, strict=True)]
@@ -83,7 +84,7 @@ def test_one_expert_has_exactly_the_output_and_gradients_of_the_ffn(name, kind):
 @pytest.mark.parametrize("num_experts", [2, 4, 7])
 def test_identical_experts_equal_the_ffn_and_their_gradients_sum_to_its_own(num_experts, name, kind):
     dense = ffn(name)
-    moe = ewa.MoE(KINDS[kind](dense, num_experts))
+    moe = MoE(KINDS[kind](dense, num_experts))
     x, weights = tokens(), tokens() / 15  # a mean over tokens, so that gradients are of order one
     inputs = [x.clone().requires_grad_() for _ in range(2)]
     for module, i in zip((dense, moe), inputs, strict=True):
@@ -108,16 +109,16 @@ def test_identical_experts_equal_the_ffn_and_their_gradients_sum_to_its_own(num_
 def test_identical_experts_equal_the_ffn_for_any_partition(num_experts, shape, seed):
     torch.manual_seed(seed)
     dense = ffn().double()
-    moe = ewa.MoE(ewa.StackedExperts(dense, num_experts))
+    moe = MoE(StackedExperts(dense, num_experts))
     x = torch.randn(*shape, DIM, dtype=torch.float64)
     torch.testing.assert_close(moe(x), dense(x), atol=1e-12, rtol=1e-12)
 
 
 @both_kinds
-@pytest.mark.parametrize("partition", ["token", "image"])
-def test_a_vit_with_identical_experts_equals_the_dense_vit_in_training(partition, kind):
+@pytest.mark.parametrize("unit", ["token", "image"])
+def test_a_vit_with_identical_experts_equals_the_dense_vit_in_training(unit, kind):
     dense = tiny_vit()
-    model = ewa.expand(copy.deepcopy(dense), 4, select="all", experts=kind, partition=partition)
+    model = ewa.expand(copy.deepcopy(dense), 4, select="all", experts=kind, unit=unit)
     x = images(3)
     inputs = [x.clone().requires_grad_() for _ in range(2)]
     for m, i in zip((dense, model), inputs, strict=True):
@@ -138,7 +139,7 @@ def test_a_vit_with_identical_experts_equals_the_dense_vit_in_training(partition
 def test_full_averaging_with_matched_rates_is_dense_sgd(nesterov, num_experts, kind):
     dense = randomised(tiny_vit(), 0.05).double()
     model = ewa.expand(copy.deepcopy(dense), num_experts, select="all", experts=kind)
-    inside = [p for moe in ewa.moe_layers(model).values() for p in moe.parameters()]
+    inside = [p for moe in moe_layers(model).values() for p in moe.parameters()]
     known = {id(p) for p in inside}
     rate, decay = 0.05, 0.01
     groups = [
@@ -147,7 +148,7 @@ def test_full_averaging_with_matched_rates_is_dense_sgd(nesterov, num_experts, k
     ]
     settings = {"lr": rate, "weight_decay": decay, "momentum": 0.9, "nesterov": nesterov}
     plain, optimizer = torch.optim.SGD(dense.parameters(), **settings), torch.optim.SGD(groups, **settings)
-    ewa.ExpertAveraging(model, ewa.full_share_rate(num_experts)).attach(optimizer)
+    ewa.ExpertAveraging(model, full_share_rate(num_experts)).attach(optimizer)
     start = copy.deepcopy(dense.state_dict())
     for _ in range(6):
         x, y = images(3).double(), labels(3)
@@ -169,7 +170,7 @@ def test_deviations_on_a_quadratic_loss_follow_the_closed_form(share_rate, every
     n, eta, steps = 3, 0.4, 12
     x, y = torch.randn(5, DIM).double() / 2, torch.randn(5, 4).double()
     hessian, target = x.T @ x, y.T @ x
-    moe = ewa.MoE(ewa.StackedExperts(nn.Linear(DIM, 4, bias=False), n), partition="image").double()
+    moe = MoE(StackedExperts(nn.Linear(DIM, 4, bias=False), n), unit="image").double()
     weight = separated(moe, 1.0).experts.ffn.weight
     start = weight.detach().clone()
     optimizer = torch.optim.SGD(moe.parameters(), lr=eta)

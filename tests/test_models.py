@@ -38,6 +38,7 @@ from torchvision.models import MaxVit, SwinTransformer, VisionTransformer
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
 
 import ewavit as ewa
+from ewavit.core import MoE, SeparateExperts, moe_layers
 from small_models import DIM, MlpNet, images, randomised, separated, tiny_vit
 
 CLASSES = 5
@@ -50,7 +51,7 @@ class Family:
 
     build: Callable[[], nn.Module]
     ffns: dict[str, int]  # pattern -> how many modules have that name
-    partition: str = "token"
+    unit: str = "token"
     size: int = 32  # image height and width
     inputs: dict[str, Any] = field(default_factory=dict)  # beside the images
 
@@ -95,7 +96,7 @@ TV_SWIN = {
 
 FAMILIES = {
     "vit": Family(of_timm("vit_tiny_patch16_224", **VIT), {"blocks.*.mlp": 2}),
-    "vit by image": Family(of_timm("vit_tiny_patch16_224", **VIT), {"blocks.*.mlp": 2}, partition="image"),
+    "vit by image": Family(of_timm("vit_tiny_patch16_224", **VIT), {"blocks.*.mlp": 2}, unit="image"),
     "deit distilled": Family(of_timm("deit_tiny_distilled_patch16_224", **VIT), {"blocks.*.mlp": 2}),
     "parallel vit": Family(of_timm("vit_small_patch16_18x2_224", **VIT), {"blocks.*.ffns.*.mlp": 4}),
     "dinov2 giant": Family(of_timm("vit_giant_patch14_dinov2", **VIT), {"blocks.*.mlp": 2}),
@@ -225,10 +226,10 @@ FAMILIES = {
     "convnextv2 nchw": Family(
         of_timm_class(ConvNeXt, **CONVNEXT, use_grn=True, conv_mlp=True),
         {"stages.*.blocks.*.mlp": 4},
-        partition="image",
+        unit="image",
     ),
     "convnextv2 channels-last": Family(
-        of_timm_class(ConvNeXt, **CONVNEXT, use_grn=True), {"stages.*.blocks.*.mlp": 4}, partition="image"
+        of_timm_class(ConvNeXt, **CONVNEXT, use_grn=True), {"stages.*.blocks.*.mlp": 4}, unit="image"
     ),
     "inception next": Family(
         of_timm_class(MetaNeXt, **METAFORMER, mlp_ratios=(2, 2)), {"stages.*.blocks.*.mlp": 3}
@@ -240,7 +241,7 @@ FAMILIES = {
             **{"mlp_ratios": (2, 2)},
         ),
         {"stages.*.blocks.*.mlp": 3},
-        partition="image",
+        unit="image",
     ),
     "poolformer": Family(
         of_timm_class(
@@ -434,15 +435,15 @@ def patterns(names: list[str]) -> dict[str, int]:
 def test_the_ffns_of_a_family_are_found(family: Family) -> None:
     found = [ffn for ffn in ewa.find_ffns(family.build()) if ffn.unit is not None]
     assert patterns([ffn.name for ffn in found]) == family.ffns
-    if family.partition == "token":
+    if family.unit == "token":
         assert {ffn.unit for ffn in found} == {"token"}
 
 
 @every_family
 def test_identical_experts_equal_the_dense_model(family: Family) -> None:
     dense = without_dropout(randomised(family.build(), 0.1))
-    model = ewa.expand(copy.deepcopy(dense), 3, select="all", partition=family.partition)
-    assert len(ewa.moe_layers(model)) == sum(family.ffns.values())
+    model = ewa.expand(copy.deepcopy(dense), 3, select="all", unit=family.unit)
+    assert len(moe_layers(model)) == sum(family.ffns.values())
     with torch.no_grad():
         assert_close(outputs(model.eval(), family), outputs(dense.eval(), family), 1e-5)
         expected = outputs(dense.train(), family)
@@ -452,7 +453,7 @@ def test_identical_experts_equal_the_dense_model(family: Family) -> None:
 
 @every_family
 def test_training_lowers_the_loss_and_separates_the_experts(family: Family) -> None:
-    model = ewa.expand(family.build(), 2, select="all", partition=family.partition).train()
+    model = ewa.expand(family.build(), 2, select="all", unit=family.unit).train()
     optimizer = torch.optim.AdamW(ewa.param_groups(model), lr=4e-3)
     losses = []
     for _ in range(4):
@@ -460,7 +461,7 @@ def test_training_lowers_the_loss_and_separates_the_experts(family: Family) -> N
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
-        for moe in ewa.moe_layers(model).values():
+        for moe in moe_layers(model).values():
             assert all(parameter.grad is not None for parameter in moe.parameters())
         optimizer.step()
     assert losses[3] < losses[0]
@@ -470,7 +471,7 @@ def test_training_lowers_the_loss_and_separates_the_experts(family: Family) -> N
 @every_family
 def test_collapse_gives_the_model_of_the_library_back(family: Family) -> None:
     dense = randomised(family.build(), 0.1)
-    model = ewa.expand(copy.deepcopy(dense), 3, select="all", partition=family.partition)
+    model = ewa.expand(copy.deepcopy(dense), 3, select="all", unit=family.unit)
     separated(model).eval()
     fresh = family.build().eval()
     with torch.no_grad():
@@ -494,9 +495,9 @@ def test_collapse_gives_the_model_of_the_library_back(family: Family) -> None:
 @pytest.mark.parametrize("name", ["pvt_v2", "convnextv2 nchw", "convnextv2 channels-last"])
 def test_ffns_that_mix_tokens_are_dealt_by_image_only_when_asked(name: str) -> None:
     model = FAMILIES[name].build()
-    with pytest.raises(ewa.EwavitError, match=r'mixes tokens.*partition="image"'):
+    with pytest.raises(ewa.EwavitError, match=r'mixes tokens.*unit="image"'):
         ewa.expand(model)
-    ewa.expand(model, partition="image")
+    ewa.expand(model, unit="image")
     assert {layer.experts for layer in ewa.summary(model).layers} == {"separate"}
 
 
@@ -536,15 +537,15 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-@pytest.mark.parametrize("partition", ["token", "image"])
-def test_models_that_cannot_be_expanded_are_refused_with_reasons(name: str, partition: str) -> None:
+@pytest.mark.parametrize("unit", ["token", "image"])
+def test_models_that_cannot_be_expanded_are_refused_with_reasons(name: str, unit: str) -> None:
     build, reasons = REFUSED[name]
     model = build()
     with pytest.raises(ewa.EwavitError) as error:
-        ewa.expand(model, partition=partition)
+        ewa.expand(model, unit=unit)
     for reason in reasons:
         assert reason in str(error.value)
-    assert not ewa.moe_layers(model)
+    assert not moe_layers(model)
 
 
 def test_modules_that_only_look_like_ffns_are_refused_by_what_they_are() -> None:
@@ -573,7 +574,7 @@ def test_an_ffn_shared_by_three_places_stays_shared() -> None:
     shared = model.parallel_blocks[0]
     assert shared.mlp2 is shared.mlp3 is shared.mlp4
     ewa.expand(model, select="all")
-    assert isinstance(shared.mlp2, ewa.MoE)
+    assert isinstance(shared.mlp2, MoE)
     assert shared.mlp2 is shared.mlp3 is shared.mlp4
     ewa.collapse(model)
     assert type(shared.mlp2) is Mlp
@@ -586,7 +587,7 @@ def test_class_token_ffns_work_with_fewer_tokens_than_experts(name: str) -> None
     model = ewa.expand(family.build(), BATCH + 3, select="all").train()
     outputs(model, family).square().sum().backward()
     assert all(
-        parameter.grad is not None for moe in ewa.moe_layers(model).values() for parameter in moe.parameters()
+        parameter.grad is not None for moe in moe_layers(model).values() for parameter in moe.parameters()
     )
 
 
@@ -666,14 +667,14 @@ def test_half_precision_models_expand_and_collapse(kind: str) -> None:
 def test_autocast_computes_what_it_does_in_the_dense_model(name: str) -> None:
     family = FAMILIES[name]
     dense = family.build()
-    model = ewa.expand(copy.deepcopy(dense), 3, partition=family.partition)
+    model = ewa.expand(copy.deepcopy(dense), 3, unit=family.unit)
     with torch.autocast("cpu", torch.bfloat16):
         expected = outputs(dense, family)
         result = outputs(model, family)
     assert result.dtype == expected.dtype
     assert_close(result, expected, 1e-2)
     result.float().square().sum().backward()
-    assert all(p.grad is not None for moe in ewa.moe_layers(model).values() for p in moe.parameters())
+    assert all(p.grad is not None for moe in moe_layers(model).values() for p in moe.parameters())
 
 
 def test_a_collapsed_transformers_model_is_saved_and_loaded_by_transformers(tmp_path: Path) -> None:
@@ -694,7 +695,7 @@ def test_the_search_leaves_the_model_and_the_generator_alone() -> None:
     ewa.find_ffns(model)
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
-    ewa.expand(model, 3, init="copy")
+    ewa.expand(model, 3)
     assert torch.equal(torch.get_rng_state(), generator)
     assert [block.mlp.training for block in model.blocks] == [True, False, True, True]
 
@@ -772,9 +773,9 @@ class ProbedFFN(nn.Module):
     ("something", "unit", "reason"),
     [
         (torch.tanh, "token", ""),
-        (lambda x: x - x.mean(1, keepdim=True), "image", 'partition="image"'),
-        (lambda x: x.cumsum(1), "image", 'partition="image"'),
-        (lambda x: x * torch.arange(x.shape[1])[:, None], "image", 'partition="image"'),
+        (lambda x: x - x.mean(1, keepdim=True), "image", 'unit="image"'),
+        (lambda x: x.cumsum(1), "image", 'unit="image"'),
+        (lambda x: x * torch.arange(x.shape[1])[:, None], "image", 'unit="image"'),
         (lambda x: x - x.mean(0, keepdim=True), None, "mixes the images"),
         (lambda x: x[:, ::2], None, "one output per token"),
         (torch.zeros_like, None, "does not follow its input"),
@@ -836,7 +837,7 @@ def test_a_named_module_is_examined_whatever_its_name() -> None:
     model = nn.ModuleDict({"surprise": ffn, "other": nn.Linear(DIM, DIM)})
     assert ewa.find_ffns(model) == []
     ewa.expand(model, select=["surprise", "other"])
-    assert list(ewa.moe_layers(model)) == ["surprise", "other"]
+    assert list(moe_layers(model)) == ["surprise", "other"]
 
 
 def test_ffn_that_drops_whole_images_is_dealt_by_image_alone():
@@ -847,5 +848,5 @@ def test_ffn_that_drops_whole_images_is_dealt_by_image_alone():
     model = nn.ModuleDict({"mlp": Dropping()})
     with pytest.raises(ewa.EwavitError, match="DropPath"):
         ewa.expand(model, select=["mlp"])
-    ewa.expand(model, select=["mlp"], partition="image")
-    assert isinstance(model["mlp"].experts, ewa.SeparateExperts)
+    ewa.expand(model, select=["mlp"], unit="image")
+    assert isinstance(model["mlp"].experts, SeparateExperts)

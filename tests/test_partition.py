@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ewavit import RandomPartition
+from ewavit.core import RandomPartition
 from ewavit.core.partition import dispatch_reference
 
 UNITS = st.integers(0, 40)

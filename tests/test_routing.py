@@ -21,7 +21,9 @@ from torch.utils.checkpoint import checkpoint
 import ewavit as ewa
 from ewavit.cli import main
 from ewavit.compare.arms import arm_recipe, make_arms
+from ewavit.core import MoE, SeparateExperts, StackedExperts, TopKRouter, moe_layers
 from ewavit.core.routing import _Gather, routed_reference
+from ewavit.distributed import expert_placement
 from ewavit.training.building import expert_averaging
 from ewavit.training.export import evaluate
 from ewavit.training.loop import TrainingRun, resume, train
@@ -32,7 +34,7 @@ from runs import TINY, assert_same_end, recipe, stop_after
 from small_models import DIM, MlpNet, ffn, images, randomised, separated, tiny_vit, tokens
 from test_invariants import assert_same, fresh_compiler, gradients, labels
 
-KINDS = {"stacked": ewa.StackedExperts, "separate": ewa.SeparateExperts}
+KINDS = {"stacked": StackedExperts, "separate": SeparateExperts}
 both_kinds = pytest.mark.parametrize("kind", KINDS)
 SILENT = {"importance_loss": 0.0, "load_loss": 0.0}
 ALL_LOSSES = ewa.TopK(k=2, importance_loss=0.3, load_loss=0.2, balance_loss=0.5, z_loss=0.1)
@@ -46,9 +48,9 @@ CONFIGS = {
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
-def routed(config: ewa.TopK, num_experts: int = 4, kind: str = "stacked", name: str = "mlp") -> ewa.MoE:
+def routed(config: ewa.TopK, num_experts: int = 4, kind: str = "stacked", name: str = "mlp") -> MoE:
     experts = separated(KINDS[kind](ffn(name), num_experts))
-    return ewa.MoE(experts, dispatcher=ewa.TopKRouter(config, num_experts, DIM))
+    return MoE(experts, dispatcher=TopKRouter(config, num_experts, DIM))
 
 
 def routed_net(config: ewa.TopK = ewa.TopK(), **options) -> MlpNet:  # noqa: B008
@@ -58,13 +60,15 @@ def routed_net(config: ewa.TopK = ewa.TopK(), **options) -> MlpNet:  # noqa: B00
 @torch.no_grad()
 def set_equal(target: nn.Module, source: nn.Module) -> None:
     """Give the experts of one kind the weights of the other kind's."""
-    for (_, ours), (_, theirs) in zip(target.families(), source.families(), strict=True):
+    for (_, ours), (_, theirs) in zip(
+        target.values_by_parameter(), source.values_by_parameter(), strict=True
+    ):
         for into, value in zip(ours, theirs, strict=True):
             into.copy_(value)
 
 
-def only_router(model: nn.Module) -> ewa.TopKRouter:
-    return next(module for module in model.modules() if isinstance(module, ewa.TopKRouter))
+def only_router(model: nn.Module) -> TopKRouter:
+    return next(module for module in model.modules() if isinstance(module, TopKRouter))
 
 
 # ---------------------------------------------------------------- against the references
@@ -75,7 +79,7 @@ def only_router(model: nn.Module) -> ewa.TopKRouter:
 @pytest.mark.parametrize("name", ["mlp", "swiglu with norm"])
 def test_routed_experts_equal_the_loop_over_tokens(config, kind, name):
     moe = routed(config, kind=kind, name=name).eval()
-    separate = ewa.SeparateExperts(ffn(name), 4)
+    separate = SeparateExperts(ffn(name), 4)
     set_equal(separate, moe.experts)
     router = copy.deepcopy(moe.dispatcher)
     inputs = [torch.randn(30, DIM).requires_grad_()]
@@ -87,8 +91,10 @@ def test_routed_experts_equal_the_loop_over_tokens(config, kind, name):
     torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(inputs[0].grad, inputs[1].grad, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(moe.dispatcher.weight.grad, router.weight.grad, atol=1e-5, rtol=1e-5)
-    ours = dict(moe.experts.families(lambda parameter: parameter.grad))
-    for name, theirs in separate.families(lambda p: torch.zeros_like(p) if p.grad is None else p.grad):
+    ours = dict(moe.experts.values_by_parameter(lambda parameter: parameter.grad))
+    for name, theirs in separate.values_by_parameter(
+        lambda p: torch.zeros_like(p) if p.grad is None else p.grad
+    ):
         for actual, expected in zip(ours[name], theirs, strict=True):
             torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
@@ -112,14 +118,14 @@ def test_routed_experts_equal_those_of_transformers(k, implementation):
     config = transformers.MixtralConfig(hidden_size=8, intermediate_size=12, num_local_experts=4)
     config._experts_implementation = implementation
     theirs = MixtralExperts(config).float()
-    experts = ewa.StackedExperts(Gated(), 4)
+    experts = StackedExperts(Gated(), 4)
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.normal_(std=0.5)
         gate, up = theirs.gate_up_proj.chunk(2, dim=1)
         for layer, weight in (("gate", gate), ("up", up), ("down", theirs.down_proj)):
             getattr(experts.ffn, layer).weight.copy_(weight)
-    moe = ewa.MoE(experts, dispatcher=ewa.TopKRouter(ewa.TopK(k=k, capacity_ratio=4), 4, 8)).eval()
+    moe = MoE(experts, dispatcher=TopKRouter(ewa.TopK(k=k, capacity_ratio=4), 4, 8)).eval()
     x = torch.randn(40, 8)
     scores, chosen = F.linear(x, moe.dispatcher.weight).softmax(-1).topk(k)
     ours, expected = moe(x), theirs(x, chosen, scores)
@@ -137,7 +143,7 @@ def test_routed_experts_equal_those_of_transformers(k, implementation):
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_moving_tokens_has_exact_first_and_second_derivatives(k):
-    router = ewa.TopKRouter(ewa.TopK(k=k, capacity_ratio=0.7), 3, 2).double().eval()
+    router = TopKRouter(ewa.TopK(k=k, capacity_ratio=0.7), 3, 2).double().eval()
     x = torch.randn(7, 2, dtype=torch.float64, requires_grad=True)
     _, state = router.dispatch(x.detach())
     there = (state.taken // k, state.slots)
@@ -166,7 +172,7 @@ def test_every_choice_has_one_slot_or_was_dropped_for_want_of_room(
     torch.manual_seed(seed)
     k = min(k, num_experts)
     config = ewa.TopK(k=k, capacity_ratio=ratio, batch_priority=priority)
-    router = ewa.TopKRouter(config, num_experts, 3)
+    router = TopKRouter(config, num_experts, 3)
     block, (taken, slots, gates) = router.dispatch(torch.randn(num_tokens, 3))
     capacity = min(num_tokens, math.ceil(k * num_tokens * ratio / num_experts))
     assert block.shape == (num_experts, capacity, 3)
@@ -223,7 +229,7 @@ def test_noise_moves_the_training_alone_and_follows_the_global_generator():
 
 
 def test_the_noise_has_the_standard_deviation_of_v_moe():
-    router = ewa.TopKRouter(ewa.TopK(k=4, noise=2.0, capacity_ratio=1), 4, DIM)
+    router = TopKRouter(ewa.TopK(k=4, noise=2.0, capacity_ratio=1), 4, DIM)
     with torch.no_grad():
         router.weight.zero_()
     _, state = router.dispatch(torch.randn(4000, DIM))
@@ -249,7 +255,7 @@ def test_collapse_of_a_routed_model_is_the_plain_model_with_the_mean_expert(kind
     keys = list(model.state_dict())
     separated(ewa.expand(model, 4, router=ewa.TopK(), experts=kind))
     layer = model.blocks[1].mlp
-    means = {name: torch.stack(values).mean(0) for name, values in layer.experts.families()}
+    means = {name: torch.stack(values).mean(0) for name, values in layer.experts.values_by_parameter()}
     dense = ewa.dense_state_dict(model)
     assert list(ewa.collapse(model).state_dict()) == list(dense) == keys
     for name, mean in means.items():
@@ -281,14 +287,14 @@ def test_the_summary_counts_the_router():
 
 def test_channels_first_and_channels_last_inputs_are_routed_alike():
     conv = nn.Sequential(nn.Conv2d(DIM, 12, 1), nn.GELU(), nn.Conv2d(12, DIM, 1))
-    moe = ewa.MoE(
-        separated(ewa.StackedExperts(conv, 4)),
+    moe = MoE(
+        separated(StackedExperts(conv, 4)),
         channels_first=True,
-        dispatcher=ewa.TopKRouter(ewa.TopK(), 4, DIM),
+        dispatcher=TopKRouter(ewa.TopK(), 4, DIM),
     ).eval()
     x = torch.randn(2, DIM, 3, 3)
     flat = x.movedim(1, -1).reshape(-1, DIM)
-    separate = ewa.SeparateExperts(conv, 4)
+    separate = SeparateExperts(conv, 4)
     set_equal(separate, moe.experts)
     experts = [lambda token, conv=conv: conv(token.view(DIM, 1, 1)).flatten() for conv in separate.copies]
     expected = routed_reference(moe.dispatcher, flat, experts)
@@ -298,7 +304,7 @@ def test_channels_first_and_channels_last_inputs_are_routed_alike():
 # ---------------------------------------------------------------- auxiliary losses
 
 
-def losses_by_hand(router: ewa.TopKRouter, x: Tensor, noise: Tensor) -> dict[str, Tensor]:
+def losses_by_hand(router: TopKRouter, x: Tensor, noise: Tensor) -> dict[str, Tensor]:
     n, k, std = router.num_experts, router.config.k, router.config.noise / router.num_experts
     clean = x @ router.weight.T
     noisy = clean + std * noise
@@ -321,7 +327,7 @@ def losses_by_hand(router: ewa.TopKRouter, x: Tensor, noise: Tensor) -> dict[str
 @pytest.mark.parametrize("term", ["importance_loss", "load_loss", "balance_loss", "z_loss"])
 @pytest.mark.parametrize("k", [1, 2])
 def test_each_loss_and_its_gradient_are_those_of_the_formula(k, term):
-    router = ewa.TopKRouter(ewa.TopK(k=k, **{**SILENT, term: 0.7}), 4, DIM)
+    router = TopKRouter(ewa.TopK(k=k, **{**SILENT, term: 0.7}), 4, DIM)
     x = torch.randn(30, DIM)
     torch.manual_seed(1)
     noise = torch.randn(30, 4)
@@ -336,7 +342,7 @@ def test_each_loss_and_its_gradient_are_those_of_the_formula(k, term):
 
 
 def test_balanced_routing_has_no_importance_loss_and_the_least_balance_loss():
-    router = ewa.TopKRouter(ewa.TopK(noise=0.0, importance_loss=1.0, load_loss=0.0, balance_loss=1.0), 4, 4)
+    router = TopKRouter(ewa.TopK(noise=0.0, importance_loss=1.0, load_loss=0.0, balance_loss=1.0), 4, 4)
     with torch.no_grad():
         router.weight.copy_(5 * torch.eye(4))
     router.dispatch(torch.eye(4).repeat(3, 1))
@@ -345,7 +351,7 @@ def test_balanced_routing_has_no_importance_loss_and_the_least_balance_loss():
 
 def as_one_loss(model: nn.Module, x: Tensor, add: bool) -> dict[str, Tensor]:
     """Gradients of the training loss; with `add` of one that contains the auxiliary losses openly."""
-    routers = [module for module in model.modules() if isinstance(module, ewa.TopKRouter)]
+    routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
     open_losses = []
     for router in routers:
         router.scale_loss = (lambda loss: open_losses.append(loss) or loss * 0) if add else None
@@ -475,7 +481,7 @@ def test_experts_that_get_no_token_have_zero_gradients(kind):
     moe = routed(ewa.TopK(capacity_ratio=4, noise=0.0, **SILENT), kind=kind)
     moe(torch.randn(1, DIM).expand(6, DIM)).sum().backward()
     loads = torch.zeros(4)
-    for _, values in moe.experts.families(lambda parameter: parameter.grad):
+    for _, values in moe.experts.values_by_parameter(lambda parameter: parameter.grad):
         loads += torch.stack([value.abs().sum() for value in values])
     assert all(parameter.grad is not None for parameter in moe.parameters())
     assert sorted((loads > 0).tolist()) == [False, False, False, True]
@@ -497,7 +503,7 @@ def check_gradients_are_the_processes_mean(wrap):
 
 
 def sharded(model):
-    return fully_shard(model, shard_placement_fn=ewa.expert_placement(model))
+    return fully_shard(model, shard_placement_fn=expert_placement(model))
 
 
 @pytest.mark.parametrize("wrap", [nn.parallel.DistributedDataParallel, sharded])
@@ -576,11 +582,11 @@ def test_what_cannot_be_routed_is_refused_and_leaves_the_model_dense():
     for options, said in (
         ({"num_experts": 1}, "num_experts=2 or more"),
         ({"num_experts": 4, "router": ewa.TopK(k=5)}, "top-5 router"),
-        ({"partition": "image"}, 'partition="image"'),
+        ({"unit": "image"}, 'unit="image"'),
     ):
         with pytest.raises(ewa.EwavitError, match=said):
             ewa.expand(model, **{"router": ewa.TopK(), **options})
-        assert not ewa.moe_layers(model)
+        assert not moe_layers(model)
 
 
 @pytest.mark.parametrize("call", [ewa.auxiliary_loss, lambda model: ewa.scale_auxiliary_loss(model, None)])
@@ -613,7 +619,7 @@ def kept(tmp_path_factory):
 
 def test_a_routed_run_leaves_one_file_that_loads_as_the_mixture_it_trained(kept):
     model = ewa.load(kept.run)
-    (layer,) = ewa.moe_layers(model).values()
+    (layer,) = moe_layers(model).values()
     assert layer.routed
     assert not model.training
     assert (layer.num_experts, layer.dispatcher.config) == (3, ewa.TopK(k=2))
@@ -652,7 +658,7 @@ def test_only_the_mean_expert_of_a_routed_run_is_exported_and_only_when_asked_fo
     assert f"the run had {kept.row['eval_top1']:.2f} %" in capsys.readouterr().out
     expected, found = ewa.collapse(ewa.load(kept.run)), ewa.load(file)
     x = torch.randn(2, 1, 28, 28)
-    assert not ewa.moe_layers(found)
+    assert not moe_layers(found)
     assert torch.equal(found(x), expected(x))
 
 
@@ -661,11 +667,11 @@ def test_a_collapsed_routed_run_is_evaluated_and_left_as_the_plain_model(tmp_pat
         recipe(tmp_path, "collapsed", **ROUTED, collapse=True, model_ema=True, model_ema_decay=0.9)
     )
     plain = ewa.load(result.run)
-    assert not ewa.moe_layers(plain)
+    assert not moe_layers(plain)
     assert evaluate(result.run).top1 == pytest.approx(result.row["eval_top1"], abs=0.01)
     average = evaluate(result.run / "model-average.safetensors").top1
     assert average == pytest.approx(result.row["average_top1"], abs=0.01)
-    assert not ewa.moe_layers(ewa.load(result.run / "checkpoint"))
+    assert not moe_layers(ewa.load(result.run / "checkpoint"))
 
 
 @pytest.mark.parametrize("updates", [3, 4], ids=["mid-epoch", "epoch end"])
@@ -698,8 +704,8 @@ def test_early_averaging_ends_after_its_share_of_the_training_and_ramps_within_i
 
 def test_the_arms_with_a_router_differ_in_it_and_in_the_averaging():
     names = ["dense", "moe", "moe+ewa", "moe+early-ewa", "moe-collapsed"]
-    arms = make_arms(names, Recipe(partition="image"))
-    recipes = {arm.name: arm_recipe(Recipe(partition="image"), arm) for arm in arms}
+    arms = make_arms(names, Recipe(unit="image"))
+    recipes = {arm.name: arm_recipe(Recipe(unit="image"), arm) for arm in arms}
     assert [arm.role for arm in arms] == ["control", *["method"] * 4]
     assert recipes["dense"].top_k is None
     assert all(recipes[name].top_k == ewa.TopK() for name in names[1:])
@@ -729,7 +735,7 @@ def test_plan_counts_the_routers_and_the_spare_room_of_their_experts(capsys):
         (["--k", "0"], "--k 0"),
         (["--capacity-ratio", "0"], "--capacity-ratio 0.0"),
         (["--capacity-ratio", "inf"], "inf"),
-        (["--partition", "image"], "--partition image"),
+        (["--unit", "image"], "--unit image"),
         (["--early", "1.5"], "--early 1.5"),
     ],
 )

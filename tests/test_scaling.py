@@ -24,6 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import ewavit as ewa
 from ewavit import EwavitError
 from ewavit.cli import main
+from ewavit.core import moe_layers
+from ewavit.distributed import expert_placement
 from ewavit.study.bench import activation_bytes
 from ewavit.study.scaling import LAYOUTS, Work, cost, layouts, vit
 from processes import in_processes
@@ -41,7 +43,7 @@ def test_parameters_and_flops_are_those_of_the_model():
         model(torch.randn(1, 3, 16, 16))
     assert work.forward_flops == counter.get_total_flops()
     ewa.expand(model, 5)
-    assert work.mixtures == len(ewa.moe_layers(model)) == 2
+    assert work.mixtures == len(moe_layers(model)) == 2
     assert work.parameters + 4 * work.ffn_parameters == sum(p.numel() for p in model.parameters())
 
 
@@ -101,7 +103,7 @@ def step_in(layout):
         shape, names = ((world,), None) if wrapper == "FSDP2" else ((2, 2), ("replicate", "shard"))
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
         options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)}
-        options |= {"shard_placement_fn": ewa.expert_placement(model, mesh)} if kind == "stacked" else {}
+        options |= {"shard_placement_fn": expert_placement(model, mesh)} if kind == "stacked" else {}
         for part in model.blocks:
             fully_shard(part, **options)
         fully_shard(model, reshard_after_forward=True, **options)

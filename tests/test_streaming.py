@@ -17,6 +17,7 @@ import ewavit as ewa
 from ewavit import EwavitError
 from ewavit.cli import main
 from ewavit.core import checkpoint_files as streaming
+from ewavit.core import moe_layers
 from ewavit.training.export import load_model
 from ewavit.training.loop import train
 from ewavit.training.recipe import Recipe
@@ -117,8 +118,8 @@ def test_the_mean_of_half_precision_is_rounded_once(tmp_path, dtype):
     model = expanded(4, dtype=dtype)
     ewa.collapse_checkpoint(save(model, tmp_path / "expanded.safetensors"), tmp_path / "plain.safetensors")
     found = load_file(tmp_path / "plain.safetensors")
-    for name, moe in ewa.moe_layers(model).items():
-        for key, values in moe.experts.families():
+    for name, moe in moe_layers(model).items():
+        for key, values in moe.experts.values_by_parameter():
             wide = torch.float64 if dtype == torch.float64 else torch.float32
             assert torch.equal(found[f"{name}.{key}"], torch.stack(values).to(wide).mean(0).to(dtype))
 
@@ -161,7 +162,7 @@ def test_buffers_are_taken_from_the_first_expert_as_collapse_does(tmp_path):
     for experts in ("stacked", "separate"):
         model = nn.Sequential(Counting())
         separated(ewa.expand(model, 2, select=["0"], experts=experts))
-        for number, replica in enumerate(model[0].experts.replicas()):
+        for number, replica in enumerate(model[0].experts.ffns()):
             replica.scale.fill_(number + 1.0)
         source = save(model, tmp_path / f"{experts}.safetensors")
         ewa.collapse_checkpoint(source, tmp_path / f"plain-{experts}.safetensors")

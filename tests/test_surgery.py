@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import ewavit as ewa
-from small_models import DIM, MlpNet, images, randomised, separated, tiny_vit, tokens
+from ewavit.core import SeparateExperts, StackedExperts, moe_layers
+from small_models import DIM, MlpNet, images, perturbed, randomised, separated, tiny_vit, tokens
 
 KINDS = ["stacked", "separate"]
 both_kinds = pytest.mark.parametrize("kind", KINDS)
@@ -21,7 +22,7 @@ def expanded(num_experts: int = 4, **options: object) -> MlpNet:
 
 
 def names(model: nn.Module) -> list[str]:
-    return list(ewa.moe_layers(model))
+    return list(moe_layers(model))
 
 
 # ---------------------------------------------------------------- select
@@ -81,9 +82,8 @@ def test_a_model_without_ffns_is_refused():
     [
         ({"num_experts": 0}, "num_experts=0"),
         ({"num_experts": 2.5}, "num_experts=2.5"),
-        ({"partition": "batch"}, "partition='batch'"),
+        ({"unit": "batch"}, "unit='batch'"),
         ({"experts": "many"}, "experts='many'"),
-        ({"init": "zeros"}, "init='zeros'"),
     ],
 )
 def test_a_wrong_option_is_named_with_its_value(options, named):
@@ -107,8 +107,8 @@ def test_auto_takes_separate_experts_where_stacking_does_not_work():
     model = MlpNet()
     model.blocks[3].mlp = Gated()
     ewa.expand(model, select=["blocks.2.mlp", "blocks.3.mlp"])
-    kinds = [type(moe.experts) for moe in ewa.moe_layers(model).values()]
-    assert kinds == [ewa.StackedExperts, ewa.SeparateExperts]
+    kinds = [type(moe.experts) for moe in moe_layers(model).values()]
+    assert kinds == [StackedExperts, SeparateExperts]
 
 
 def test_forced_stacking_that_does_not_work_leaves_the_model_dense():
@@ -139,8 +139,8 @@ def test_expand_and_collapse_give_back_classes_keys_order_and_values(kind):
 @both_kinds
 def test_collapse_takes_the_mean_of_the_experts(kind):
     model = separated(expanded(3, experts=kind))
-    layer = ewa.moe_layers(model)["blocks.3.mlp"]
-    means = {name: torch.stack(values).mean(0) for name, values in layer.experts.families()}
+    layer = moe_layers(model)["blocks.3.mlp"]
+    means = {name: torch.stack(values).mean(0) for name, values in layer.experts.values_by_parameter()}
     ewa.collapse(model)
     for name, value in model.blocks[3].mlp.named_parameters():
         torch.testing.assert_close(value, means[name], atol=1e-6, rtol=1e-6)
@@ -156,7 +156,7 @@ def test_expanding_twice_is_refused():
 
 
 def test_collapsing_what_is_not_expanded_is_refused():
-    with pytest.raises(ewa.EwavitError, match="nothing to collapse"):
+    with pytest.raises(ewa.EwavitError, match=r"no MoE layer: call ewavit\.expand"):
         ewa.collapse(MlpNet())
 
 
@@ -240,7 +240,7 @@ def test_requires_grad_survives_expand_and_collapse(kind):
         model.get_parameter(name).requires_grad_(False)
     ewa.expand(model, experts=kind)
     model(tokens()).sum().backward()
-    first = dict(model.blocks[1].mlp.experts.families())
+    first = dict(model.blocks[1].mlp.experts.values_by_parameter())
     assert not first["fc1.weight"][0].requires_grad
     assert first["fc2.weight"][0].requires_grad
     ewa.collapse(model)
@@ -289,11 +289,11 @@ def test_the_expanded_state_dict_loads_into_another_expanded_model(kind):
     assert torch.equal(model.eval()(x), other.eval()(x))
 
 
-# ---------------------------------------------------------------- init
+# ---------------------------------------------------------------- how experts start
 
 
 def experts_of(model: nn.Module, name: str = "fc1.weight") -> Tensor:
-    return torch.stack(dict(ewa.moe_layers(model)["blocks.3.mlp"].experts.families())[name]).detach()
+    return torch.stack(dict(moe_layers(model)["blocks.3.mlp"].experts.values_by_parameter())[name]).detach()
 
 
 def wide() -> nn.Module:
@@ -309,41 +309,16 @@ def test_copies_are_equal_to_the_ffn(kind):
         assert all(torch.equal(expert, parameter) for expert in experts_of(model, name))
 
 
-@both_kinds
-def test_perturb_adds_noise_relative_to_the_root_mean_square(kind):
-    model = ewa.expand(wide(), experts=kind, init="perturb", noise=0.05)
-    weight = wide().blocks[3].mlp.fc1.weight
-    noise = (experts_of(model) - weight) / weight.square().mean().sqrt()
-    assert noise.flatten(1).std(1).tolist() == pytest.approx([0.05] * 4, rel=0.05)
-    correlation = torch.corrcoef(noise.flatten(1)).fill_diagonal_(0).abs()
-    assert correlation.max() < 0.05
-
-
-@both_kinds
-def test_independent_experts_hold_the_same_values_row_by_row_but_are_unrelated(kind):
-    model = ewa.expand(wide(), experts=kind, init="independent")
-    original = wide().blocks[3].mlp.fc1.weight
-    experts = experts_of(model)
-    assert torch.equal(experts[0], original)
-    for expert in experts:
-        assert torch.equal(expert.sort(1).values, original.sort(1).values)
-    correlation = torch.corrcoef(experts.flatten(1)).fill_diagonal_(0).abs()
-    assert correlation.max() < 0.05
-    assert experts.mean(0).var() == pytest.approx(original.var().item() / 4, rel=0.1)
-    for name in ("fc1.bias", "fc2.bias"):
-        assert all(torch.equal(bias, experts_of(model, name)[0]) for bias in experts_of(model, name))
-
-
 # ---------------------------------------------------------------- state dicts
 
 
 @both_kinds
 def test_dense_state_dict_is_that_of_the_collapsed_model_and_leaves_the_model_expanded(kind):
     model = separated(expanded(experts=kind))
-    layers = ewa.moe_layers(model)
+    layers = moe_layers(model)
     before = copy.deepcopy(model.state_dict())
     dense = ewa.dense_state_dict(model)
-    assert ewa.moe_layers(model) == layers
+    assert moe_layers(model) == layers
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert list(dense) == list(MlpNet().state_dict())
     collapsed = ewa.collapse(model).state_dict()
@@ -360,8 +335,8 @@ def test_loading_a_dense_state_dict_fills_every_expert(kind):
     model, source = separated(expanded(experts=kind)), randomised(MlpNet())
     result = ewa.load_dense_state_dict(model, source.state_dict())
     assert result.missing_keys == result.unexpected_keys == []
-    for name, moe in ewa.moe_layers(model).items():
-        for parameter, values in moe.experts.families():
+    for name, moe in moe_layers(model).items():
+        for parameter, values in moe.experts.values_by_parameter():
             expected = source.get_parameter(f"{name}.{parameter}")
             assert all(torch.equal(value, expected) for value in values)
     x = tokens()
@@ -381,26 +356,26 @@ def test_a_dense_state_dict_survives_loading_and_taking(kind):
 @pytest.mark.parametrize("key", ["head.bias", "blocks.3.mlp.fc1.weight"])
 def test_a_failed_strict_load_leaves_the_model_expanded_and_its_experts_as_they_were(key):
     model = separated(expanded())
-    layers = ewa.moe_layers(model)
+    layers = moe_layers(model)
     inside = {name: value.clone() for name, value in model.state_dict().items() if "experts" in name}
     state = randomised(MlpNet()).state_dict()
     del state[key]
     with pytest.raises(RuntimeError, match=re.escape(key)):
         ewa.load_dense_state_dict(model, state)
-    assert ewa.moe_layers(model) == layers
+    assert moe_layers(model) == layers
     assert all(torch.equal(model.state_dict()[name], value) for name, value in inside.items())
 
 
 @both_kinds
 def test_a_partial_load_leaves_experts_without_a_key_as_they_were(kind):
     model = separated(expanded(experts=kind))
-    moe = ewa.moe_layers(model)["blocks.3.mlp"]
-    before = {name: torch.stack(values).clone() for name, values in moe.experts.families()}
+    moe = moe_layers(model)["blocks.3.mlp"]
+    before = {name: torch.stack(values).clone() for name, values in moe.experts.values_by_parameter()}
     source = randomised(MlpNet()).state_dict()
     given = {name: source[name] for name in ("head.weight", "blocks.3.mlp.fc1.weight")}
     result = ewa.load_dense_state_dict(model, given, strict=False)
     assert "blocks.3.mlp.fc2.weight" in result.missing_keys
-    for name, values in moe.experts.families():
+    for name, values in moe.experts.values_by_parameter():
         if name == "fc1.weight":
             assert all(torch.equal(value, given["blocks.3.mlp.fc1.weight"]) for value in values)
         else:
@@ -491,7 +466,7 @@ def test_summary_counts_layers_experts_and_parameters(kind):
     result = ewa.summary(ewa.expand(model, 3, experts=kind))
     assert [layer.name for layer in result.layers] == ["blocks.1.mlp", "blocks.3.mlp"]
     for layer in result.layers:
-        assert (layer.ffn, layer.experts, layer.partition) == ("Mlp", kind, "token")
+        assert (layer.ffn, layer.experts, layer.unit) == ("Mlp", kind, "token")
         assert (layer.num_experts, layer.dense_parameters) == (3, each)
     assert result.dense_parameters == dense
     assert result.parameters == dense + 2 * 2 * each == sum(p.numel() for p in model.parameters())
@@ -507,7 +482,7 @@ def test_summary_of_a_dense_model_has_no_layers():
 
 def test_a_vit_is_expanded_trained_and_collapsed():
     model = tiny_vit()
-    ewa.expand(model, 4, init="perturb", noise=0.1)
+    perturbed(ewa.expand(model, 4), 0.1)
     optimizer = torch.optim.AdamW(ewa.param_groups(model, 0.05), lr=1e-2)
     ewa.ExpertAveraging(model, 0.3).attach(optimizer)
     x, y = images(6), torch.arange(6) % 3

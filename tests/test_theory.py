@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import ewavit as ewa
+from ewavit.core import MoE, SeparateExperts, StackedExperts, full_share_rate, moe_layers
 from ewavit.study import theory
 from small_models import MlpNet, images, separated, tiny_vit, tokens
 
-KINDS = {"stacked": ewa.StackedExperts, "separate": ewa.SeparateExperts}
+KINDS = {"stacked": StackedExperts, "separate": SeparateExperts}
 both_kinds = pytest.mark.parametrize("kind", KINDS)
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.01),
@@ -28,25 +29,25 @@ OPTIMIZERS = {
 }
 
 
-def stacked(experts: ewa.StackedExperts | ewa.SeparateExperts) -> list[Tensor]:
+def stacked(experts: StackedExperts | SeparateExperts) -> list[Tensor]:
     """A copy of every parameter of the FFN, (experts, ...)."""
-    return [torch.stack([value.detach() for value in values]) for _, values in experts.families()]
+    return [torch.stack([value.detach() for value in values]) for _, values in experts.values_by_parameter()]
 
 
-def gradients(experts: ewa.StackedExperts | ewa.SeparateExperts) -> list[Tensor]:
+def gradients(experts: StackedExperts | SeparateExperts) -> list[Tensor]:
     """The gradient of every parameter of the FFN, (experts, ...)."""
-    if isinstance(experts, ewa.StackedExperts):
+    if isinstance(experts, StackedExperts):
         return [parameter.grad for parameter in experts.parameters()]
     return [
         torch.stack([p.grad for p in f]) for f in zip(*map(nn.Module.parameters, experts.copies), strict=True)
     ]
 
 
-def noisy_layer(kind: str = "stacked", size: int = 16, num_experts: int = 4) -> ewa.MoE:
-    return ewa.MoE(KINDS[kind](nn.Linear(size, size), num_experts))
+def noisy_layer(kind: str = "stacked", size: int = 16, num_experts: int = 4) -> MoE:
+    return MoE(KINDS[kind](nn.Linear(size, size), num_experts))
 
 
-def noise_backward(moe: ewa.MoE, units: int = 64) -> None:
+def noise_backward(moe: MoE, units: int = 64) -> None:
     """A real backward pass whose gradients are white noise, whatever the weights are."""
     x = torch.randn(units, next(moe.parameters()).shape[-1])
     (moe(x) * torch.randn(units, x.shape[1])).sum().backward()
@@ -60,7 +61,7 @@ def noise_backward(moe: ewa.MoE, units: int = 64) -> None:
 @pytest.mark.parametrize("share_rate", [0.0, 0.1, 0.6, 0.75])
 def test_averaging_alone_leaves_the_closed_form_of_a_deviation(share_rate, every, kind):
     model = separated(ewa.expand(MlpNet().double(), 4, experts=kind))
-    experts = [moe.experts for moe in ewa.moe_layers(model).values()]
+    experts = [moe.experts for moe in moe_layers(model).values()]
     start = [w - w.mean(0) for e in experts for w in stacked(e)]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     ewa.ExpertAveraging(model, share_rate, every=every).attach(optimizer)
@@ -95,7 +96,7 @@ def test_averaging_now_and_then_with_its_own_share_rate_decays_as_fast_as_every_
 @pytest.mark.parametrize("share_rate", [0.0, 0.3, 0.75])
 def test_the_mean_of_the_experts_follows_sgd_on_their_mean_gradient(share_rate, kind):
     model = separated(ewa.expand(MlpNet().double(), 4, experts=kind))
-    moe = next(iter(ewa.moe_layers(model).values()))
+    moe = next(iter(moe_layers(model).values()))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
     ewa.ExpertAveraging(model, share_rate).attach(optimizer)
     shadow = [nn.Parameter(w.mean(0)) for w in stacked(moe.experts)]
@@ -115,7 +116,7 @@ def test_full_averaging_with_the_matched_settings_is_dense_sgd():
     # tests/test_invariants.py holds this on a ViT for both kinds; here the settings come from the theory.
     dense = MlpNet().double()
     model = ewa.expand(copy.deepcopy(dense), 3)
-    inside = [p for moe in ewa.moe_layers(model).values() for p in moe.parameters()]
+    inside = [p for moe in moe_layers(model).values() for p in moe.parameters()]
     known = {id(p) for p in inside}
     settings = {"lr": 0.05, "weight_decay": 0.02}
     groups = [
@@ -123,7 +124,7 @@ def test_full_averaging_with_the_matched_settings_is_dense_sgd():
         {"params": inside, **theory.matched_sgd(**settings, num_experts=3)},
     ]
     optimizers = [torch.optim.SGD(p, momentum=0.9, **settings) for p in (dense.parameters(), groups)]
-    ewa.ExpertAveraging(model, ewa.full_share_rate(3)).attach(optimizers[1])
+    ewa.ExpertAveraging(model, full_share_rate(3)).attach(optimizers[1])
     for _ in range(4):
         x = tokens().double()
         for m, optimizer in zip((dense, model), optimizers, strict=True):
@@ -145,7 +146,7 @@ def test_full_averaging_with_the_matched_settings_is_dense_sgd():
 def test_history_weights_rebuild_the_final_experts_from_their_updates(schedule):
     n, steps = 3, 9
     model = separated(ewa.expand(MlpNet().double(), n))
-    experts = next(iter(ewa.moe_layers(model).values())).experts
+    experts = next(iter(moe_layers(model).values())).experts
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     start, updates, before = stacked(experts), [], []
     optimizer.register_step_pre_hook(lambda *_: before.append(stacked(experts)))
@@ -332,7 +333,7 @@ def test_a_skipped_step_and_gradients_that_overflowed_are_not_counted():
 @both_kinds
 def test_frozen_parameters_and_such_without_gradient_keep_the_deviation_they_start_with(kind):
     model = separated(ewa.expand(MlpNet(), 4, experts=kind))
-    layers = ewa.moe_layers(model)
+    layers = moe_layers(model)
     for name, parameter in model.named_parameters():
         if "fc1" in name:
             parameter.requires_grad_(False)
@@ -374,13 +375,13 @@ def test_wrapped_and_timm_optimizers_are_looked_through_and_others_refused():
 
 
 @both_kinds
-@pytest.mark.parametrize("partition", ["token", "image"])
-def test_on_a_quadratic_the_flatness_penalty_is_what_deviations_add_to_the_loss(partition, kind):
+@pytest.mark.parametrize("unit", ["token", "image"])
+def test_on_a_quadratic_the_flatness_penalty_is_what_deviations_add_to_the_loss(unit, kind):
     # Equal units over three experts: whoever gets which, the loss in training is the mean of theirs.
-    moe = ewa.MoE(KINDS[kind](nn.Linear(8, 4), 3), partition=partition).double()
+    moe = MoE(KINDS[kind](nn.Linear(8, 4), 3), unit=unit).double()
     separated(moe, 0.5)
-    x = torch.randn(5, 8).double().expand(6, -1, -1) if partition == "image" else torch.randn(8).double()
-    x = x if partition == "image" else x.expand(6, -1)
+    x = torch.randn(5, 8).double().expand(6, -1, -1) if unit == "image" else torch.randn(8).double()
+    x = x if unit == "image" else x.expand(6, -1)
     target = torch.randn(4).double()
     in_training = (moe(x) - target).square().mean()
     deployed = (moe.eval()(x) - target).square().mean()
@@ -392,7 +393,7 @@ def test_on_a_quadratic_the_flatness_penalty_is_what_deviations_add_to_the_loss(
 @both_kinds
 def test_on_a_vit_the_flatness_penalty_is_what_small_deviations_add_to_the_loss(kind):
     # Two experts swapped on the same partition: first and third order cancel.
-    model = ewa.expand(tiny_vit(depth=1), 2, select="all", partition="image", experts=kind).double()
+    model = ewa.expand(tiny_vit(depth=1), 2, select="all", unit="image", experts=kind).double()
     separated(model, 1e-4)
     x, y = images(6).double(), torch.arange(6) % 3
     losses = []
@@ -400,7 +401,7 @@ def test_on_a_vit_the_flatness_penalty_is_what_small_deviations_add_to_the_loss(
         torch.manual_seed(3)
         losses.append(F.cross_entropy(model.train()(x), y).item())
         with torch.no_grad():
-            for _, (one, two) in ewa.moe_layers(model)["blocks.0.mlp"].experts.families():
+            for _, (one, two) in moe_layers(model)["blocks.0.mlp"].experts.values_by_parameter():
                 kept = one.clone()
                 one.copy_(two)
                 two.copy_(kept)
@@ -418,9 +419,9 @@ def test_deviations_of_different_layers_do_not_meet_in_the_flatness_penalty():
         return theory.flatness_penalty(m, F.cross_entropy(m(x), torch.arange(3)))
 
     alone = []
-    for layer in ewa.moe_layers(model):
+    for layer in moe_layers(model):
         other = copy.deepcopy(model)
-        for name, moe in ewa.moe_layers(other).items():
+        for name, moe in moe_layers(other).items():
             if name != layer:
                 moe.experts.fill_(moe.experts.collapse())
         alone.append(penalty(other))

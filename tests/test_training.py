@@ -12,8 +12,8 @@ import yaml
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-import ewavit as ewa
 from ewavit import EwavitError
+from ewavit.core import moe_layers
 from ewavit.training.checkpoint import load_checkpoint
 from ewavit.training.export import evaluate, export, load_model
 from ewavit.training.loop import TrainingRun, resume, train
@@ -163,7 +163,7 @@ def test_export_that_computes_something_else_leaves_no_file(finished, tmp_path, 
 
 def test_the_experts_learning_rate_is_scaled_and_nothing_else(tmp_path):
     run = TrainingRun(recipe(tmp_path, "scaled", expert_lr=3.0), tmp_path / "scaled", Accelerator(cpu=True))
-    experts = {id(p) for moe in ewa.moe_layers(run.state.model).values() for p in moe.parameters()}
+    experts = {id(p) for moe in moe_layers(run.state.model).values() for p in moe.parameters()}
     for update in (1, 5, 11):
         run.state.scheduler.step_update(update)
         rates = {True: set(), False: set()}
@@ -185,8 +185,8 @@ def test_evaluating_every_second_epoch_changes_no_weight(tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_averaging_at_intervals_with_moments_resumes_exactly(tmp_path, monkeypatch):
-    settings = {"average_every": 3, "average_moments": True, "init": "perturb", "val_interval": 2}
+def test_averaging_at_intervals_resumes_exactly(tmp_path, monkeypatch):
+    settings = {"average_every": 3, "val_interval": 2}
     whole = train(recipe(tmp_path, "whole", **settings)).run
     with monkeypatch.context() as patch:
         stop_after(patch, 10)

@@ -13,37 +13,13 @@ from pathlib import Path
 
 from torch.nn import Module
 
-from ewavit.core.averaging import (
-    Constant,
-    CosineRamp,
-    Early,
-    ExpertAveraging,
-    LinearRamp,
-    average_experts_,
-    full_share_rate,
-)
+from ewavit import distributed as distributed
+from ewavit.core.averaging import Constant, CosineRamp, Early, ExpertAveraging, LinearRamp, average_experts_
 from ewavit.core.checkpoint_files import collapse_checkpoint, expert_metadata
-from ewavit.core.diagnostics import (
-    CollapseGap,
-    RoutingStatistics,
-    collapse_gap,
-    expert_spread,
-    routing_statistics,
-)
-from ewavit.core.distributed import (
-    clip_grad_norm_,
-    expert_placement,
-    load_stacked_state_dict,
-    stacked_state_dict,
-)
-from ewavit.core.experts import SeparateExperts, StackedExperts
-from ewavit.core.ffn import FFN, find_ffns
-from ewavit.core.moe import MoE, moe_layers
-from ewavit.core.partition import RandomPartition
-from ewavit.core.replicas import ReplicaExperts
-from ewavit.core.routing import TopK, TopKRouter, auxiliary_loss, scale_auxiliary_loss
+from ewavit.core.diagnostics import collapse_gap, expert_spread, routing_statistics
+from ewavit.core.ffn import find_ffns
+from ewavit.core.routing import TopK, auxiliary_loss, scale_auxiliary_loss
 from ewavit.core.surgery import (
-    Summary,
     collapse,
     collapsed,
     dense_state_dict,
@@ -73,26 +49,15 @@ def load(run: str | PathLike[str]) -> Module:
 
 
 __all__ = [
-    "FFN",
-    "CollapseGap",
     "Constant",
     "CosineRamp",
     "Early",
     "EwavitError",
     "ExpertAveraging",
     "LinearRamp",
-    "MoE",
-    "RandomPartition",
-    "ReplicaExperts",
-    "RoutingStatistics",
-    "SeparateExperts",
-    "StackedExperts",
-    "Summary",
     "TopK",
-    "TopKRouter",
     "auxiliary_loss",
     "average_experts_",
-    "clip_grad_norm_",
     "collapse",
     "collapse_checkpoint",
     "collapse_gap",
@@ -100,17 +65,12 @@ __all__ = [
     "dense_state_dict",
     "expand",
     "expert_metadata",
-    "expert_placement",
     "expert_spread",
     "find_ffns",
-    "full_share_rate",
     "load",
     "load_dense_state_dict",
-    "load_stacked_state_dict",
-    "moe_layers",
     "param_groups",
     "routing_statistics",
     "scale_auxiliary_loss",
-    "stacked_state_dict",
     "summary",
 ]

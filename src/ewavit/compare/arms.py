@@ -20,7 +20,7 @@ TUNED = "-lr"  # an arm's name that ends so: its learning rate is chosen from th
 _EMA = {"model_ema": True, "model_ema_warmup": True}
 
 # A naive MoE, with a learned router; it is what is deployed, but for moe-collapsed: the mean of its experts.
-_ROUTED = {"router": "topk", "partition": "token"}
+_ROUTED = {"router": "topk", "unit": "token"}
 
 BUILT_IN: dict[str, Callable[[Recipe], dict[str, Any]]] = {
     "dense": lambda recipe: {"experts": 1},

@@ -1,1 +1,28 @@
-"""The method: what a reviewer reads. It imports torch and the standard library only."""
+"""The method; it imports torch and the standard library only. Here are its types; `ewavit` has the verbs."""
+
+from ewavit.core.averaging import full_share_rate
+from ewavit.core.diagnostics import CollapseGap, RoutingStatistics
+from ewavit.core.experts import Experts, SeparateExperts, StackedExperts
+from ewavit.core.ffn import FFN
+from ewavit.core.moe import MoE, moe_layers
+from ewavit.core.partition import RandomPartition
+from ewavit.core.replicas import ReplicaExperts
+from ewavit.core.routing import TopKRouter
+from ewavit.core.surgery import LayerSummary, Summary
+
+__all__ = [
+    "FFN",
+    "CollapseGap",
+    "Experts",
+    "LayerSummary",
+    "MoE",
+    "RandomPartition",
+    "ReplicaExperts",
+    "RoutingStatistics",
+    "SeparateExperts",
+    "StackedExperts",
+    "Summary",
+    "TopKRouter",
+    "full_share_rate",
+    "moe_layers",
+]

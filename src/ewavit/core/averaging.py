@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ewavit.core.devices import local
-from ewavit.core.experts import Of
-from ewavit.core.moe import MoE, moe_layers
+from ewavit.core.moe import moe_layers, require_moe_layers
 from ewavit.core.replicas import check_peers
 from ewavit.errors import EwavitError
 
@@ -90,10 +87,19 @@ def check_share_rate(share_rate: float, num_experts: int) -> float:
     return share_rate
 
 
+def lerp_weight(share_rate: float, num_experts: int) -> float:
+    """D = beta N / (N - 1), the share of its deviation that an expert loses when averaged (Eq. 6 as a lerp).
+
+    Raises:
+        EwavitError: the share rate is outside 0 <= beta <= (N - 1) / N.
+    """
+    if num_experts == 1:
+        return 0.0  # a single expert is its own mean
+    return min(1.0, check_share_rate(share_rate, num_experts) * num_experts / (num_experts - 1))
+
+
 @torch.no_grad()
-def average_experts_(
-    model: nn.Module, share_rate: float, optimizer: torch.optim.Optimizer | None = None
-) -> None:
+def average_experts_(model: nn.Module, share_rate: float) -> None:
     """Pull the experts of every MoE of a model towards their mean, in place (Eq. 6).
 
     Half-precision parameters are averaged in float32. No parameter object is replaced, and the mean of the
@@ -102,22 +108,16 @@ def average_experts_(
     Args:
         model: an expanded model.
         share_rate: beta, 0 <= beta <= (N - 1) / N.
-        optimizer: average what it keeps for each expert's parameters too (Adam's moments, momentum).
 
     Raises:
         EwavitError: the model has no MoE, or the share rate is out of range.
     """
-    layers = moe_layers(model)
-    if not layers:
-        raise EwavitError("the model has no MoE layer: call ewavit.expand(model) first")
-    several = [moe for moe in layers.values() if moe.num_experts > 1]
-    for moe in several:
-        check_share_rate(share_rate, moe.num_experts)
-    begun = []
-    for moe in several if share_rate else ():
-        weight = min(1.0, share_rate * moe.num_experts / (moe.num_experts - 1))
-        begun += [moe.experts.pull_(weight, of) for of in (local, *_moments(moe, optimizer))]
-    for finish in begun:  # by now the replicas' weights of all layers are under way
+    layers = require_moe_layers(model).values()
+    weights = [lerp_weight(share_rate, moe.num_experts) for moe in layers]  # all are checked before any moves
+    begun = [
+        moe.experts.pull_towards_mean_(weight) for moe, weight in zip(layers, weights, strict=True) if weight
+    ]
+    for finish in begun:  # by now the weights of replica experts in all layers are on their way
         if finish is not None:
             finish()
 
@@ -127,26 +127,11 @@ def average_experts_reference_(model: nn.Module, share_rate: float) -> None:
     """`average_experts_` written as the explicit sum of Eq. 6; the tests hold the two equal."""
     for moe in moe_layers(model).values():
         n = moe.num_experts
-        for _, values in moe.experts.families() if n > 1 else ():
+        for _, values in moe.experts.values_by_parameter() if n > 1 else ():
             old = [value.clone() for value in values]
             for i in range(n):
                 others = sum(share_rate / (n - 1) * old[j] for j in range(n) if j != i)
                 values[i].copy_((1 - share_rate) * old[i] + others)
-
-
-def _moments(moe: MoE, optimizer: torch.optim.Optimizer | None) -> Iterator[Of]:
-    """One reader for each kind of tensor that an optimizer keeps beside an expert's parameter."""
-    if optimizer is None:
-        return
-    state = optimizer.state
-
-    def read(parameter: nn.Parameter, name: str) -> Tensor | None:
-        value = state.get(parameter, {}).get(name)
-        return local(value) if isinstance(value, Tensor) and value.shape == parameter.shape else None
-
-    parameters = list(moe.experts.parameters())
-    for name in dict.fromkeys(name for parameter in parameters for name in state.get(parameter, {})):
-        yield partial(read, name=name)
 
 
 class ExpertAveraging:
@@ -157,7 +142,6 @@ class ExpertAveraging:
         share_rate: beta at the end of the ramp, or a schedule `step -> beta`.
         ramp_steps: optimizer steps over which a given number rises linearly from 0.
         every: average after every k-th step only.
-        moments: average what the optimizer keeps for the experts (Adam's moments, momentum) as well.
 
     Raises:
         EwavitError: the model has no MoE, the share rate is out of range, or `every` is below 1.
@@ -172,11 +156,8 @@ class ExpertAveraging:
         share_rate: float | Schedule = 0.3,
         ramp_steps: int = 0,
         every: int = 1,
-        moments: bool = False,
     ) -> None:
-        layers = moe_layers(model)
-        if not layers:
-            raise EwavitError("the model has no MoE layer: call ewavit.expand(model) first")
+        layers = require_moe_layers(model)
         if every < 1:
             raise EwavitError(f"every={every} is not a number of steps: choose 1 or more")
         if callable(share_rate):
@@ -187,12 +168,10 @@ class ExpertAveraging:
             self.schedule: Schedule = share_rate
         else:
             for moe in layers.values():
-                if moe.num_experts > 1:  # a single expert has nobody to share with, whatever the rate
-                    check_share_rate(share_rate, moe.num_experts)
+                lerp_weight(share_rate, moe.num_experts)
             self.schedule = LinearRamp(share_rate, ramp_steps) if ramp_steps else Constant(share_rate)
         self.model = model
         self.every = every
-        self.moments = moments
         self.steps_done = 0
         self._hook: Any = None
 
@@ -211,8 +190,7 @@ class ExpertAveraging:
         """
         if self._hook is not None:
             raise EwavitError("this ExpertAveraging is already attached: call detach() first")
-        while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-            optimizer = inner
+        optimizer = unwrapped_optimizer(optimizer)
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         half: dict[str, torch.dtype] = {}
         for layer, moe in moe_layers(self.model).items():
@@ -243,19 +221,15 @@ class ExpertAveraging:
         # A fused optimizer under a GradScaler is stepped even when the gradients overflowed.
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is None or not float(found_inf):
-            self.step(optimizer)
+            self.step()
 
-    def step(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Count one optimizer step and average; call it yourself only in loops without `attach`.
-
-        Args:
-            optimizer: whose moments are averaged, if `moments` asks for that.
-        """
+    def step(self) -> None:
+        """Count one optimizer step and average; call it yourself only in loops without `attach`."""
         self.steps_done += 1
         if self.steps_done <= 2 or self.steps_done % CHECK_EVERY == 0:
             check_peers(self.model)
         if self.steps_done % self.every == 0:
-            average_experts_(self.model, self.share_rate, optimizer if self.moments else None)
+            average_experts_(self.model, self.share_rate)
 
     def state_dict(self) -> dict[str, int]:
         """The number of steps done; the schedule itself is configuration."""
@@ -266,12 +240,8 @@ class ExpertAveraging:
         self.steps_done = int(state["steps_done"])
 
 
-def lerp_weight(share_rate: float, num_experts: int) -> float:
-    """D = beta N / (N - 1), the share of its deviation that an expert loses when averaged (Eq. 6 as a lerp).
-
-    Raises:
-        EwavitError: the share rate is outside 0 <= beta <= (N - 1) / N.
-    """
-    if num_experts == 1:
-        return 0.0  # a single expert is its own mean
-    return min(1.0, check_share_rate(share_rate, num_experts) * num_experts / (num_experts - 1))
+def unwrapped_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer within wrappers that hold it as `.optimizer` (accelerate, Lightning)."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    return optimizer

@@ -41,7 +41,7 @@ _EXPERT_KEY = re.compile(r"(?P<mixture>.+?)\.experts\.(?:ffn|copies\.(?P<copy>\d
 
 
 @dataclass(frozen=True)
-class Mixture:
+class StoredMixture:
     """What a file holds of one MoE: N experts, "stacked" or "separate", and the FFN's parameters by name.
 
     What else lies among the experts are the FFN's buffers, of which `collapse` keeps the first expert's.
@@ -96,7 +96,7 @@ def expert_metadata(model: nn.Module) -> dict[str, str]:
     found = {}
     for name, module in model.named_modules(remove_duplicate=False):  # state dicts repeat shared layers too
         if isinstance(module, MoE):
-            ffn = module.experts.replicas()[0]
+            ffn = module.experts.ffns()[0]
             found[name] = {
                 "num_experts": module.num_experts,
                 "experts": "separate" if isinstance(module.experts, SeparateExperts) else "stacked",
@@ -305,12 +305,14 @@ def _plan(found: _Source, source: Path) -> tuple[dict[str, list[_Stored]], int]:
     return outputs, len(mixtures)
 
 
-def _mixtures(found: _Source, source: Path) -> dict[str, Mixture]:
+def _mixtures(found: _Source, source: Path) -> dict[str, StoredMixture]:
     """The mixtures that the metadata names, or else those that the keys show."""
     said = [each[EXPERTS] for each in (*found.metadata.values(), found.index_metadata) if EXPERTS in each]
     try:
         mixtures = {
-            str(name): Mixture(int(each["num_experts"]), str(each["experts"]), frozenset(each["parameters"]))
+            str(name): StoredMixture(
+                int(each["num_experts"]), str(each["experts"]), frozenset(each["parameters"])
+            )
             for text in said
             for name, each in json.loads(text).items()
         }
@@ -322,7 +324,7 @@ def _mixtures(found: _Source, source: Path) -> dict[str, Mixture]:
     return mixtures
 
 
-def _guessed(tensors: Mapping[str, _Stored], source: Path) -> dict[str, Mixture]:
+def _guessed(tensors: Mapping[str, _Stored], source: Path) -> dict[str, StoredMixture]:
     """The mixtures as the keys show them, where that leaves no doubt."""
     parts: dict[str, list[tuple[str | None, str, _Stored]]] = {}
     for key, stored in tensors.items():
@@ -344,7 +346,7 @@ def _guessed(tensors: Mapping[str, _Stored], source: Path) -> dict[str, Mixture]
                 "ewavit.expert_metadata(model)"
             )
         (count,) = counts.pop()
-        mixtures[mixture] = Mixture(count, "stacked" if stacked else "separate", names)
+        mixtures[mixture] = StoredMixture(count, "stacked" if stacked else "separate", names)
     return mixtures
 
 

@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ewavit.core.devices import local, summed
-from ewavit.core.moe import dispatching, moe_layers
+from ewavit.core.moe import dispatching, moe_layers, require_moe_layers
 from ewavit.core.routing import TopKRouter
 from ewavit.core.surgery import collapsed
-from ewavit.errors import EwavitError
 
 
 @torch.no_grad()
@@ -29,7 +28,7 @@ def expert_spread(model: nn.Module) -> dict[str, float]:
     spread = {}
     for layer, moe in moe_layers(model).items():
         peers, apart, norm = moe.experts.peers, [], []
-        for _, values in moe.experts.families(local):
+        for _, values in moe.experts.values_by_parameter(local):
             stacked = torch.stack([value.float() for value in values])
             total = stacked.sum(0) if peers is None else peers.sum([stacked.sum(0)])[0]
             mean = total / moe.num_experts
@@ -78,9 +77,7 @@ def collapse_gap(
     Raises:
         EwavitError: the model has no MoE layer.
     """
-    layers = moe_layers(model).values()
-    if not layers:
-        raise EwavitError("the model has no MoE layer: call ewavit.expand(model) first")
+    layers = require_moe_layers(model).values()
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

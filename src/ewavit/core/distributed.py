@@ -13,7 +13,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ewavit.core.devices import Peers, cut_like, whole
 from ewavit.core.experts import StackedExperts
-from ewavit.core.moe import moe_layers
+from ewavit.core.moe import require_moe_layers
 from ewavit.core.replicas import own_parameters
 from ewavit.errors import EwavitError
 
@@ -39,16 +39,14 @@ def expert_placement(
             such dimension that the processes divide evenly.
 
     Example:
-        >>> placement = ewa.expert_placement(model, mesh)
+        >>> placement = ewa.distributed.expert_placement(model, mesh)
         >>> for block in model.blocks:
         ...     fully_shard(block, mesh=mesh, shard_placement_fn=placement)
         >>> fully_shard(model, mesh=mesh, shard_placement_fn=placement)
     """
     from torch.distributed.tensor import Shard
 
-    layers = moe_layers(model)
-    if not layers:
-        raise EwavitError("the model has no MoE layer: call ewavit.expand(model) first")
+    layers = require_moe_layers(model)
     if any(moe.experts.peers is not None for moe in layers.values()):
         raise EwavitError(
             "replica experts are not stacked: leave out expert_placement, and shard each MoE over the "

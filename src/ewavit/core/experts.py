@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Container, Iterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ewavit.core.devices import Peers, local
 from ewavit.errors import EwavitError
 
-if TYPE_CHECKING:
-    from ewavit.core.devices import Peers
-
-Of = Callable[[nn.Parameter], Tensor | None]
+Read = Callable[[nn.Parameter], Tensor | None]
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -198,28 +196,30 @@ class Experts(nn.Module):
         """The FFN with the mean parameters on a dense input: what will be deployed."""
         raise NotImplementedError
 
-    def families(self, of: Of | None = None) -> Iterator[tuple[str, list[Tensor]]]:
-        """For each parameter of the FFN its name and its values, one per expert here, as writable views.
+    def values_by_parameter(self, read: Read | None = None) -> Iterator[tuple[str, list[Tensor]]]:
+        """For each parameter of the FFN its name and its values, one per local expert, as writable views.
 
         Args:
-            of: maps a parameter to a tensor of its shape that is wanted in its stead (its gradient, a moment
-                of the optimizer's), or to None, which leaves the parameter out.
+            read: maps a parameter to the tensor to take instead, of the same shape (its gradient, its local
+                shard), or to None, which leaves the parameter out.
         """
         raise NotImplementedError
 
-    def pull_(self, weight: float, of: Of | None = None) -> Callable[[], None] | None:
+    def pull_towards_mean_(self, weight: float) -> Callable[[], None] | None:
         """Move every expert towards their mean, in place: `W_i <- W_i + weight (mean - W_i)`.
 
-        Half-precision values are moved in float32. Where the mean takes other processes, it is asked for, and
-        what is returned waits for it and moves: call it when all layers have begun.
+        Half-precision values are averaged in float32.
 
         Args:
-            weight: 0 leaves the experts where they are, 1 makes them equal.
-            of: as in `families`.
+            weight: D of Eq. 6. 0 leaves the experts where they are, 1 makes them equal.
+
+        Returns:
+            None when the experts have moved. Replica experts return a function that waits for the all-reduce
+            and then moves them: call it after the all-reduce of every layer has started.
         """
         raise NotImplementedError
 
-    def replicas(self) -> list[nn.Module]:
+    def ffns(self) -> list[nn.Module]:
         """The modules that hold the FFN's buffers."""
         raise NotImplementedError
 
@@ -231,11 +231,11 @@ class Experts(nn.Module):
     def fill_(self, ffn: nn.Module, keep: Container[str] = ()) -> None:
         """Set every expert to the parameters and buffers of a dense FFN, except for those named in `keep`."""
         dense = dict(ffn.named_parameters())
-        for name, values in self.families():
+        for name, values in self.values_by_parameter():
             for value in values if name not in keep else ():
                 value.copy_(dense[name])
         for name, buffer in ffn.named_buffers():
-            for replica in self.replicas() if name not in keep else ():
+            for replica in self.ffns() if name not in keep else ():
                 replica.get_buffer(name).copy_(buffer)
 
 
@@ -266,7 +266,7 @@ class StackedExperts(Experts):
         self.ffn: nn.Module = copy.deepcopy(ffn, memo)
         self.training = ffn.training
 
-    def replicas(self) -> list[nn.Module]:
+    def ffns(self) -> list[nn.Module]:
         return [self.ffn]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -274,26 +274,26 @@ class StackedExperts(Experts):
 
     merged = forward  # the layers themselves compute with the mean when they are not dispatched to
 
-    def families(self, of: Of | None = None) -> Iterator[tuple[str, list[Tensor]]]:
-        for name, stack in self._stacks(of):
+    def values_by_parameter(self, read: Read | None = None) -> Iterator[tuple[str, list[Tensor]]]:
+        for name, stack in self._stacks(read):
             yield name, list(stack.unbind(0))
 
-    def _stacks(self, of: Of | None) -> Iterator[tuple[str, Tensor]]:
-        """What `families` yields before it is taken apart, (experts, ...)."""
+    def _stacks(self, read: Read | None) -> Iterator[tuple[str, Tensor]]:
+        """As `values_by_parameter`, each parameter as one tensor (E, ...)."""
         for name, parameter in self.ffn.named_parameters():
-            value = parameter if of is None else of(parameter)
+            value = parameter if read is None else read(parameter)
             if value is None:
                 continue
             if value.shape[0] != self.num_experts:
                 raise EwavitError(
                     f"{name} is sharded over its experts: give every fully_shard "
-                    "shard_placement_fn=ewavit.expert_placement(model, mesh)"
+                    "shard_placement_fn=ewavit.distributed.expert_placement(model, mesh)"
                 )
             yield name, value
 
     @torch.no_grad()
-    def pull_(self, weight: float, of: Of | None = None) -> None:
-        for _, stack in self._stacks(of):
+    def pull_towards_mean_(self, weight: float) -> None:
+        for _, stack in self._stacks(local):
             work = stack.float() if stack.dtype in _HALF else stack
             work.lerp_(work.mean(0), weight)
             if work is not stack:
@@ -324,24 +324,24 @@ class SeparateExperts(Experts):
     def merged(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.num_experts == 1:
             return cast(Tensor, self.copies[0](x, *args, **kwargs))
-        mean = {name: torch.stack(values).mean(0) for name, values in self.families()}
+        mean = {name: torch.stack(values).mean(0) for name, values in self.values_by_parameter()}
         return cast(Tensor, functional_call(self.copies[0], mean, (x, *args), kwargs))
 
     @torch.no_grad()
-    def pull_(self, weight: float, of: Of | None = None) -> None:
-        for _, values in self.families(of):
+    def pull_towards_mean_(self, weight: float) -> None:
+        for _, values in self.values_by_parameter(local):
             work = [value.float() if value.dtype in _HALF else value for value in values]
             mean = torch.stack(work).mean(0)
             for value, moved in zip(values, work, strict=True):
                 value.copy_(moved.lerp_(mean, weight))
 
-    def replicas(self) -> list[nn.Module]:
+    def ffns(self) -> list[nn.Module]:
         return list(self.copies)
 
-    def families(self, of: Of | None = None) -> Iterator[tuple[str, list[Tensor]]]:
+    def values_by_parameter(self, read: Read | None = None) -> Iterator[tuple[str, list[Tensor]]]:
         parameters = [dict(ffn.named_parameters()) for ffn in self.copies]
         for name in parameters[0]:
-            found = [p if of is None else of(p) for p in (of_expert[name] for of_expert in parameters)]
+            found = [p if read is None else read(p) for p in (of_expert[name] for of_expert in parameters)]
             values = [value for value in found if value is not None]
             if len(values) == self.num_experts:
                 yield name, values
@@ -349,7 +349,7 @@ class SeparateExperts(Experts):
     def collapse(self) -> nn.Module:
         first = dict(self.copies[0].named_parameters())
         memo: dict[int, Any] = {}
-        for name, values in self.families():
+        for name, values in self.values_by_parameter():
             mean = torch.stack([value.detach() for value in values]).mean(0)
             memo[id(first[name])] = nn.Parameter(mean, first[name].requires_grad)
         return copy.deepcopy(self.copies[0], memo)

@@ -37,7 +37,7 @@ class FFN:
     name: str
     module: nn.Module
     unit: Unit | None  # "token": tokens are independent; "image": tokens are mixed; None: refused
-    reason: str = ""  # why it is refused, or needs partition="image"
+    reason: str = ""  # why it is refused, or needs unit="image"
     channels_first: bool = False
     stackable: bool = False
 
@@ -148,7 +148,7 @@ def _examine(name: str, module: nn.Module) -> FFN:
         if "batchnorm" in kind.lower():
             return refused(f"{kind} inside: its statistics would differ from expert to expert")
         if kind in ("DropPath", "StochasticDepth"):
-            return FFN(name, module, "image", f'drops whole images ({kind} inside): needs partition="image"')
+            return FFN(name, module, "image", f'drops whole images ({kind} inside): needs unit="image"')
     for parameter in module.parameters():
         if parameter.is_meta:
             return refused("its parameters are on the meta device: give them memory first")
@@ -160,7 +160,7 @@ def _examine(name: str, module: nn.Module) -> FFN:
     spatial = next((m for m in module.modules() if isinstance(m, nn.Conv2d) and max(m.kernel_size) > 1), None)
     if spatial is not None:
         mixes = f"mixes tokens ({'x'.join(map(str, spatial.kernel_size))} convolution inside)"
-        return FFN(name, module, "image", f'{mixes}: needs partition="image"')
+        return FFN(name, module, "image", f'{mixes}: needs unit="image"')
     try:
         trial = _with_random_weights(module)
     except Exception as problem:
@@ -179,7 +179,7 @@ def _examine(name: str, module: nn.Module) -> FFN:
         elif moved[1:].any():
             return refused("mixes the images of a batch")
         elif moved.sum() > 1:
-            return FFN(name, module, "image", 'mixes tokens, or tells them apart: needs partition="image"')
+            return FFN(name, module, "image", 'mixes tokens, or tells them apart: needs unit="image"')
         elif not moved[0, 0]:
             errors.append("its output does not follow its input")
         else:
@@ -251,7 +251,9 @@ def _stacks(trial: nn.Module, x: Tensor) -> bool:
             parameter.mul_(0.5)
         try:
             stacked = StackedExperts(trial, 2)
-            for (_, into), (_, values) in zip(stacked.families(), separate.families(), strict=True):
+            for (_, into), (_, values) in zip(
+                stacked.values_by_parameter(), separate.values_by_parameter(), strict=True
+            ):
                 for target, value in zip(into, values, strict=True):
                     target.copy_(value)
             for part in stacked.modules():

@@ -24,7 +24,7 @@ class MoE(nn.Module):
 
     Args:
         experts: the N experts.
-        partition: what is dealt to the experts, single tokens or whole images.
+        unit: what is dealt to the experts, single "token"s or whole "image"s.
         channels_first: the FFN takes (batch, channels, height, width).
         dispatcher: sends units to experts; a `RandomPartition` unless given. A `TopKRouter` takes tokens.
     """
@@ -32,13 +32,13 @@ class MoE(nn.Module):
     def __init__(
         self,
         experts: Experts,
-        partition: Unit = "token",
+        unit: Unit = "token",
         channels_first: bool = False,
         dispatcher: RandomPartition | TopKRouter | None = None,
     ) -> None:
         super().__init__()
         self.experts = experts
-        self.partition = partition
+        self.unit = unit
         self.channels_first = channels_first
         self.dispatcher = dispatcher or RandomPartition(experts.num_experts)
         self.training = self.dispatcher.training = experts.training
@@ -68,7 +68,7 @@ class MoE(nn.Module):
         """
         if self.num_experts == 1 or not (self.training or self.routed):
             return self.experts.merged(x, *args, **kwargs)
-        if self.partition == "image":
+        if self.unit == "image":
             state: Any  # of the dispatcher's own kind
             block, state = self.dispatcher.dispatch(x)
             return self.dispatcher.combine(self.experts(block, *args, **kwargs), state)
@@ -97,12 +97,24 @@ class MoE(nn.Module):
         return self.experts.collapse()
 
     def extra_repr(self) -> str:
-        return f"partition={self.partition!r}" + (", channels_first=True" if self.channels_first else "")
+        return f"unit={self.unit!r}" + (", channels_first=True" if self.channels_first else "")
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoE]:
     """The MoE layers of a model by name, in module order; a shared layer is listed once."""
     return {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
+
+
+def require_moe_layers(model: nn.Module) -> dict[str, MoE]:
+    """The MoE layers of a model by name.
+
+    Raises:
+        EwavitError: there are none.
+    """
+    layers = moe_layers(model)
+    if not layers:
+        raise EwavitError("the model has no MoE layer: call ewavit.expand(model) first")
+    return layers
 
 
 @contextmanager

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from ewavit.core.averaging import ExpertAveraging, lerp_weight
+from ewavit.core.averaging import ExpertAveraging, lerp_weight, unwrapped_optimizer
 from ewavit.core.experts import Experts, SeparateExperts
-from ewavit.core.moe import moe_layers
+from ewavit.core.moe import MoE, require_moe_layers
 from ewavit.errors import EwavitError
 
 
@@ -106,7 +106,7 @@ class SpreadPrediction:
     SLOPE_WEIGHT = 0.1
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, averaging: ExpertAveraging) -> None:
-        self.optimizer, self.averaging = _unwrapped(optimizer), averaging
+        self.optimizer, self.averaging = unwrapped_optimizer(optimizer), averaging
         if not self.supports(optimizer):
             raise EwavitError(
                 f"the spread under {type(self.optimizer).__name__} is not predicted: use torch's SGD, "
@@ -116,12 +116,12 @@ class SpreadPrediction:
         self._averaging_steps = averaging.steps_done
         group_of = {id(p): i for i, group in enumerate(self.optimizer.param_groups) for p in group["params"]}
         parts: dict[tuple[str, int | None], _Part] = {}
-        for layer, moe in _layers(model).items():
-            for family in _families(moe.experts):
+        for layer, moe in layers_with_all_experts(model).items():
+            for family in tensors_by_parameter(moe.experts):
                 key = (layer, group_of.get(id(family[0])))  # None: frozen
                 part = parts.setdefault(key, _Part(*key, moe.num_experts))
                 part.families.append(family)
-                start = _deviations([parameter.detach().float() for parameter in family])
+                start = deviations_from_mean([parameter.detach().float() for parameter in family])
                 d_d = part.moments.d_d + float(start.square().sum()) / moe.num_experts
                 part.moments = DeviationMoments(d_d)
         self._parts = list(parts.values())
@@ -129,7 +129,7 @@ class SpreadPrediction:
     @staticmethod
     def supports(optimizer: Optimizer) -> bool:
         """Whether the spread under this optimizer can be predicted."""
-        optimizer = _unwrapped(optimizer)
+        optimizer = unwrapped_optimizer(optimizer)
         amsgrad = any(group.get("amsgrad") for group in optimizer.param_groups)
         return type(optimizer) in (SGD, Adam, AdamW) and not amsgrad
 
@@ -159,8 +159,8 @@ class SpreadPrediction:
         for family in part.families:
             if part.group is None or any(parameter.grad is None for parameter in family):
                 continue
-            x = _deviations([self._direction(parameter, part.group, scale) for parameter in family])
-            d = _deviations([parameter.float() for parameter in family])
+            x = deviations_from_mean([self._direction(parameter, part.group, scale) for parameter in family])
+            d = deviations_from_mean([parameter.float() for parameter in family])
             total += torch.stack([(x * x).sum(), (d * x).sum(), (d * d).sum()]) / part.num_experts
         return total
 
@@ -245,16 +245,9 @@ class SpreadPrediction:
             part.moments = DeviationMoments(*moments)
 
 
-def _unwrapped(optimizer: Optimizer) -> Optimizer:
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner
-    return optimizer
-
-
-def _layers(model: nn.Module) -> dict[str, Any]:
-    layers = moe_layers(model)
-    if not layers:
-        raise EwavitError("the model has no MoE layer: call ewavit.expand(model) first")
+def layers_with_all_experts(model: nn.Module) -> dict[str, MoE]:
+    """The MoE layers of a model by name; replica experts are refused."""
+    layers = require_moe_layers(model)
     if any(moe.experts.peers is not None for moe in layers.values()):
         raise EwavitError(
             "the spread of replica experts is not predicted: each process knows one expert only"
@@ -262,14 +255,14 @@ def _layers(model: nn.Module) -> dict[str, Any]:
     return layers
 
 
-def _families(experts: Experts) -> list[list[Tensor]]:
+def tensors_by_parameter(experts: Experts) -> list[list[Tensor]]:
     """Per parameter of the FFN the tensors that an optimizer holds: one with N on dimension 0, or N."""
     if isinstance(experts, SeparateExperts):
         return [list(family) for family in zip(*(copy.parameters() for copy in experts.copies), strict=True)]
     return [[parameter] for parameter in experts.parameters()]
 
 
-def _deviations(family: list[Tensor]) -> Tensor:
+def deviations_from_mean(family: list[Tensor]) -> Tensor:
     """(experts, ...) minus its mean over experts, for one tensor that holds all experts or one for each."""
     stacked = family[0] if len(family) == 1 else torch.stack(family)
     return stacked - stacked.mean(0)

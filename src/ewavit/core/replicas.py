@@ -16,7 +16,7 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from ewavit.core.devices import Peers, is_sharded, local, sharded_like, whole
-from ewavit.core.experts import Experts, Of
+from ewavit.core.experts import Experts, Read
 from ewavit.core.moe import moe_layers
 from ewavit.core.partition import RandomPartition
 from ewavit.errors import EwavitError
@@ -84,17 +84,15 @@ class ReplicaExperts(Experts):
         ]
         return dict(zip(parameters, means, strict=True))
 
-    def families(self, of: Of | None = None) -> Iterator[tuple[str, list[Tensor]]]:
+    def values_by_parameter(self, read: Read | None = None) -> Iterator[tuple[str, list[Tensor]]]:
         for name, parameter in self.ffn.named_parameters():
-            value = parameter if of is None else of(parameter)
+            value = parameter if read is None else read(parameter)
             if value is not None:
                 yield name, [value]
 
     @torch.no_grad()
-    def pull_(self, weight: float, of: Of | None = None) -> Callable[[], None] | None:
-        values = [value for _, (value,) in self.families(of)]
-        if not values:
-            return None
+    def pull_towards_mean_(self, weight: float) -> Callable[[], None]:
+        values = [value for _, (value,) in self.values_by_parameter(local)]
         sums = self.peers.begin_sum(values)
 
         def finish() -> None:
@@ -106,7 +104,7 @@ class ReplicaExperts(Experts):
 
         return finish
 
-    def replicas(self) -> list[nn.Module]:
+    def ffns(self) -> list[nn.Module]:
         return [self.ffn]
 
     def collapse(self) -> nn.Module:
@@ -169,7 +167,7 @@ def check_peers(model: nn.Module) -> None:
     if bool((apart[1:] > 1e-6 * values[1:]).any()):
         raise EwavitError(
             "weights that all processes share differ between them: wrap the model in "
-            "DistributedDataParallel, and clip gradients with ewavit.clip_grad_norm_"
+            "DistributedDataParallel, and clip gradients with ewavit.distributed.clip_grad_norm_"
         )
     if peers.size > 1 and float(apart[0]) == 0 and float(gradient) > 0:
         raise EwavitError(

@@ -9,20 +9,18 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ewavit.core.devices import Peers, cut_like, is_sharded, whole
-from ewavit.core.experts import ExpertLeaf, Experts, SeparateExperts, StackedExperts
+from ewavit.core.experts import ExpertLeaf, SeparateExperts, StackedExperts
 from ewavit.core.ffn import FFN, find_ffns
-from ewavit.core.moe import MoE, Unit, moe_layers
+from ewavit.core.moe import MoE, Unit, moe_layers, require_moe_layers
 from ewavit.core.replicas import DealtByProcess, ReplicaExperts, keep_from_ddp
 from ewavit.core.routing import TopK, TopKRouter
 from ewavit.errors import EwavitError
 
 Select = str | Iterable[str] | Callable[[str, nn.Module], bool]
-Init = Literal["copy", "perturb", "independent"]
 Placement = Literal["local", "replicas"]
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -40,11 +38,9 @@ def expand(
     num_experts: int | None = None,
     *,
     select: Select = "alternate",
-    partition: Unit = "token",
+    unit: Unit = "token",
     router: TopK | None = None,
     experts: Literal["auto", "stacked", "separate"] = "auto",
-    init: Init = "copy",
-    noise: float = 0.01,
     placement: Placement = "local",
     process_group: dist.ProcessGroup | None = None,
 ) -> Model:
@@ -57,15 +53,11 @@ def expand(
         num_experts: N, 4 unless given. With N = 1 the model computes exactly what it did.
         select: "alternate" (every second FFN, the last one in), "all", "last_half", the name of one module, a
             list of names, a regular expression searched in the names, or a callable `(name, module) -> bool`.
-        partition: deal single "token"s, or whole "image"s for FFNs that mix tokens.
+        unit: deal single "token"s, or whole "image"s for FFNs that mix tokens.
         router: send each token where a learned router wants it, not at random: a naive MoE. Its eval mode
             routes too, so the MoE itself is deployed, or by `collapse` the mean expert.
         experts: "stacked" (one batched matmul), "separate" (N copies), or "auto": stacked where it was tried
             and computes the same.
-        init: experts start as a "copy" of the FFN; "perturb" adds relative noise to the copies;
-            "independent" shuffles the weights within each row, which for freshly initialised weights is a new
-            draw of the same distribution. Their mean then has 1/N of the variance.
-        noise: standard deviation of the noise of "perturb", relative to each tensor's root mean square.
         placement: "local", every process has all experts; or "replicas", each data-parallel process has one,
             a plain FFN for its own samples, which starts as a copy of the first process's. N is then the
             number of processes. Every process must call `expand`, and wrap this very model in DDP.
@@ -84,24 +76,23 @@ def expand(
         raise EwavitError(
             f"num_experts={num_experts}, but {peers.size} processes hold one replica each: leave it out"
         )
-    if peers is not None and (experts, init) != ("auto", "copy"):
-        raise EwavitError(f'replicas are copies of the FFN: leave out experts="{experts}", init="{init}"')
+    if peers is not None and experts != "auto":
+        raise EwavitError(f'replicas are copies of the FFN: leave out experts="{experts}"')
     for option, value, choices in (
-        ("partition", partition, ("token", "image")),
+        ("unit", unit, ("token", "image")),
         ("experts", experts, ("auto", "stacked", "separate")),
-        ("init", init, ("copy", "perturb", "independent")),
         ("placement", placement, ("local", "replicas")),
     ):
         if value not in choices:
             raise EwavitError(f"{option}={value!r} is unknown: choose one of {', '.join(choices)}")
     if router is not None and peers is not None:
         raise EwavitError("replicas cannot be routed: each process has one expert for all of its tokens")
-    if router is not None and partition != "token":
-        raise EwavitError(f'partition="{partition}" cannot be routed: a router sends tokens, leave it out')
+    if router is not None and unit != "token":
+        raise EwavitError(f'unit="{unit}" cannot be routed: a router sends tokens, leave it out')
     _refuse_wrapped(model)
     if moe_layers(model):
         raise EwavitError("the model is expanded already: call ewavit.collapse(model) first")
-    chosen = select_ffns(model, select, partition if peers is None else "image")
+    chosen = select_ffns(model, select, unit if peers is None else "image")
     for ffn in chosen:
         if experts == "stacked" and not ffn.stackable:
             raise EwavitError(
@@ -116,9 +107,8 @@ def expand(
             continue
         kind = SeparateExperts if experts == "separate" or not ffn.stackable else StackedExperts
         made = kind(ffn.module, num_experts)
-        _initialise_(made, init, noise)
         dispatcher = None if router is None else _router(router, num_experts, ffn)
-        _replace(model, ffn.module, MoE(made, partition, ffn.channels_first, dispatcher))
+        _replace(model, ffn.module, MoE(made, unit, ffn.channels_first, dispatcher))
     _exempt_norms_from_decay(model)
     if peers is not None:
         keep_from_ddp(model)
@@ -131,7 +121,7 @@ def _router(config: TopK, num_experts: int, ffn: FFN) -> TopKRouter:
     return TopKRouter(config, num_experts, ffn.dim).to(weight.device, weight.dtype)
 
 
-def select_ffns(model: nn.Module, select: Select = "alternate", partition: Unit = "token") -> list[FFN]:
+def select_ffns(model: nn.Module, select: Select = "alternate", unit: Unit = "token") -> list[FFN]:
     """The FFNs that `expand` would take with these arguments; raises what it would."""
     if isinstance(select, str):
         if dict(model.named_modules()).get(select) is not None:
@@ -145,13 +135,13 @@ def select_ffns(model: nn.Module, select: Select = "alternate", partition: Unit 
         if unknown := [name for name in select if not name or name not in modules]:
             raise _nothing(f"the model has no module {', '.join(map(repr, unknown))}", find_ffns(model))
         found = find_ffns(model, names=select)
-        if bad := [ffn for ffn in found if not _usable(ffn, partition)]:
+        if bad := [ffn for ffn in found if not _usable(ffn, unit)]:
             raise _nothing(f"{bad[0].name} cannot become a mixture of experts", found, bad[0])
         return found
     found = find_ffns(model)
-    usable = [ffn for ffn in found if _usable(ffn, partition)]
+    usable = [ffn for ffn in found if _usable(ffn, unit)]
     if not usable:
-        problem = f'no FFN found that can be dealt by partition="{partition}"'
+        problem = f'no FFN found that can be dealt by unit="{unit}"'
         raise _nothing(problem, found, found[0] if found else None)
     if callable(select):
         chosen = [ffn for ffn in usable if select(ffn.name, ffn.module)]
@@ -174,8 +164,8 @@ def select_ffns(model: nn.Module, select: Select = "alternate", partition: Unit 
     return chosen
 
 
-def _usable(ffn: FFN, partition: Unit) -> bool:
-    return ffn.unit == "token" or (ffn.unit == "image" and partition == "image")
+def _usable(ffn: FFN, unit: Unit) -> bool:
+    return ffn.unit == "token" or (ffn.unit == "image" and unit == "image")
 
 
 def _nothing(problem: str, found: list[FFN], refused: FFN | None = None) -> EwavitError:
@@ -189,7 +179,7 @@ def _nothing(problem: str, found: list[FFN], refused: FFN | None = None) -> Ewav
 
 
 def candidate_table(found: list[FFN]) -> str:
-    """The candidates as text, one a line: name, class, unit of partition or why it is refused."""
+    """The candidates as text, one a line: name, class, unit or why it is refused."""
     rows = [(f.name, f.class_name, f.unit or "refused", f.reason) for f in found]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return "\n".join(
@@ -204,19 +194,6 @@ def _refuse_wrapped(model: nn.Module) -> None:
                 raise EwavitError(f"the model is wrapped in {base.__name__}: {_WRAPPERS[base.__name__]}")
         if getattr(module, "_compiled_call_impl", None) is not None:
             raise EwavitError("the model is compiled: call model.compile() after ewavit.expand(model)")
-
-
-@torch.no_grad()
-def _initialise_(experts: Experts, init: Init, noise: float) -> None:
-    for _, values in experts.families():
-        for value in values if init == "perturb" else values[1:]:
-            if init == "perturb":
-                rms = value.float().square().mean().sqrt().to(value.dtype)
-                value.add_(torch.randn_like(value) * rms, alpha=noise)
-            elif init == "independent" and value.ndim > 1:
-                rows = value.flatten(1)
-                order = torch.rand(rows.shape, device=rows.device).argsort(1)
-                value.copy_(rows.gather(1, order).view_as(value))
 
 
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -261,11 +238,7 @@ def collapse(model: Model) -> Model:
     Raises:
         EwavitError: the model is not expanded, or it is sharded (FSDP2).
     """
-    layers = moe_layers(model)
-    if not layers:
-        raise EwavitError(
-            "the model has no MoE layer, so there is nothing to collapse: call ewavit.expand first"
-        )
+    layers = require_moe_layers(model)
     if isinstance(model, MoE):
         raise EwavitError("a single MoE cannot replace itself: use its collapse() method")
     if any(is_sharded(parameter) for parameter in model.parameters()):
@@ -361,7 +334,7 @@ class LayerSummary:
     ffn: str
     experts: str
     num_experts: int
-    partition: str
+    unit: str
     dense_parameters: int
 
 
@@ -376,7 +349,7 @@ class Summary:
     def __str__(self) -> str:
         lines = [f"{len(self.layers)} mixtures of experts"]
         lines += [
-            f"  {layer.name}: {layer.num_experts} x {layer.ffn} ({layer.experts}, by {layer.partition}), "
+            f"  {layer.name}: {layer.num_experts} x {layer.ffn} ({layer.experts}, by {layer.unit}), "
             f"{layer.dense_parameters:,} parameters each"
             for layer in self.layers
         ]
@@ -391,9 +364,9 @@ def summary(model: nn.Module) -> Summary:
         kind = type(moe.experts).__name__.removesuffix("Experts").lower()
         here = moe.num_experts if moe.experts.peers is None else 1
         each = sum(parameter.numel() for parameter in moe.experts.parameters()) // here
-        ffn = type(moe.experts.replicas()[0]).__name__
+        ffn = type(moe.experts.ffns()[0]).__name__
         router = moe.dispatcher if isinstance(moe.dispatcher, TopKRouter) else None
-        dealt = moe.partition if router is None else f"top-{router.config.k} router"
+        dealt = moe.unit if router is None else f"top-{router.config.k} router"
         layers.append(LayerSummary(name, ffn, kind, moe.num_experts, dealt, each))
         extra += (here - 1) * each + sum(parameter.numel() for parameter in moe.dispatcher.parameters())
     total = sum(parameter.numel() for parameter in model.parameters())

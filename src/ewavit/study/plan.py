@@ -110,7 +110,7 @@ def plan(recipe: Recipe, data: Data | None = None, devices: int | None = None) -
     name, kwargs = model_settings(recipe, inputs)
     model, _ = task_for(recipe.data).build_model(name, inputs, **kwargs)
     sample = inputs.sample()
-    chosen = select_ffns(model, recipe.select, recipe.partition) if recipe.experts > 1 else []
+    chosen = select_ffns(model, recipe.select, recipe.unit) if recipe.experts > 1 else []
     names = {ffn.name for ffn in chosen}
     moved = sum(shape.numel() for shape in ffn_input_shapes(model, chosen, sample).values())
     candidates = tuple(

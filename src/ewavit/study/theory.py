@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ewavit.core.averaging import lerp_weight
-from ewavit.core.prediction import _deviations, _families, _layers
+from ewavit.core.prediction import deviations_from_mean, layers_with_all_experts, tensors_by_parameter
 from ewavit.errors import EwavitError
 
 
@@ -147,11 +147,13 @@ def flatness_penalty(model: nn.Module, loss: Tensor) -> float:
         EwavitError: the model has no MoE layer.
     """
     penalty = 0.0
-    for moe in _layers(model).values():
-        families = _families(moe.experts)
+    for moe in layers_with_all_experts(model).values():
+        families = tensors_by_parameter(moe.experts)
         held = [parameter for family in families for parameter in family]
         gradients = torch.autograd.grad(loss, held, create_graph=True, materialize_grads=True)
-        deviations = [_deviations([parameter.detach() for parameter in family]) for family in families]
+        deviations = [
+            deviations_from_mean([parameter.detach() for parameter in family]) for family in families
+        ]
         for expert in range(moe.num_experts):
             # All experts move by this one's deviation, and so does their mean.
             vector = [

@@ -57,7 +57,7 @@ def expand_by_recipe(model: nn.Module, recipe: Recipe, sample: Tensor | None = N
     """
     if recipe.experts == 1:
         return model
-    chosen = select_ffns(model, recipe.select, recipe.partition)
+    chosen = select_ffns(model, recipe.select, recipe.unit)
     replicas = recipe.placement == "replicas"
     if replicas and (unfit := [ffn for ffn in chosen if not ffn.stackable]):
         raise EwavitError(
@@ -66,19 +66,18 @@ def expand_by_recipe(model: nn.Module, recipe: Recipe, sample: Tensor | None = N
         )
     if sample is not None and not replicas:
         for name, shape in ffn_input_shapes(model, chosen, sample).items():
-            per_image = 1 if recipe.partition == "image" else units_per_image(model, name, shape)
+            per_image = 1 if recipe.unit == "image" else units_per_image(model, name, shape)
             if recipe.experts > per_image * recipe.batch_size:
                 raise EwavitError(
                     f"--experts {recipe.experts} is more than the {per_image * recipe.batch_size} "
-                    f"{recipe.partition}s of a batch in {name}: take fewer experts or a larger --batch-size"
+                    f"{recipe.unit}s of a batch in {name}: take fewer experts or a larger --batch-size"
                 )
     return expand(
         model,
         recipe.experts,
         select=[ffn.name for ffn in chosen],
-        partition=recipe.partition,
+        unit=recipe.unit,
         router=recipe.top_k,
-        init=recipe.init,
         placement=recipe.placement,
     )
 
@@ -92,7 +91,7 @@ def expert_averaging(model: nn.Module, recipe: Recipe, updates_per_epoch: int) -
     schedule: Schedule = ramp(recipe.share_rate, round(recipe.ramp * last))
     if recipe.early is not None:
         schedule = Early(schedule, last)
-    return ExpertAveraging(model, schedule, every=recipe.average_every, moments=recipe.average_moments)
+    return ExpertAveraging(model, schedule, every=recipe.average_every)
 
 
 def check_recipe_with_data(recipe: Recipe, data: Data, processes: int) -> None:

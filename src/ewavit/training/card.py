@@ -19,7 +19,7 @@ from ewavit.tasks.task import Task
 
 
 @dataclass(frozen=True)
-class Mixture:
+class RoutedMixture:
     """How to expand a dense model into the routed mixture that a file holds."""
 
     num_experts: int
@@ -27,7 +27,7 @@ class Mixture:
     router: dict[str, Any]  # the settings of `TopK`
 
     @classmethod
-    def of(cls, model: nn.Module) -> Mixture:
+    def of(cls, model: nn.Module) -> RoutedMixture:
         """The mixture that an expanded model with routers is."""
         layers = moe_layers(model)
         router = next(module for module in model.modules() if isinstance(module, TopKRouter))
@@ -51,7 +51,7 @@ class ModelCard:
     std: tuple[float, ...]
     data: str
     metric: float | None = None
-    mixture: Mixture | None = None
+    mixture: RoutedMixture | None = None
     num_points: int | None = None
 
     @classmethod
@@ -70,7 +70,7 @@ class ModelCard:
             del card["top1"]
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in card.items()}
         if mixture := values.get("mixture"):
-            values["mixture"] = Mixture(**mixture | {"layers": tuple(mixture["layers"])})
+            values["mixture"] = RoutedMixture(**mixture | {"layers": tuple(mixture["layers"])})
         return cls(**values)
 
     def metadata(self) -> dict[str, str]:

@@ -20,7 +20,7 @@ from ewavit.core.surgery import collapse, dense_state_dict
 from ewavit.errors import EwavitError
 from ewavit.tasks.task import Metrics
 from ewavit.training.building import expand_by_recipe
-from ewavit.training.card import Mixture, ModelCard
+from ewavit.training.card import ModelCard, RoutedMixture
 from ewavit.training.checkpoint import load_checkpoint, save_tensors
 from ewavit.training.evaluation import evaluate_batches
 from ewavit.training.opening import Data, open_data
@@ -108,7 +108,7 @@ def save_models(
     weights = state_of(model)
     average = None if averaged is None else state_of(averaged)
     if recipe.keeps_experts:
-        card = replace(card, mixture=Mixture.of(model))
+        card = replace(card, mixture=RoutedMixture.of(model))
     if write and average is not None:
         of_average = replace(card, metric=row[f"average_{column}"])
         save_tensors(average, run / "model-average.safetensors", of_average.metadata())

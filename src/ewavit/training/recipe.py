@@ -13,7 +13,7 @@ import yaml
 from ewavit.core.averaging import check_share_rate
 from ewavit.core.moe import Unit
 from ewavit.core.routing import TopK
-from ewavit.core.surgery import Init, Placement
+from ewavit.core.surgery import Placement
 from ewavit.errors import EwavitError
 
 
@@ -59,22 +59,16 @@ class Recipe:
     ramp: float = _option(0.5, "share of the training over which beta rises linearly from 0")
     ramp_shape: str = _option("linear", "how beta rises", ("linear", "cosine"))
     average_every: int = _option(1, "average after every so many optimizer steps only")
-    average_moments: bool = _option(False, "average the optimizer's moments of the experts too")
     expert_lr: float = _option(1.0, "factor on the experts' learning rate")
     placement: Placement = _option(
         "local",
         "all experts in every process, or replicas: one in each process of torchrun, whose number N is",
         ("local", "replicas"),
     )
-    init: Init = _option(
-        "copy",
-        "how experts start: copies of the FFN, noisy copies, own draws",
-        ("copy", "perturb", "independent"),
-    )
     select: str = _option(
         "alternate", "which FFNs: alternate, all, last_half, a name or a regular expression"
     )
-    partition: Unit = _option("token", "what is dealt to the experts", ("token", "image"))
+    unit: Unit = _option("token", "what is dealt to the experts", ("token", "image"))
     router: str = _option(
         "random", "who deals: chance, or a learned top-k router (naive MoE)", ("random", "topk")
     )
@@ -173,10 +167,8 @@ class Recipe:
         if self.top_k is not None:
             if self.k > self.experts:
                 raise EwavitError(f"--k {self.k} is more than --experts {self.experts}: choose less")
-            if self.partition != "token":
-                raise EwavitError(
-                    f"--router {self.router} sends tokens: leave out --partition {self.partition}"
-                )
+            if self.unit != "token":
+                raise EwavitError(f"--router {self.router} sends tokens: leave out --unit {self.unit}")
         if self.placement == "replicas":
             self._check_replicas()
         if self.pretrained and self.initial_checkpoint:
@@ -206,7 +198,6 @@ class Recipe:
         """Refuse what one expert in each process cannot do."""
         unfit = {
             "router": self.router != "random",
-            "init": self.init != "copy",
             "twa": self.twa > 0,
             "amp-dtype": self.amp and self.amp_dtype == "float16",  # one process may skip a step, others not
         }

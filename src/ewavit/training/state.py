@@ -100,8 +100,8 @@ class TrainingState:
         prediction = None
         if averaging is not None:
             averaging.attach(optimizer)
-            predictable = SpreadPrediction.supports(optimizer) and not recipe.average_moments
-            predictable = predictable and recipe.top_k is None  # a router's experts differ by more than noise
+            # A router's experts differ by more than noise.
+            predictable = SpreadPrediction.supports(optimizer) and recipe.top_k is None
             if predictable and recipe.placement == "local":
                 prediction = SpreadPrediction(model, optimizer, averaging)
         state = cls(recipe, accelerator, card, model, optimizer, scheduler, averaging, prediction, average)
