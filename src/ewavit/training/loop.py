@@ -35,7 +35,7 @@ from ewavit.data.batches import Batch, seed_all
 from ewavit.errors import EwavitError
 from ewavit.training import report
 from ewavit.training.building import check_recipe_with_data
-from ewavit.training.checkpoint import CURRENT, PREVIOUS, Checkpoint, load_checkpoint
+from ewavit.training.checkpoint import Checkpoint, load_checkpoint
 from ewavit.training.evaluation import Metrics, evaluate_batches, predictions
 from ewavit.training.export import save_models
 from ewavit.training.opening import open_recipe_data
@@ -47,6 +47,7 @@ from ewavit.training.processes import (
     told_of_lost_processes,
 )
 from ewavit.training.recipe import Recipe
+from ewavit.training.run_folder import RunFolder
 from ewavit.training.state import TrainingState
 from ewavit.training.weight_average import WeightAverage
 
@@ -76,7 +77,7 @@ def train(recipe: Recipe) -> Result:
         raise EwavitError("a run that torchrun may restart is found by its name: give --name")
     if recipe.name is not None and started_again():
         run = Path(recipe.output) / recipe.name
-        if any((run / folder).exists() for folder in (CURRENT, PREVIOUS)) and _is_run_of(recipe, run):
+        if RunFolder(run).has_checkpoint and _is_run_of(recipe, run):
             return resume(run)
     run = _run_folder(recipe)
     return _trained(recipe, run, start_accelerator(recipe, run))
@@ -94,7 +95,7 @@ def resume(run: Path, **changes: Any) -> Result:
     """
     checkpoint = load_checkpoint(run)
     recipe = replace(Recipe.from_dict(checkpoint.facts["recipe"], str(checkpoint.path)), **changes)
-    model_file = run / "model.safetensors"
+    model_file = RunFolder(run).model
     if checkpoint.facts["progress"]["epoch"] >= recipe.epochs and model_file.exists():
         if started_again():
             return Result(run, checkpoint.facts["progress"]["rows"][-1], model_file)
@@ -129,6 +130,7 @@ class _Run:
             if recipe.experts == 1:
                 raise EwavitError("--placement replicas takes one process for each expert: use torchrun")
         self.recipe, self.folder, self.accelerator = recipe, run, accelerator
+        self.files = RunFolder(run)
         device, processes = accelerator.device, accelerator.num_processes
         self.data = open_recipe_data(recipe, device, accelerator.process_index, processes)
         check_recipe_with_data(recipe, self.data, processes)
@@ -152,7 +154,7 @@ class _Run:
         recipe, progress, main = self.recipe, self.progress, self.accelerator.is_main_process
         if main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            recipe.save(self.folder / "args.yaml")
+            recipe.save(self.files.args)
             layers = moe_layers(self.state.model)
             opening = report.opening(self.folder, self.state.card, self.data, recipe, len(layers))
             resumed = f", resumed at epoch {progress.epoch + 1}, batch {progress.batch}"
@@ -174,7 +176,7 @@ class _Run:
                 progress.rows.append(row)
                 if main:
                     report.say(report.epoch_line(row, recipe.epochs))
-                    report.write_summary(progress.rows, self.folder / "summary.csv")
+                    report.write_summary(progress.rows, self.files.summary)
                 self.accelerator.log(row, step=progress.epoch)
                 self.state.save(self.folder)
                 if received and progress.epoch < recipe.epochs:
@@ -287,7 +289,7 @@ class _Run:
         return value
 
     def _diverged(self, what: str) -> EwavitError:
-        has_checkpoint = (self.folder / "checkpoint").exists()
+        has_checkpoint = self.files.checkpoint.exists()
         kept = f"the last good checkpoint is in {self.folder}" if has_checkpoint else "no checkpoint yet"
         return EwavitError(
             f"{what}, in epoch {self.progress.epoch + 1}: lower --lr, lengthen --warmup-epochs or set "
@@ -343,22 +345,22 @@ class _Run:
         card, main = self.state.card, self.accelerator.is_main_process
         judged_on = f"{'held-out' if self.recipe.holdout else 'test'} {self.data.inputs.kind}"
         if main:
-            report.write_predictions(found, self.folder / "predictions.csv")
-            self.data.picture(found, self.folder / "predictions.png")
+            report.write_predictions(found, self.files.predictions)
+            self.data.picture(found, self.files.picture)
             title = f"{self.folder.name}: {card.model} on {self.data.name}"
-            report.draw_curves(self.progress.rows, self.folder / "curves.png", title, judged_on)
+            report.draw_curves(self.progress.rows, self.files.curves, title, judged_on)
         card = save_models(self.folder, card, self.recipe, row, model, averaged, write=main)
         if main:
             report.say(report.closing(self.folder, card, self.data, row, judged_on))
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
-        return Result(self.folder, row, self.folder / "model.safetensors")
+        return Result(self.folder, row, self.files.model)
 
 
 def _run_folder(recipe: Recipe) -> Path:
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     run = Path(recipe.output) / (recipe.name or f"{stamp}-{recipe.model or 'vit_tiny'}")
-    if (run / "checkpoint").exists() or (run / "model.safetensors").exists():
+    if RunFolder(run).checkpoint.exists() or RunFolder(run).model.exists():
         raise EwavitError(f"{run} holds a run already: choose another --name, or go on with --resume {run}")
     if run.exists() and not run.is_dir():
         raise EwavitError(f"{run} is a file: choose another --output or --name")

@@ -20,6 +20,7 @@ from torch import nn
 from ewavit.core.diagnostics import routing_statistics
 from ewavit.core.routing import auxiliary_loss
 from ewavit.training.recipe import Recipe
+from ewavit.training.run_folder import RunFolder
 
 if TYPE_CHECKING:  # these import this file
     from ewavit.data.batches import Data
@@ -75,10 +76,10 @@ def closing(run: Path, card: ModelCard, data: Data, row: Row, judged_on: str) ->
     skipped = f", {data.bad_images} unreadable images skipped" if data.bad_images else ""
     lines = [f"top-1 {row['eval_top1']:.2f} % on {data.num_eval:,} {judged_on}{skipped}"]
     if "average_top1" in row:
-        file = run / "model-average.safetensors"
+        file = RunFolder(run).average
         lines.append(f"top-1 {row['average_top1']:.2f} % of the averaged weights, {file}")
     what = "the plain model" if card.mixture is None else "the mixture of experts"
-    file = run / "model.safetensors"
+    file = RunFolder(run).model
     lines.append(f"{what} is {file}; load it with\n\n{card.loading_code(file)}\n")
     lines.append(f"and give it {card.input_text()}")
     return "\n".join(lines)
