@@ -19,11 +19,11 @@ from ewavit.compare import compare as room
 from ewavit.compare.arms import BUILT_IN, make_arms
 from ewavit.compare.compare import compare
 from ewavit.compare.engines import Processes
-from ewavit.compare.results import log_file
 from ewavit.compare.work import best_lr
 from ewavit.training.loop import train
 from ewavit.training.processes import Interrupted
 from ewavit.training.recipe import Recipe
+from ewavit.training.run_folder import RunFolder
 from runs import TINY, stop_after
 
 SMALL = {**TINY, "limit": 128, "holdout": 0.25, "workers": 0}
@@ -83,11 +83,11 @@ def test_crashed_runs_are_listed_with_their_error_and_the_others_finish(done):
 def test_second_start_repeats_what_crashed_and_nothing_else(done, capsys):
     folder, command, _ = done
     models = {file: file.stat().st_mtime_ns for file in folder.glob("runs/*/model.safetensors")}
-    said = log_file(folder / "runs" / "wild-42").read_text()
+    said = RunFolder(folder / "runs" / "wild-42").log.read_text()
     assert main(command) == 1
     assert {file: file.stat().st_mtime_ns for file in folder.glob("runs/*/model.safetensors")} == models
     assert len(models) == 6
-    again = log_file(folder / "runs" / "wild-42").read_text()
+    again = RunFolder(folder / "runs" / "wild-42").log.read_text()
     assert again.startswith(said)
     assert again.count("lower --lr") == said.count("lower --lr") + 1
     printed = capsys.readouterr().out
@@ -151,7 +151,7 @@ def test_stopped_comparison_goes_on_and_a_half_done_run_ends_with_the_same_bits(
         with pytest.raises(Interrupted):
             train(Recipe(**SMALL, output=str(folder / "runs"), name="ewa-42"))
     assert main([*command, "--jobs", "1"]) == 0  # the number of threads stays that of the first start
-    assert "resumed at epoch" in log_file(folder / "runs" / "ewa-42").read_text()
+    assert "resumed at epoch" in RunFolder(folder / "runs" / "ewa-42").log.read_text()
     assert same_end(folder / "runs" / "ewa-42", folder / "runs" / "a-twin-42")
     assert len(results(folder)) == 6
 
@@ -206,7 +206,8 @@ def test_runs_end_with_the_comparison_that_started_them(tmp_path):
     parent.kill()
     parent.wait()
     run = tmp_path / "killed" / "runs" / "dense-42"
-    waiting = f"import fcntl; fcntl.flock(open({str(log_file(run))!r}), fcntl.LOCK_EX)"  # held to the end
+    # The log is locked to the end of the run.
+    waiting = f"import fcntl; fcntl.flock(open({str(RunFolder(run).log)!r}), fcntl.LOCK_EX)"
     subprocess.run([sys.executable, "-c", waiting], check=True, timeout=120)
     assert (run / "checkpoint").is_dir()
     assert not (run / "model.safetensors").exists()

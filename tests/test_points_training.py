@@ -19,6 +19,7 @@ from ewavit.training.loop import resume, train
 from ewavit.training.opening import open_data
 from ewavit.training.processes import Interrupted
 from ewavit.training.recipe import Recipe
+from ewavit.training.run_folder import RunFolder
 from processes import in_processes
 from runs import assert_same_end, stop_after
 
@@ -137,7 +138,7 @@ def test_parts_are_segmented_and_measured_by_their_ious(tmp_path):
     assert instance == pytest.approx(by_class, abs=1e-3)  # one cloud in each of two categories
     assert evaluate(result.run)["instance_iou"] == pytest.approx(instance, abs=1e-3)
     assert "logits equal" in export(result.run, tmp_path / "parts.safetensors")
-    assert read_run(result.run, 0).predictions is None
+    assert read_run(RunFolder(result.run), 0).predictions is None
 
 
 def test_solids_get_a_small_point_transformer_unless_told_otherwise(capsys):

@@ -24,13 +24,12 @@ from ewavit.compare.engines import Engine, Processes, RayTasks, gpus_here
 from ewavit.compare.results import (
     Arm,
     Comparison,
-    is_finished,
-    run_folder,
 )
 from ewavit.compare.terminal import _Progress
 from ewavit.compare.work import _Cell, _Work
 from ewavit.errors import EwavitError
 from ewavit.training.recipe import Recipe
+from ewavit.training.run_folder import RunFolder
 
 POLL = 0.5  # seconds between looks at signals and progress
 
@@ -100,7 +99,7 @@ def compare(
             engine.stop()
     comparison = work.write()
     if received:
-        done = sum(is_finished(cell.folder) for cell in work.final())
+        done = sum(cell.run.is_finished for cell in work.final())
         count = f"{done} of {len(work.arms) * len(work.seeds)} runs are finished"
         raise Stopped(received[0], f"stopped, {count}; go on with: {command}")
     return comparison
@@ -143,20 +142,20 @@ def _signals(engine: Engine) -> Iterator[list[int]]:
 
 def _run_all(work: _Work, cells: Sequence[_Cell], engine: Engine, received: list[int]) -> None:
     """Give the engine all runs that are not finished, and note how they end, until done or told to stop."""
-    waiting = deque(cell for cell in cells if not is_finished(cell.folder))
-    running: dict[Path, _Cell] = {}
+    waiting = deque(cell for cell in cells if not cell.run.is_finished)
+    running: dict[RunFolder, _Cell] = {}
     with _Progress(cells, work) as progress:
         while (waiting or running) and not received:
             while waiting and engine.start(waiting[0].recipe):
                 cell = waiting.popleft()
-                running[cell.folder] = cell
+                running[cell.run] = cell
             progress.show(running)
             for end in engine.ended(POLL):
-                cell = running.pop(run_folder(end.recipe))
+                cell = running.pop(RunFolder.of(end.recipe))
                 if end.refused:
                     raise EwavitError(f"arm {cell.arm.name!r}: {end.error}")
                 if end.error:
-                    work.errors[cell.folder] = end.error
+                    work.errors[cell.run] = end.error
                 progress.ended(cell)
                 with suppress(EwavitError):  # no room now: said at the end, if there still is none
                     work.write()

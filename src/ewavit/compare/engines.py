@@ -24,9 +24,9 @@ from typing import Any, Protocol
 
 import torch
 
-from ewavit.compare.results import is_finished, log_file, run_folder
 from ewavit.errors import EwavitError
 from ewavit.training.recipe import Recipe
+from ewavit.training.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,10 @@ def execute(recipe: Recipe, threads: int) -> tuple[str | None, bool]:
     """
     from ewavit.training.processes import Interrupted
 
-    run = run_folder(recipe)
+    run = RunFolder.of(recipe)
     try:
-        run.parent.mkdir(parents=True, exist_ok=True)
-        with log_file(run).open("a") as log:
+        run.path.parent.mkdir(parents=True, exist_ok=True)
+        with run.log.open("a") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
         with suppress(OSError):  # some network folders have no locks
@@ -86,7 +86,7 @@ def execute(recipe: Recipe, threads: int) -> tuple[str | None, bool]:
     except Interrupted:
         return "stopped by a signal", False
     except EwavitError as problem:
-        error, refused = str(problem).splitlines()[0], not run.exists()
+        error, refused = str(problem).splitlines()[0], not run.path.exists()
     except Exception as problem:
         with suppress(OSError):
             traceback.print_exc()
@@ -96,17 +96,16 @@ def execute(recipe: Recipe, threads: int) -> tuple[str | None, bool]:
     return error, refused
 
 
-def _train_or_resume(recipe: Recipe, run: Path) -> None:
-    from ewavit.training.checkpoint import CURRENT, PREVIOUS
+def _train_or_resume(recipe: Recipe, run: RunFolder) -> None:
     from ewavit.training.loop import resume, train
 
-    if is_finished(run):
+    if run.is_finished:
         return
-    (run / "model.safetensors").unlink(missing_ok=True)  # written before the end was reached
-    if (run / CURRENT).is_dir() or (run / PREVIOUS).is_dir():
-        resume(run, data_dir=recipe.data_dir, workers=recipe.workers, tensorboard=recipe.tensorboard)
+    run.model.unlink(missing_ok=True)  # written before the end was reached
+    if run.has_checkpoint:
+        resume(run.path, data_dir=recipe.data_dir, workers=recipe.workers, tensorboard=recipe.tensorboard)
     else:
-        shutil.rmtree(run, ignore_errors=True)
+        shutil.rmtree(run.path, ignore_errors=True)
         train(recipe)
 
 

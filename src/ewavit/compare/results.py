@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import csv
-from collections import deque
-from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from ewavit.training.recipe import Recipe
+from ewavit.training.run_folder import RunFolder
 
 SPREAD = "spread/"  # columns of summary.csv that begin so are the spread of one layer
 
@@ -102,11 +99,11 @@ class Comparison:
     limited: bool = False  # a quick look: --limit was given
 
 
-def read_run(folder: Path, seed: int) -> Run:
+def read_run(run: RunFolder, seed: int) -> Run:
     """What a finished run's folder says."""
     points = []
     peak = float("nan")
-    with (folder / "summary.csv").open() as handle:
+    with run.summary.open() as handle:
         for row in csv.DictReader(handle):
             average = row.get("average_top1")
             loss = row.get("average_loss") if average else row["eval_loss"]
@@ -126,37 +123,15 @@ def read_run(folder: Path, seed: int) -> Run:
                 )
             )
             peak = float(row["peak_memory_mib"])
-    rows = (folder / "predictions.csv").read_text().split()[1:]
+    rows = run.predictions.read_text().split()[1:]
     if not rows:  # of part segmentation
         return Run(seed, tuple(points), peak)
     table = np.loadtxt(rows, delimiter=",", dtype=np.int64, ndmin=2)
     return Run(seed, tuple(points), peak, labels=table[:, 0], predictions=table[:, 1])
 
 
-def run_folder(recipe: Recipe) -> Path:
-    """Where a run is."""
-    return Path(recipe.output) / str(recipe.name)
-
-
-def log_file(run: Path) -> Path:
-    """What a run said."""
-    return run.with_name(run.name + ".log")
-
-
-def is_finished(run: Path) -> bool:
-    """Whether a run has left all that a comparison reads."""
-    return (run / "model.safetensors").exists() and (run / "predictions.csv").exists()
-
-
-def last_row(run: Path) -> dict[str, str] | None:
-    """The last line of a run's `summary.csv`, if it has one."""
-    with suppress(OSError), (run / "summary.csv").open(newline="") as handle:
-        return next(iter(deque(csv.DictReader(handle), maxlen=1)), None)
-    return None
-
-
-def top1(run: Path) -> float:
+def top1(run: RunFolder) -> float:
     """The latest accuracy of a run that has one, in percent, as `read_run` takes it."""
-    row = last_row(run)
+    row = run.last_row()
     assert row is not None
     return float(row.get("average_top1") or row["eval_top1"])

@@ -11,13 +11,11 @@ from rich.table import Table
 
 from ewavit.compare.results import (
     Comparison,
-    is_finished,
-    last_row,
-    log_file,
     top1,
 )
 from ewavit.compare.work import _Cell, _Work
 from ewavit.training.report import say
+from ewavit.training.run_folder import RunFolder
 
 
 class _Progress:
@@ -25,8 +23,7 @@ class _Progress:
 
     def __init__(self, cells: Sequence[_Cell], work: _Work) -> None:
         self._cells, self._work = cells, work
-        folders = [cell.folder for cell in cells]
-        self._top1 = {folder: top1(folder) for folder in folders if is_finished(folder)}
+        self._top1 = {cell.run: top1(cell.run) for cell in cells if cell.run.is_finished}
         self._live = Live(auto_refresh=False) if sys.stdout.isatty() and cells else None
 
     def __enter__(self) -> _Progress:
@@ -44,11 +41,11 @@ class _Progress:
 
     def ended(self, cell: _Cell) -> None:
         """Say how a run ended."""
-        if error := self._work.errors.get(cell.folder):
-            what = f"failed: {error} ({log_file(cell.folder)})"
+        if error := self._work.errors.get(cell.run):
+            what = f"failed: {error} ({cell.run.log})"
         else:
-            self._top1[cell.folder] = top1(cell.folder)
-            what = f"top-1 {self._top1[cell.folder]:.2f} %"
+            self._top1[cell.run] = top1(cell.run)
+            what = f"top-1 {self._top1[cell.run]:.2f} %"
         line = (
             f"{len(self._top1)} of {len(self._cells)} finished: {cell.row}, seed {cell.recipe.seed}, {what}"
         )
@@ -57,7 +54,7 @@ class _Progress:
         elif error:
             self._live.console.print(line, markup=False, highlight=False)
 
-    def show(self, running: Collection[Path]) -> None:
+    def show(self, running: Collection[RunFolder]) -> None:
         """Draw the table."""
         if self._live is None:
             return
@@ -66,21 +63,21 @@ class _Progress:
         table = Table("arm", *(f"seed {seed}" for seed in seeds), title=title)
         rows: dict[str, dict[int, str]] = {}
         for cell in self._cells:
-            rows.setdefault(cell.row, {})[cell.recipe.seed] = self._state(cell, cell.folder in running)
+            rows.setdefault(cell.row, {})[cell.recipe.seed] = self._state(cell, cell.run in running)
         for name, states in rows.items():
             table.add_row(name, *(states[seed] for seed in seeds))
         self._live.update(table, refresh=True)
 
     def _state(self, cell: _Cell, running: bool) -> str:
-        if (found := self._top1.get(cell.folder)) is not None:
+        if (found := self._top1.get(cell.run)) is not None:
             return f"[green]{found:.2f} %[/]"
-        if cell.folder in self._work.errors:
+        if cell.run in self._work.errors:
             return "[red]failed[/]"
-        row = last_row(cell.folder)
+        row = cell.run.last_row()
         if not running:
             return "begun" if row else "·"
         share = (int(float(row["epoch"])) + 1) / cell.recipe.epochs if row else 0.0
-        return f"{share:4.0%}" + (f" [dim]{top1(cell.folder):.2f} %[/]" if row else "")
+        return f"{share:4.0%}" + (f" [dim]{top1(cell.run):.2f} %[/]" if row else "")
 
 
 def as_text(comparison: Comparison, folder: Path) -> str:

@@ -22,15 +22,14 @@ from ewavit.compare.results import (
     ArmRuns,
     Comparison,
     Run,
-    is_finished,
     read_run,
-    run_folder,
     top1,
 )
 from ewavit.errors import EwavitError
 from ewavit.points.sources import is_points
 from ewavit.training.recipe import Recipe, flag
 from ewavit.training.report import say
+from ewavit.training.run_folder import RunFolder
 
 SETTINGS = "compare.yaml"
 TUNING_SEEDS = 2
@@ -49,8 +48,8 @@ class _Cell:
     recipe: Recipe
 
     @property
-    def folder(self) -> Path:
-        return run_folder(self.recipe)
+    def run(self) -> RunFolder:
+        return RunFolder.of(self.recipe)
 
 
 @dataclass
@@ -69,11 +68,11 @@ class _Work:
     known: dict[str, dict[str, Any]] = field(default_factory=dict)  # overrides by arm, of all starts
     chosen: dict[str, float] = field(default_factory=dict)  # learning rates by tuned arm
     untuned: dict[str, str] = field(default_factory=dict)  # why there is no learning rate, by tuned arm
-    errors: dict[Path, str] = field(default_factory=dict)  # by run
+    errors: dict[RunFolder, str] = field(default_factory=dict)  # by run
 
     @property
     def folder(self) -> Path:
-        return run_folder(self.recipe)
+        return RunFolder.of(self.recipe).path
 
     def final(self) -> list[_Cell]:
         """The runs of the arms whose learning rate is known, seed by seed: an early stop leaves pairs."""
@@ -105,13 +104,13 @@ class _Work:
             scores: dict[float, list[float]] = {lr: [] for lr in self.lrs}
             problems = []
             for cell in self._tries(arm):
-                error = self.errors.get(cell.folder, "did not end")
-                if is_finished(cell.folder):
-                    scores[cell.recipe.lr].append(top1(cell.folder))
+                error = self.errors.get(cell.run, "did not end")
+                if cell.run.is_finished:
+                    scores[cell.recipe.lr].append(top1(cell.run))
                 elif DIVERGED in error:
                     scores[cell.recipe.lr].append(-math.inf)
                 else:
-                    problems.append(f"no learning rate yet: tuning run {cell.folder.name} {error}")
+                    problems.append(f"no learning rate yet: tuning run {cell.run.path.name} {error}")
             best = None if problems else best_lr(scores)
             if best is None:
                 self.untuned[arm.name] = [*problems, "every learning rate diverged: give lower --lrs"][0]
@@ -166,7 +165,7 @@ class _Work:
         Raises:
             EwavitError: earlier runs were on another kind of device.
         """
-        if self.tuning() or not all(is_finished(cell.folder) for cell in self.final()):
+        if self.tuning() or not all(cell.run.is_finished for cell in self.final()):
             if self.device not in ("", engine.device):
                 raise EwavitError(
                     f"{self.folder} has runs on {self.device}, and runs on {engine.device} would be no pairs "
@@ -242,18 +241,18 @@ class _Work:
 
     def _ended(self, arm: Arm) -> Iterator[Run]:
         for seed in self.seeds:
-            folder = self.folder / "runs" / f"{arm.name}-{seed}"
-            if is_finished(folder):
-                yield read_run(folder, seed)
-            elif error := self.untuned.get(arm.name) or self.errors.get(folder):
+            run = RunFolder(self.folder / "runs" / f"{arm.name}-{seed}")
+            if run.is_finished:
+                yield read_run(run, seed)
+            elif error := self.untuned.get(arm.name) or self.errors.get(run):
                 yield Run(seed, error=error)
 
     def _tried(self) -> Iterator[dict[str, Any]]:
         for arm in (arm for arm in self.arms if arm.tuned):
             for cell in self._tries(arm):
-                done = is_finished(cell.folder)
-                if done or cell.folder in self.errors or arm.name in self.chosen:
-                    found = top1(cell.folder) if done else math.nan
+                done = cell.run.is_finished
+                if done or cell.run in self.errors or arm.name in self.chosen:
+                    found = top1(cell.run) if done else math.nan
                     yield {"arm": arm.name, "lr": cell.recipe.lr, "seed": cell.recipe.seed, "top1": found}
 
 

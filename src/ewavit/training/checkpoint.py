@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ewavit.errors import EwavitError
+from ewavit.training.run_folder import RunFolder
 
-CURRENT, PREVIOUS, NEW = "checkpoint", "checkpoint-previous", "checkpoint-new"
 FORMAT = 1
 
 
@@ -81,7 +81,7 @@ def save_checkpoint(
     Raises:
         EwavitError: the disk is full or the folder cannot be written; the last checkpoint stays.
     """
-    new = run / NEW
+    new = RunFolder(run).new_checkpoint
     try:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
@@ -92,21 +92,21 @@ def save_checkpoint(
         sizes = {file.name: file.stat().st_size for file in new.iterdir()}
         state = {"format": FORMAT, "sizes": sizes, "facts": facts, "training": skeleton}
         (new / "state.json").write_text(json.dumps(state))
-        _replace(run)
+        _replace(RunFolder(run))
     except OSError as problem:
         raise _unwritable(new, problem) from None
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
 
-def _replace(run: Path) -> None:
-    for file in (run / NEW).iterdir():
+def _replace(run: RunFolder) -> None:
+    for file in run.new_checkpoint.iterdir():
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
-    if (run / CURRENT).exists():
-        shutil.rmtree(run / PREVIOUS, ignore_errors=True)
-        os.replace(run / CURRENT, run / PREVIOUS)
-    os.replace(run / NEW, run / CURRENT)
+    if run.checkpoint.exists():
+        shutil.rmtree(run.previous_checkpoint, ignore_errors=True)
+        os.replace(run.checkpoint, run.previous_checkpoint)
+    os.replace(run.new_checkpoint, run.checkpoint)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -117,7 +117,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises:
         EwavitError: there is no checkpoint, or none that is whole.
     """
-    folders = [path] if (path / "state.json").exists() else [path / CURRENT, path / PREVIOUS]
+    run = RunFolder(path)
+    folders = [path] if (path / "state.json").exists() else [run.checkpoint, run.previous_checkpoint]
     present = [folder for folder in folders if folder.is_dir()]
     if not present:
         raise EwavitError(f"no checkpoint in {path}: give the folder of a run that `ewavit train` wrote")

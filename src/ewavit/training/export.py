@@ -26,6 +26,7 @@ from ewavit.training.evaluation import evaluate_batches
 from ewavit.training.opening import Data, open_data
 from ewavit.training.recipe import Recipe
 from ewavit.training.report import Row
+from ewavit.training.run_folder import RunFolder
 
 LARGEST_DIFFERENCE = 1e-3  # of the logits, relative; beyond it an exported file is refused
 LARGEST_CHANGE = 0.1  # of the judging metric, percentage points
@@ -43,9 +44,9 @@ def load_model(source: Path) -> tuple[nn.Module, ModelCard]:
         raise EwavitError(
             f"no run and no file {source}: give a run's folder, its checkpoint or an exported file"
         )
-    if (source / "state.json").exists() or (source.is_dir() and not (source / "model.safetensors").exists()):
+    if (source / "state.json").exists() or (source.is_dir() and not RunFolder(source).model.exists()):
         return _from_checkpoint(source)
-    file = source / "model.safetensors" if source.is_dir() else source
+    file = RunFolder(source).model if source.is_dir() else source
     try:
         with safe_open(file, "pt") as handle:
             metadata = handle.metadata() or {}
@@ -111,10 +112,10 @@ def save_models(
         card = replace(card, mixture=RoutedMixture.of(model))
     if write and average is not None:
         of_average = replace(card, metric=row[f"average_{column}"])
-        save_tensors(average, run / "model-average.safetensors", of_average.metadata())
+        save_tensors(average, RunFolder(run).average, of_average.metadata())
     card = replace(card, metric=row[f"eval_{column}"])
     if write:
-        save_tensors(weights, run / "model.safetensors", card.metadata())
+        save_tensors(weights, RunFolder(run).model, card.metadata())
     return card
 
 

@@ -35,7 +35,7 @@ from ewavit.tasks.choice import task_for
 from ewavit.tasks.task import Metrics
 from ewavit.training import report
 from ewavit.training.building import check_recipe_with_data
-from ewavit.training.checkpoint import CURRENT, PREVIOUS, Checkpoint, load_checkpoint
+from ewavit.training.checkpoint import Checkpoint, load_checkpoint
 from ewavit.training.evaluation import evaluate_batches, predictions
 from ewavit.training.export import save_models
 from ewavit.training.opening import open_recipe_data
@@ -48,6 +48,7 @@ from ewavit.training.processes import (
 )
 from ewavit.training.progress import RunProgress
 from ewavit.training.recipe import Recipe
+from ewavit.training.run_folder import RunFolder
 from ewavit.training.state import TrainingState
 from ewavit.training.weight_average import WeightAverage
 
@@ -77,7 +78,7 @@ def train(recipe: Recipe) -> Result:
         raise EwavitError("a run that torchrun may restart is found by its name: give --name")
     if recipe.name is not None and started_again():
         run = Path(recipe.output) / recipe.name
-        if any((run / folder).exists() for folder in (CURRENT, PREVIOUS)) and _is_run_of(recipe, run):
+        if RunFolder(run).has_checkpoint and _is_run_of(recipe, run):
             return resume(run)
     run = _run_folder(recipe)
     return _trained(recipe, run, start_accelerator(recipe, run))
@@ -95,7 +96,7 @@ def resume(run: Path, **changes: Any) -> Result:
     """
     checkpoint = load_checkpoint(run)
     recipe = replace(Recipe.from_dict(checkpoint.facts["recipe"], str(checkpoint.path)), **changes)
-    model_file = run / "model.safetensors"
+    model_file = RunFolder(run).model
     if checkpoint.facts["progress"]["epoch"] >= recipe.epochs and model_file.exists():
         if started_again():
             return Result(run, checkpoint.facts["progress"]["rows"][-1], model_file)
@@ -144,6 +145,7 @@ class TrainingRun:
             if recipe.experts == 1:
                 raise EwavitError("--placement replicas takes one process for each expert: use torchrun")
         self.recipe, self.folder, self.accelerator = recipe, run, accelerator
+        self.files = RunFolder(run)
         device, processes = accelerator.device, accelerator.num_processes
         self.task = task_for(recipe.data)
         self.data = open_recipe_data(recipe, device, accelerator.process_index, processes)
@@ -170,7 +172,7 @@ class TrainingRun:
         recipe, progress, main = self.recipe, self.progress, self.accelerator.is_main_process
         if main:
             self.folder.mkdir(parents=True, exist_ok=True)
-            recipe.save(self.folder / "args.yaml")
+            recipe.save(self.files.args)
             layers = moe_layers(self.state.model)
             opening = report.opening(self.folder, self.state.card, self.data, recipe, len(layers))
             resumed = f", resumed at epoch {progress.epoch + 1}, batch {progress.batch}"
@@ -192,7 +194,7 @@ class TrainingRun:
                 progress.rows.append(row)
                 if main:
                     report.say(report.epoch_line(row, recipe.epochs, self.task))
-                    report.write_summary(progress.rows, self.folder / "summary.csv")
+                    report.write_summary(progress.rows, self.files.summary)
                 self.accelerator.log(row, step=progress.epoch)
                 self.state.save(self.folder)
                 if self._received and progress.epoch < recipe.epochs:
@@ -312,7 +314,7 @@ class TrainingRun:
         return value
 
     def _diverged(self, what: str) -> Diverged:
-        has_checkpoint = (self.folder / "checkpoint").exists()
+        has_checkpoint = self.files.checkpoint.exists()
         kept = f"the last good checkpoint is in {self.folder}" if has_checkpoint else "no checkpoint yet"
         return Diverged(
             f"{what}, in epoch {self.progress.epoch + 1}: lower --lr, lengthen --warmup-epochs or set "
@@ -362,24 +364,23 @@ class TrainingRun:
         card, main = self.state.card, self.accelerator.is_main_process
         judged_on = f"{'held-out' if self.recipe.holdout else 'test'} {self.task.kind}"
         if main:
-            report.write_predictions(found, self.folder / "predictions.csv")
-            self.task.picture(self.data, found, self.folder / "predictions.png")
+            report.write_predictions(found, self.files.predictions)
+            self.task.picture(self.data, found, self.files.picture)
             title = f"{self.folder.name}: {card.model} on {self.data.name}"
-            report.draw_curves(
-                self.progress.rows, self.folder / "curves.png", title, judged_on, self.task.judge
-            )
+            judge = self.task.judge
+            report.draw_curves(self.progress.rows, self.files.curves, title, judged_on, judge)
         card = save_models(self.folder, card, self.recipe, row, model, averaged, write=main)
         if main:
             report.say(report.closing(self.folder, card, self.data, row, judged_on))
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
-        return Result(self.folder, row, self.folder / "model.safetensors")
+        return Result(self.folder, row, self.files.model)
 
 
 def _run_folder(recipe: Recipe) -> Path:
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     run = Path(recipe.output) / (recipe.name or f"{stamp}-{recipe.model or 'vit_tiny'}")
-    if (run / "checkpoint").exists() or (run / "model.safetensors").exists():
+    if RunFolder(run).checkpoint.exists() or RunFolder(run).model.exists():
         raise EwavitError(f"{run} holds a run already: choose another --name, or go on with --resume {run}")
     if run.exists() and not run.is_dir():
         raise EwavitError(f"{run} is a file: choose another --output or --name")

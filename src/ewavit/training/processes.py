@@ -16,8 +16,8 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from ewavit.errors import EwavitError
-from ewavit.training.checkpoint import CURRENT
 from ewavit.training.recipe import Recipe
+from ewavit.training.run_folder import RunFolder
 
 
 class ProcessLost(Exception):
@@ -97,7 +97,8 @@ def told_of_lost_processes(accelerator: Accelerator, run: Path) -> Iterator[None
         if accelerator.num_processes == 1 or not lost:
             raise
         reason = re.sub(r"^\[\S+\] |\. This is .*", "", str(problem).strip().splitlines()[0])
-        kept = "its last checkpoint is whole" if (run / CURRENT).exists() else "no checkpoint was written yet"
+        has_checkpoint = RunFolder(run).checkpoint.exists()
+        kept = "its last checkpoint is whole" if has_checkpoint else "no checkpoint was written yet"
         raise ProcessLost(
             f"process {accelerator.process_index} lost another one ({reason}), which says why itself or was "
             f"killed; {kept}: start the same processes with `train --resume {run}`, or let "

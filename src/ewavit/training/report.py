@@ -18,6 +18,7 @@ from ewavit.core.routing import auxiliary_loss
 from ewavit.tasks.judge import Judge
 from ewavit.tasks.task import Task
 from ewavit.training.recipe import Recipe
+from ewavit.training.run_folder import RunFolder
 
 if TYPE_CHECKING:  # these import this file
     from ewavit.data.batches import Data
@@ -63,10 +64,10 @@ def closing(run: Path, card: ModelCard, data: Data, row: Row, judged_on: str) ->
     found = judge.text(row[f"eval_{judge.column}"])
     lines = [f"{judge.name} {found} on {data.num_eval:,} {judged_on}{skipped}"]
     if (average := row.get(f"average_{judge.column}")) is not None:
-        file = run / "model-average.safetensors"
+        file = RunFolder(run).average
         lines.append(f"{judge.name} {judge.text(average)} of the averaged weights, {file}")
     what = "the plain model" if card.mixture is None else "the mixture of experts"
-    file = run / "model.safetensors"
+    file = RunFolder(run).model
     lines.append(f"{what} is {file}; load it with\n\n{card.loading_code(file)}\n")
     lines.append(f"and give it {card.input_text()}")
     return "\n".join(lines)
