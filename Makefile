@@ -35,10 +35,11 @@ package: install
 	$(BIN)/python tools/check_package.py -q -n auto
 
 bench: install
-	$(BIN)/python benchmarks/device_check.py
 	$(BIN)/python benchmarks/step_time.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/data_rate.py
+	$(BIN)/python benchmarks/data_rate.py --share
 	$(BIN)/python benchmarks/replicas.py
 	$(BIN)/python benchmarks/theory.py
-	$(BIN)/python benchmarks/demo.py
+	$(BIN)/ewavit train --config recipes/demo.yaml --name demo
+	$(BIN)/python benchmarks/records.py runs/demo

@@ -1,11 +1,18 @@
-"""How many images per second do the two data paths deliver, without a model?
+"""How many images per second do the two data paths deliver, and what do they leave of a training step?
 
-    python benchmarks/data_rate.py
+    python benchmarks/data_rate.py            # without a model
+    python benchmarks/data_rate.py --share    # beside the steps of a model
 
 (a) Sets in memory: the bundled 28x28x1, and random 32x32x3 with each thing that is drawn for an image; beside
 ours torchvision's RandAugment, image after image, and kornia's where it is installed. (b) A generated folder
 of 64x64 JPEGs through our loader and through timm's `create_loader`, with the same transforms. The paths take
 turns. Writes records/data_rate-DEVICE.json, with the name of the decoder.
+
+`--share`: ViT-S at 32x32/4, N = 4, on images in memory. Windows of steps that each take a new batch with
+everything drawn (crop, flip, RandAugment, erasing, mixup and cutmix), in turn with windows of steps on one
+batch made before. The share is the time of the latter over that of the former, so 1 where data cost nothing.
+On a GPU, compiled and in bfloat16, torch's profiler also measures in which share of the former's time a
+kernel ran. Writes records/data_share-DEVICE.json.
 """
 
 import argparse
@@ -13,22 +20,33 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
-from itertools import chain, repeat
+from itertools import chain, islice, repeat
 from pathlib import Path
 
 import numpy as np
 import PIL
 import torch
+import torch.nn.functional as F
 from PIL import Image, features
 from timm.data import Mixup, create_dataset, create_loader
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from torchvision.transforms import v2
 
 from ewavit.data.augmentation import Mix, TensorAugmentation, tensor_auto_augment
-from ewavit.data.batches import Data
+from ewavit.data.batches import Batch, BatchPlan, Data
+from ewavit.data.in_memory import TensorData
+from ewavit.data.sources import Arrays
+from ewavit.study.bench import Trainee, interval_of_median
 from ewavit.training.opening import Augmentation, open_data
+from ewavit.training.processes import keep_freed_memory
 from records import write_record
+from step_time import ON_CPU, ON_GPU, trainee
+
+CLASSES = 100
 
 Batches = Iterator[Tensor]
 
@@ -122,6 +140,78 @@ def write_jpegs(root: Path, per_class: int = 400) -> None:
                 image.save(folder / f"{number}.jpg")
 
 
+def augmented_batches(batch_size: int, device: torch.device) -> Iterator[Batch]:
+    """Augmented batches of random images without end."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (50 * batch_size, 3, 32, 32), dtype=np.uint8)
+    labels = rng.integers(0, CLASSES, len(images))
+    arrays = Arrays("random", tuple(map(str, range(CLASSES))), images, labels, images[:1], labels[:1])
+    plan = BatchPlan(len(images), 1, batch_size)
+    options = Augmentation(aa="rand-m9-mstd0.5", reprob=0.25)
+    data = TensorData(arrays, np.arange(len(images)), plan, options, None, None, device)
+    mix = Mix(0.8, 1.0, CLASSES)
+    return (mix(*batch) for epoch in range(10**6) for batch in data.train_batches(epoch))
+
+
+def train_for(trained: Trainee, source: Iterator[Batch], steps: int) -> float:
+    """Seconds of so many steps; as in `ewavit train` each loss is read when the next step has begun."""
+    begun, losses = time.perf_counter(), []
+    for images, targets in islice(source, steps):
+        with torch.autocast("cuda", torch.bfloat16) if images.is_cuda else nullcontext():
+            loss = F.cross_entropy(trained.model(images), targets)
+        loss.backward()
+        trained.optimizer.step()
+        trained.optimizer.zero_grad()
+        assert trained.averaging is not None
+        trained.averaging.step()
+        losses.append(loss.detach())
+        if len(losses) > 1:
+            float(losses[-2])
+    float(losses[-1])
+    return time.perf_counter() - begun
+
+
+def kernel_share(trained: Trainee, source: Iterator[Batch], steps: int) -> float:
+    """The share of the time from the first to the last kernel in which one ran."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        train_for(trained, source, steps)
+    ranges = [event.time_range for event in profiled.events() if event.device_type == DeviceType.CUDA]
+    busy = last = 0.0
+    for span in sorted(ranges, key=lambda span: span.start):
+        busy += max(0.0, span.end - max(span.start, last))
+        last = max(last, span.end)
+    return busy / (last - min(span.start for span in ranges))
+
+
+def measure_share(steps: int, batch_size: int, rounds: int) -> None:
+    """What new batches leave of a training step, against steps on one batch made before."""
+    on_gpu = torch.cuda.is_available()
+    keep_freed_memory()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    trained = trainee("s32", "ewa-4", "compiled" if on_gpu else "eager", device.type)
+    if on_gpu:
+        trained.model.compile()
+    new = augmented_batches(batch_size, device)
+    same = repeat(next(new))
+    for source in (new, same):
+        train_for(trained, source, 5)
+    seconds = np.array([[train_for(trained, source, steps) for source in (new, same)] for _ in range(rounds)])
+    share = seconds[:, 1] / seconds[:, 0]
+    rates = steps * batch_size / np.median(seconds, 0)
+    result = {
+        "images_per_second": {"new batches": float(rates[0]), "one batch": float(rates[1])},
+        "share": float(np.median(share)),
+        "interval": interval_of_median(share),
+    }
+    found = f"{rates[0]:,.0f} images/s, {rates[1]:,.0f} on one batch"
+    print(f"{found}: the model gets {np.median(share):.1%} of a step")
+    if on_gpu:
+        result["kernel_share"] = kernel_share(trained, new, steps)
+        print(f"a kernel ran in {result['kernel_share']:.1%} of the time")
+    settings = {"steps": steps, "batch_size": batch_size, "rounds": rounds}
+    write_record(f"data_share-{device.type}", settings, result)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--seconds", type=float, default=2.0, help="per measurement")
@@ -129,8 +219,13 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--share", action="store_true", help="what the data path leaves of a training step")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.share:
+        on_gpu = torch.cuda.is_available()
+        batch_size = (ON_GPU if on_gpu else ON_CPU)["s32"]
+        return measure_share(50 if on_gpu else 2, batch_size, rounds=10)
     device = torch.device(args.device)
 
     def opened(spec: str, aa: str | None, workers: int) -> Batches:

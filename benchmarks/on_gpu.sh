@@ -6,7 +6,8 @@
 #   bash benchmarks/on_gpu.sh accuracy PATH_OF/cifar-100-python    # start it again to go on
 #   bash benchmarks/on_gpu.sh points PATH_OF/modelnet10            # start it again to go on
 #
-# Nothing is installed: torch, timm and what ewavit[train,compare] names must be there. Writes records/.
+# Nothing is installed: torch, timm, pytest, hypothesis and what ewavit[train,compare] names must be there.
+# Writes records/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD/src PYTHONUNBUFFERED=1
@@ -16,9 +17,11 @@ gpu=$($python -c "import torch; print(int(torch.cuda.is_available()))")
 
 case ${1:-} in
   check)
-    $python benchmarks/device_check.py
+    device=cpu
+    [ "$gpu" = 0 ] || device=cuda
+    $python -m pytest -q -p no:cacheprovider tests/test_invariants.py tests/test_averaging.py --device $device
     $python benchmarks/parts.py
-    $python benchmarks/busy.py
+    $python benchmarks/data_rate.py --share
     if [ "$gpu" = 1 ]; then
       $python benchmarks/memory.py --model vit_base_patch16_224 --img-size 224 --patch-size 16 --batch-size 128 --repeats 1
     else
@@ -39,7 +42,7 @@ case ${1:-} in
     more=(--jobs 8)
     [ "$gpu" = 1 ] || more=(--limit 256 --epochs 2 --val-interval 1 --seeds 2 --no-amp --arms dense,ewa)
     $python -m ewavit.cli compare --config recipes/search/cifar100.yaml --data "$cifar" "${more[@]}"
-    $python benchmarks/keep.py runs/cifar100
+    $python benchmarks/records.py runs/cifar100
     ;;
   points)
     clouds=modelnet10:${2:?give a folder or file of ModelNet10}
@@ -47,10 +50,10 @@ case ${1:-} in
     [ "$gpu" = 1 ] || more=(--limit 64 --epochs 1 --seeds 2 --arms dense,ewa)
     $python benchmarks/point_ops.py
     $python -m ewavit.cli compare --config recipes/compare-modelnet10.yaml --data "$clouds" "${more[@]}"
-    $python benchmarks/keep.py runs/modelnet10
+    $python benchmarks/records.py runs/modelnet10
     ;;
   *)
-    sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,10s/^# \{0,1\}//p' "$0" >&2
     exit 2
     ;;
 esac

@@ -1,8 +1,19 @@
-"""What every benchmark writes: its figures with command, date, versions, device and threads."""
+"""Records: the figures of every benchmark with command, date, versions, device and threads.
+
+As a command it keeps what a comparison or a run found, as records/compare-NAME.json or records/run-NAME.json:
+
+    ewavit compare --config recipes/search/screening.yaml --output runs
+    python benchmarks/records.py runs/screening
+
+Of a comparison: the command, the device, the versions, the results of every run and all statistics, without
+the curves. Of a run: its command, its settings and the last row of its summary.csv. Device and threads are
+those of this process.
+"""
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import platform
 import sys
@@ -12,6 +23,9 @@ from typing import Any
 
 import timm
 import torch
+import yaml
+
+from ewavit.training.recipe import flag, settings
 
 FOLDER = Path(__file__).parent.parent / "records"
 
@@ -57,3 +71,44 @@ def processor() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
     return names[0] if names else platform.machine()
+
+
+def keep_comparison(folder: Path) -> None:
+    results = json.loads((folder / "results.json").read_text())
+    for arm in results["arms"]:
+        for run in arm["runs"]:
+            run.pop("curve", None)
+    file = FOLDER / f"compare-{folder.name}.json"
+    file.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"wrote {file.relative_to(FOLDER.parent)}: {results['statistics']['claim']}")
+
+
+def keep_run(folder: Path) -> None:
+    rows = list(csv.DictReader((folder / "summary.csv").open()))
+    last = {key: float(value) for key, value in rows[-1].items()}
+    recipe = yaml.safe_load((folder / "args.yaml").read_text())
+    recipe.pop("output")
+    kind, colon, _ = recipe["data"].partition(":")  # where the clouds lay says nothing
+    recipe["data"] = f"{kind}:PATH" if colon else kind
+    write_record(f"run-{folder.name}", recipe, {"epochs": len(rows), "last_row": last}, train_command(recipe))
+
+
+def train_command(recipe: dict[str, Any]) -> str:
+    """The shortest `ewavit train` with these settings."""
+    words = ["ewavit train"]
+    for setting in settings():
+        value = recipe.get(setting.name, setting.default)
+        if value == setting.default:
+            continue
+        name = flag(setting.name)
+        words.append(f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name} {value}")
+    return " ".join(words)
+
+
+def main() -> None:
+    for folder in map(Path, sys.argv[1:]):
+        keep_comparison(folder) if (folder / "results.json").exists() else keep_run(folder)
+
+
+if __name__ == "__main__":
+    main()
