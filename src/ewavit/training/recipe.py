@@ -65,7 +65,7 @@ class Recipe:
     data: str = _data(
         "fashion-mnist-mini",
         "bundled set (fashion-mnist-mini, solids), image folder, CIFAR or Tiny-ImageNet folder, timm spec "
-        "(torch/..., hfds/..., wds/...) or point clouds (modelnet10:PATH, ...)",
+        "(torch/..., hfds/..., wds/...) or point clouds such as modelnet10:PATH",
     )
     limit: int | None = _data(None, "use only the first N training images", least=1)
     img_size: int | None = _data(None, "image side in pixels (default: that of the data)", least=1)
@@ -118,7 +118,7 @@ class Recipe:
         "number of processes)",
     )
     expert_lr: float = _experts(1.0, "factor on the learning rate of the experts", above=0)
-    average_every: int = _experts(1, "optimizer steps between two averagings", least=1)
+    average_every: int = _experts(1, "average after every N-th optimizer step only", least=1)
     early: float | None = _experts(
         None,
         "average only in this first share of the training (Early EWA); --ramp is then a share of that",
@@ -126,7 +126,8 @@ class Recipe:
         most=1,
     )
     router: Literal["random", "topk"] = _experts(
-        "random", "how tokens reach the experts: random partition or a learned top-k router (naive MoE)"
+        "random",
+        "how tokens reach experts: by random partition or by a learned top-k router (a naive MoE)",
     )
     k: int = _experts(1, "experts per token with --router topk", least=1)
     capacity_ratio: float = _experts(
@@ -149,7 +150,9 @@ class Recipe:
     )
     min_lr: float = _optimisation(0.0, "learning rate at the end", least=0)
     warmup_lr: float = _optimisation(1e-5, "learning rate at the start of the warm-up", least=0)
-    clip_grad: float | None = _optimisation(None, "clip the norm of the whole gradient to this", above=0)
+    clip_grad: float | None = _optimisation(
+        None, "largest norm of the gradient; a larger one is scaled down", above=0
+    )
     grad_accum_steps: int = _optimisation(1, "batches per optimizer step", least=1)
     layer_decay: float | None = _optimisation(
         None, "factor on the learning rate from each layer to the one below, for fine-tuning", least=0
@@ -191,7 +194,7 @@ class Recipe:
     )
     swa: float = _averages(
         0.0,
-        "average the weights of the epochs in this last share of the training, at a constant learning rate",
+        "average the weights of the epochs in this last share of the training, at a constant lr (SWA)",
         least=0,
         most=1,
     )
@@ -203,7 +206,7 @@ class Recipe:
     name: str | None = _output(None, "folder of this run in --output (default: made from date and model)")
     val_interval: int = _output(1, "epochs between two evaluations; each also writes a checkpoint", least=1)
     recovery_interval: int = _output(
-        0, "also write a checkpoint after every so many optimizer steps; 0 is off", least=0
+        0, "also write a checkpoint every N optimizer steps; 0 never does", least=0
     )
     tensorboard: bool = _output(False, "write TensorBoard events into the run's folder")
 
@@ -226,9 +229,11 @@ class Recipe:
     @property
     def top_k(self) -> TopK | None:
         """The settings of the learned router; None without one."""
+        if not self.is_routed:
+            return None
         from ewavit.core.routing import TopK
 
-        return TopK(k=self.k, capacity_ratio=self.capacity_ratio) if self.is_routed else None
+        return TopK(k=self.k, capacity_ratio=self.capacity_ratio)
 
     @property
     def keeps_experts(self) -> bool:
