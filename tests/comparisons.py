@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ewavit.compare.results import Arm, ArmRuns, Comparison, Point, Run
+from ewavit.compare.arms import Arm
+from ewavit.compare.results import ArmRuns, Comparison, Point, Run
 
 GAINS = {
     "dense": 0.0, "dense-lr": 0.45, "ema": 0.35, "swa": 0.2, "switch-ema": 0.15, "lawa": 0.25,

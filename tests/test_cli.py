@@ -240,11 +240,11 @@ def test_full_disk_is_said_in_one_line(tmp_path):
 
 
 def test_command_line_over_yaml_over_defaults(tmp_path):
-    from ewavit.cli import _parser, _recipe
+    from ewavit.cli import _recipe, build_parser
 
     file = tmp_path / "recipe.yaml"
     file.write_text("epochs: 7\nlr: 5e-4\nmodel-kwargs: {patch_size: 7, depth: 2}\namp: true\nhflip: 0\n")
-    options = _parser().parse_args(["train", "--config", str(file), "--epochs", "3", "--no-amp"])
+    options = build_parser().parse_args(["train", "--config", str(file), "--epochs", "3", "--no-amp"])
     recipe, given = _recipe(options)
     assert given == {"epochs", "lr", "model_kwargs", "amp", "hflip"}
     assert (recipe.epochs, recipe.lr, recipe.amp) == (3, 5e-4, False)

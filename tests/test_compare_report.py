@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from comparisons import make_comparison
+from ewavit.compare.arms import Arm
 from ewavit.compare.report import write_results
-from ewavit.compare.results import Arm, ArmRuns, Comparison, Run
+from ewavit.compare.results import ArmRuns, Comparison, Run
 from ewavit.compare.statistics import Summary, summarise
 
 ARGUMENTS = [

@@ -11,7 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from ewavit.compare.results import Arm, ArmRuns, Comparison, Point, Run
+from ewavit.compare.arms import Arm
+from ewavit.compare.results import ArmRuns, Comparison, Point, Run
 from ewavit.compare.statistics import (
     arm_statistics,
     paired_difference,

@@ -117,9 +117,9 @@ def test_a_restart_takes_no_run_of_other_settings_and_leaves_a_finished_one(whol
 
 def test_what_replicas_cannot_do_is_told_before_anything_starts(tmp_path, monkeypatch):
     for settings, told in (
-        ({"twa": 1}, "--placement replicas does not go with this --twa"),
-        ({"router": "topk"}, "with this --router"),
-        ({"amp": True, "amp_dtype": "float16"}, "with this --amp-dtype"),
+        ({"twa": 1}, "--twa 1 does not work with --placement replicas: leave out --twa"),
+        ({"router": "topk"}, "--router topk does not work"),
+        ({"amp": True, "amp_dtype": "float16"}, "--amp-dtype float16 does not work"),
     ):
         with pytest.raises(ewa.EwavitError, match=told):
             recipe(tmp_path, "wrong", **settings)

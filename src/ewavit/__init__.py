@@ -8,39 +8,58 @@
 >>> model = ewa.collapse(model)
 """
 
-from os import PathLike
-from pathlib import Path
+from __future__ import annotations
 
-from torch.nn import Module
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from ewavit import distributed as distributed
-from ewavit.core.averaging import Constant, CosineRamp, Early, ExpertAveraging, LinearRamp, average_experts_
-from ewavit.core.checkpoint_files import collapse_checkpoint, expert_metadata
-from ewavit.core.diagnostics import collapse_gap, expert_spread, routing_statistics
-from ewavit.core.ffn import find_ffns
-from ewavit.core.routing import TopK, auxiliary_loss, scale_auxiliary_loss
-from ewavit.core.surgery import (
-    collapse,
-    collapsed,
-    dense_state_dict,
-    expand,
-    load_dense_state_dict,
-    param_groups,
-    summary,
-)
 from ewavit.errors import EwavitError
+
+if TYPE_CHECKING:  # the names are imported when they are first used: the command line starts without torch
+    from os import PathLike
+
+    from torch.nn import Module
+
+    from ewavit import distributed as distributed
+    from ewavit.core.averaging import (
+        Constant,
+        CosineRamp,
+        Early,
+        ExpertAveraging,
+        LinearRamp,
+        average_experts_,
+    )
+    from ewavit.core.checkpoint_files import collapse_checkpoint, expert_metadata
+    from ewavit.core.diagnostics import collapse_gap, expert_spread, routing_statistics
+    from ewavit.core.ffn import find_ffns
+    from ewavit.core.routing import TopK, auxiliary_loss, scale_auxiliary_loss
+    from ewavit.core.surgery import (
+        collapse,
+        collapsed,
+        dense_state_dict,
+        expand,
+        load_dense_state_dict,
+        param_groups,
+        summary,
+    )
 
 __version__ = "0.1.0"
 
 
 def load(run: str | PathLike[str]) -> Module:
-    """The model that a run of `ewavit train`, its checkpoint or an exported file deploys, in eval mode.
+    """Load a trained model in eval mode.
 
-    The plain model, or the mixture itself where a router was trained and its experts were kept.
+    Args:
+        run: the folder of a run of `ewavit train`, its checkpoint, or an exported file.
+
+    Returns:
+        The plain model. A routed run trained without `--collapse` gives its mixture instead.
 
     Raises:
-        EwavitError: nothing there that ewavit wrote, or `ewavit[train]` is not installed.
+        EwavitError: ewavit wrote no model there, or `ewavit[train]` is not installed.
     """
+    from pathlib import Path
+
     try:
         from ewavit.training.export import load_model
     except ModuleNotFoundError as missing:
@@ -74,3 +93,20 @@ __all__ = [
     "scale_auxiliary_loss",
     "summary",
 ]
+
+if not TYPE_CHECKING:  # else type checkers would accept any name
+    _ROOMS = ("averaging", "checkpoint_files", "diagnostics", "ffn", "routing", "surgery")
+
+    def __getattr__(name: str) -> Any:
+        """Import a public name on its first use."""
+        if name in ("core", "distributed"):
+            return import_module(f"ewavit.{name}")
+        for room in _ROOMS if name in __all__ else ():
+            if hasattr(module := import_module(f"ewavit.core.{room}"), name):
+                globals()[name] = value = getattr(module, name)
+                return value
+        raise AttributeError(f"module 'ewavit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,7 @@
-"""The `ewavit` command: parses, calls one function, prints. Wrong input: one line and exit status 2."""
+"""The `ewavit` command: parses, calls one function, prints. Wrong input: one line and exit status 2.
+
+torch is imported when a command starts its work, not before, so help and wrong flags answer at once.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,10 @@ import json
 import os
 import shlex
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ewavit import __version__
 from ewavit.errors import EwavitError
@@ -17,28 +21,44 @@ from ewavit.errors import EwavitError
 try:
     import yaml
 
-    from ewavit.training.recipe import Recipe, flag, settings
+    from ewavit.training.recipe import GROUPS, Recipe, choices, flag, kinds, settings
 except ModuleNotFoundError as missing:
     sys.exit(f"ewavit: the command line needs {missing.name}: pip install 'ewavit[train]'")
 
 if TYPE_CHECKING:
-    from ewavit.training.opening import Data
+    from ewavit.data.batches import Data
+
+    _Commands = argparse._SubParsersAction["_Parser"]
 
 _OF_COMPARISON = {"arms", "seeds", "lrs", "jobs"}  # what the YAML of a comparison holds beside a recipe
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argparse parser whose complaints are one line."""
+    """An argparse parser that raises wrong input as one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        raise EwavitError(f"{message} (see {self.prog} --help)")
+
+
+class _Help(argparse.HelpFormatter):
+    """Help texts that do not break flags and names at a hyphen."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_on_hyphens=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line.
+
+    Args:
+        argv: the words after `ewavit`; None takes those of this process.
+
+    Returns:
+        The exit status: 0, or 2 for wrong input; each command's help names others.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        options = _parser().parse_args(arguments)
+        options = build_parser().parse_args(arguments)
         options.words = arguments
         command: Callable[[argparse.Namespace], int] = options.command
         return command(options)
@@ -57,120 +77,179 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _parser(name: str = "ewavit") -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; a parsed command line has its function in `command`."""
     parser = _Parser(
-        name, description="Train a Vision Transformer as averaged experts, deploy the plain model."
+        "ewavit",
+        description="Train a Vision Transformer as a mixture of averaged experts and deploy the plain model.",
+        epilog="ewavit COMMAND --help explains a command and all of its flags.",
     )
     parser.add_argument("--version", action="version", version=f"ewavit {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    commands = parser.add_subparsers(required=True, title="commands", metavar="COMMAND", parser_class=_Parser)
+    _add_train(commands)
+    _add_plan(commands)
+    _add_bench(commands)
+    _add_compare(commands)
+    _add_evaluate(commands)
+    _add_export(commands)
+    return parser
 
-    train = commands.add_parser("train", help="train a model and leave a run's folder", allow_abbrev=False)
-    _add_recipe(train)
-    train.add_argument("--resume", metavar="RUN", help="go on with this run exactly, with its own settings")
-    train.set_defaults(command=_train)
 
-    plan = commands.add_parser("plan", help="show what train would do, and its cost", allow_abbrev=False)
-    _add_recipe(plan)
-    plan.add_argument(
-        "--devices", type=int, metavar="D", help="also what each of D devices needs, dense and with experts"
+def _command(
+    commands: _Commands, name: str, run: Callable[[argparse.Namespace], int], summary: str, description: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name, help=summary, description=description, allow_abbrev=False, formatter_class=_Help
     )
-    plan.add_argument("--json", action="store_true", help="print JSON")
-    plan.set_defaults(command=_plan)
+    parser.set_defaults(command=run)
+    return parser
 
-    bench = commands.add_parser(
+
+def _add_train(commands: _Commands) -> None:
+    parser = _command(
+        commands,
+        "train",
+        _train,
+        "train a model",
+        "Train a model. The folder OUTPUT/NAME gets the plain model, checkpoints, settings, metrics of every "
+        "epoch and pictures.",
+    )
+    _add_recipe(parser)
+    parser.add_argument("--resume", metavar="RUN", help="continue this run exactly, with its own settings")
+
+
+def _add_plan(commands: _Commands) -> None:
+    parser = _command(
+        commands,
+        "plan",
+        _plan,
+        "show what train would do and what it costs",
+        "Show which FFNs become mixtures, and the parameters, memory and time this costs. It trains nothing.",
+    )
+    _add_recipe(parser)
+    parser.add_argument(
+        "--devices",
+        **_typed(int),
+        help="also show the memory of each of N devices, for the dense model and for the mixture",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_bench(commands: _Commands) -> None:
+    parser = _command(
+        commands,
         "bench",
-        help="measure training steps with experts against dense ones, here",
-        description="Take training steps of a recipe's mixture and of its dense model in turn, on random "
-        "images, and print the time of each part, its ratio with an interval, and the activations' memory.",
-        allow_abbrev=False,
+        _bench,
+        "time training steps with and without experts on this machine",
+        "Time training steps of the recipe's model and of its dense model, in turn, on random images. Prints "
+        "the time of each part of a step, the ratio of the two with an interval, and the memory of the "
+        "activations.",
     )
-    _add_recipe(bench)
-    bench.add_argument("--rounds", type=int, default=20, help="steps of each that count (default: 20)")
-    bench.add_argument("--json", action="store_true", help="print JSON")
-    bench.set_defaults(command=_bench)
+    _add_recipe(parser)
+    parser.add_argument("--rounds", default=20, **_typed(int), help="timed steps of each model (default: 20)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
-    compare = commands.add_parser(
+
+def _add_compare(commands: _Commands) -> None:
+    parser = _command(
+        commands,
         "compare",
-        help="train arms that differ in the method, paired by seed, and say what helps",
-        description="Train a recipe in several arms at the same seeds, into OUTPUT/NAME/: report.html, "
-        "results.csv, results.json and the runs. Start the same command again to go on; more seeds or other "
-        "arms may be asked for then, nothing is trained twice and nothing is deleted. Exit status 1: some "
-        "runs failed, the results say which, and the next start repeats them.",
-        allow_abbrev=False,
+        _compare,
+        "train several arms at the same seeds and test their differences",
+        "Train the recipe in several arms, each at the same seeds, and test their differences. The folder "
+        "OUTPUT/NAME gets report.html, results.csv, results.json and the runs. Start the same command again "
+        "to continue; it may then name more seeds or other arms. No run is trained twice or deleted. Exit "
+        "status 1: some runs failed. The results name them, and the next start repeats them.",
     )
-    _add_recipe(compare)
-    _add_comparison(compare)
-    compare.set_defaults(command=_compare)
+    _add_comparison(parser)
+    _add_recipe(parser)
 
-    evaluate = commands.add_parser("evaluate", help="accuracy of a run or file", allow_abbrev=False)
-    evaluate.add_argument(
-        "source", metavar="RUN_OR_FILE", type=Path, help="run, checkpoint, .safetensors or .onnx"
-    )
-    evaluate.add_argument("--data", help="data spec; the one it was trained on unless given")
-    evaluate.add_argument(
-        "--batch-size",
-        type=int,
-        default=128,
-        help="images per batch, which compete for the room of routed experts (default: 128)",
-    )
-    evaluate.add_argument("--workers", type=int, default=4, help="processes that read images (default: 4)")
-    evaluate.add_argument("--data-dir", help="root folder for timm's data specs")
-    evaluate.add_argument("--val-split", default="validation", help="name of the split (default: validation)")
-    evaluate.add_argument("--votes", type=int, default=1, help="passes over each cloud (default: 1)")
-    evaluate.add_argument("--skip-bad-images", action="store_true", help="go on without unreadable images")
-    evaluate.add_argument("--json", action="store_true", help="print JSON")
-    evaluate.set_defaults(command=_evaluate)
 
-    export = commands.add_parser(
+def _add_evaluate(commands: _Commands) -> None:
+    parser = _command(
+        commands,
+        "evaluate",
+        _evaluate,
+        "evaluate a run or a file",
+        "Evaluate the model of a run, a checkpoint or an exported file.",
+    )
+    parser.add_argument(
+        "source", metavar="RUN_OR_FILE", type=Path, help="folder of a run, checkpoint, .safetensors or .onnx"
+    )
+    for name, default, help_text in (
+        ("data", None, "data set (default: that of the training)"),
+        ("batch-size", 128, "images per batch; routed tokens of one batch compete for the experts' capacity"),
+        ("workers", 4, "processes that read images"),
+        ("data-dir", None, "root folder of timm data sets"),
+        ("val-split", "validation", "evaluation split"),
+        ("votes", 1, "passes over each cloud, averaged"),
+    ):
+        kind = str if default is None else type(default)
+        parser.add_argument(f"--{name}", default=default, **_typed(kind), help=help_text + _said(default))
+    parser.add_argument("--skip-bad-images", action="store_true", help="skip images that cannot be read")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_export(commands: _Commands) -> None:
+    parser = _command(
+        commands,
         "export",
-        help="write the plain model as one checked file",
-        description="Write the plain model. That of a run is built and the file checked against it, logits "
-        "and accuracy; safetensors of any expanded model are collapsed tensor by tensor, in little memory.",
-        allow_abbrev=False,
+        _export,
+        "write the plain model as one checked file",
+        "Write the plain model. The model of a run is built, and the logits and the accuracy of the written "
+        "file are checked against it. The safetensors of any expanded model are collapsed tensor by tensor, "
+        "in little memory.",
     )
-    export.add_argument(
+    parser.add_argument(
         "source",
         metavar="RUN_OR_FILE",
         type=Path,
-        help="a run's folder, its checkpoint, or .safetensors (the index or folder of shards) of any "
-        "expanded model",
+        help="folder of a run, its checkpoint, or .safetensors of any expanded model (shards: their index or "
+        "folder)",
     )
-    export.add_argument(
+    parser.add_argument(
         "--to",
         required=True,
         type=Path,
         metavar="FILE",
-        help="ends in .safetensors or .onnx; for shards also a new folder",
+        help="file to write, .safetensors or .onnx; for shards also a new folder",
     )
-    export.add_argument("--data", help="check the accuracy on this data instead of the run's")
-    export.add_argument(
-        "--collapse", action="store_true", help="of a routed run the plain model with the mean expert"
+    parser.add_argument(
+        "--data", metavar="TEXT", help="data set that checks the accuracy (default: that of the run)"
     )
-    export.set_defaults(command=_export)
-    return parser
+    parser.add_argument(
+        "--collapse",
+        action="store_true",
+        help="export the plain model with the mean expert of a routed run (a different model)",
+    )
+
+
+def _typed(kind: type) -> dict[str, Any]:
+    return {"type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
+
+
+def _said(default: object) -> str:
+    return "" if default in (None, "") else f" (default: {default})"
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     """One flag per setting of `Recipe`; absent flags stay absent, so that YAML and defaults can fill them."""
-    types = get_type_hints(Recipe)
+    parser.usage = "%(prog)s [options]"
     parser.add_argument(
-        "--config", metavar="FILE.yaml", help="settings from YAML; the command line overrides them"
+        "--config", metavar="FILE.yaml", help="read settings from YAML; the command line overrides them"
     )
+    groups = {title: parser.add_argument_group(title) for title in GROUPS}
     for setting in settings():
-        choices = setting.metadata["choices"]
-        accepted = (str,) if choices else (*get_args(types[setting.name]), types[setting.name])
-        kind = next(t for t in accepted if t is not type(None))
-        default = "" if setting.default in (None, "") else f" (default: {setting.default})"
-        options: dict[str, Any] = {"help": setting.metadata["help"].replace("%", "%%") + default}
+        kind = kinds()[setting.name]
+        options: dict[str, Any] = {"help": setting.metadata["help"].replace("%", "%%")}
+        options["help"] += "" if kind is bool else _said(setting.default)
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
+        elif named := choices(setting.name):
+            options["choices"] = named
         else:
-            options |= {
-                "type": kind,
-                "choices": choices,
-                "metavar": None if choices else kind.__name__.upper(),
-            }
-        parser.add_argument(
+            options |= _typed(kind)
+        groups[setting.metadata["group"]].add_argument(
             f"--{flag(setting.name)}", dest=setting.name, default=argparse.SUPPRESS, **options
         )
 
@@ -185,26 +264,29 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
     def numbers(text: str) -> list[float]:
         return [float(word) for word in names(text)]
 
+    group = parser.add_argument_group("comparison")
     for name, kind, metavar, help_text in (
         (
             "arms",
             names,
             "A,B,...",
-            f"of {', '.join(BUILT_IN)} and the YAML's own arms; each with -lr for a tuned lr "
-            "(default: dense,ewa)",
+            f"arms to train: {', '.join(BUILT_IN)} or arms of the YAML file; NAME-lr also tunes the learning "
+            "rate of NAME (default: dense,ewa)",
         ),
-        ("seeds", int, "K", "seeds of each arm: --seed, --seed + 1, ... (default: 5)"),
-        ("lrs", numbers, "LR,LR,...", "learning rates that the arms NAME-lr choose from, on held-out images"),
-        ("jobs", int, "J", "runs at a time (default: one for each GPU, else each CPU core)"),
+        ("seeds", int, "N", "seeds of each arm: --seed, --seed + 1, ... (default: 5)"),
+        ("lrs", numbers, "X,X,...", "learning rates that NAME-lr arms choose from, on held-out images"),
+        ("jobs", int, "N", "runs at the same time (default: one per GPU, or one per CPU core without GPUs)"),
     ):
-        parser.add_argument(
-            f"--{name}", type=kind, metavar=metavar, help=help_text, default=argparse.SUPPRESS
-        )
-    parser.add_argument(
+        group.add_argument(f"--{name}", type=kind, metavar=metavar, help=help_text, default=argparse.SUPPRESS)
+    group.add_argument(
         "--preset", metavar="NAME", help=f"a comparison that comes with ewavit: {', '.join(_presets())}"
     )
-    parser.add_argument(
-        "--ray", metavar="ADDRESS", nargs="?", const="", help="run on this Ray cluster, or on one made here"
+    group.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        nargs="?",
+        const="",
+        help="run on the Ray cluster at this address; without an address, on a new local one",
     )
 
 
@@ -233,14 +315,16 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
         content = yaml.safe_load(Path(path).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
         reason = str(problem).replace("\n", " ")
-        raise EwavitError(f"--config {path} cannot be read as YAML ({reason})") from None
+        raise EwavitError(
+            f"--config {path} cannot be read as YAML ({reason}): write lines like `epochs: 20`"
+        ) from None
     if not isinstance(content, dict):
         raise EwavitError(f"--config {path} holds no settings: write lines like `epochs: 20`")
     return {str(key).replace("-", "_"): value for key, value in content.items()}
 
 
 def _parsed(content: Mapping[str, Any], source: str, command: str) -> dict[str, Any]:
-    """Settings from YAML, which become command-line words, so that one parser checks both."""
+    """Settings from YAML. They become command-line words, so that one parser checks both."""
     known = {setting.name for setting in settings()} | (_OF_COMPARISON if command == "compare" else set())
     words = []
     for name, value in content.items():
@@ -254,34 +338,43 @@ def _parsed(content: Mapping[str, Any], source: str, command: str) -> dict[str, 
             words.append(f"--{name}=" + ",".join(map(str, value)))
         elif value is not None:
             words.append(f"--{flag(name)}={value}")
-    return _given(_parser(f"ewavit: {source}:").parse_args([command, *words]))
+    try:
+        return _given(build_parser().parse_args([command, *words]))
+    except EwavitError as problem:
+        raise EwavitError(f"{source}: {problem}") from None
 
 
 def _train(options: argparse.Namespace) -> int:
+    given = _given(options)
+    if options.resume is None:
+        recipe, _ = _recipe(options)
+    else:
+        harmless = {"data", "data_dir", "workers", "tensorboard"}
+        if options.config or (fixed := sorted(set(given) - harmless)):
+            what = "--config" if options.config else f"--{flag(fixed[0])}"
+            raise EwavitError(f"--resume takes all settings from the run: leave out {what}")
+
     from ewavit.training.loop import resume, train
     from ewavit.training.processes import Interrupted, ProcessLost
 
     try:
         if options.resume is None:
-            train(_recipe(options)[0])
-            return 0
-        given = _given(options)
-        harmless = {"data", "data_dir", "workers", "tensorboard"}
-        if options.config or (fixed := sorted(set(given) - harmless)):
-            what = "--config" if options.config else f"--{flag(fixed[0])}"
-            raise EwavitError(f"--resume takes all settings from the run: leave out {what}")
-        resume(Path(options.resume), **given)
-        return 0
+            train(recipe)
+        else:
+            resume(Path(options.resume), **given)
     except (Interrupted, ProcessLost) as stopped:
         print(f"ewavit: {stopped}", file=sys.stderr)
         return stopped.exit_status
+    return 0
 
 
 def _plan(options: argparse.Namespace) -> int:
+    recipe, given = _recipe(options)
+
     from ewavit.study.plan import plan
 
     try:
-        made = plan(*_recipe_and_data(options), options.devices)
+        made = plan(recipe, _data(recipe, given), options.devices)
     except EwavitError as problem:
         table = str(problem).partition("\n")[2]  # the candidates and why each is refused
         if table and not options.json:
@@ -292,30 +385,28 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from ewavit.study.bench import bench
-
     if options.rounds < 1:
         raise EwavitError(f"--rounds {options.rounds} measures nothing: choose 1 or more")
-    recipe, data = _recipe_and_data(options)
+    recipe, given = _recipe(options)
     if recipe.experts == 1:
         raise EwavitError("--experts 1 is the dense model itself: choose 2 or more")
-    made = bench(recipe, options.rounds, data)
+
+    from ewavit.study.bench import bench
+
+    made = bench(recipe, options.rounds, _data(recipe, given))
     print(json.dumps(made.as_dict(), indent=2) if options.json else made)
     return 0
 
 
-def _recipe_and_data(options: argparse.Namespace) -> tuple[Recipe, Data | None]:
-    """The recipe, and its data unless a model is named alone: then it is for the images of timm's weights."""
+def _data(recipe: Recipe, given: set[str]) -> Data | None:
+    """The recipe's data; None where only a model is named, for the images of timm's weights."""
     from ewavit.training.opening import open_recipe_data
 
-    recipe, given = _recipe(options)
-    return recipe, open_recipe_data(recipe) if recipe.model is None or "data" in given else None
+    return open_recipe_data(recipe) if recipe.model is None or "data" in given else None
 
 
 def _compare(options: argparse.Namespace) -> int:
     from ewavit.compare.arms import make_arms
-    from ewavit.compare.compare import Stopped, compare
-    from ewavit.compare.terminal import as_text
 
     given: dict[str, Any] = {"arms": ["dense", "ewa"], "seeds": 5, "lrs": [], "jobs": None}
     own: dict[str, dict[str, Any] | None] = {}
@@ -329,10 +420,15 @@ def _compare(options: argparse.Namespace) -> int:
     given |= typed
     special = {name: given.pop(name) for name in _OF_COMPARISON}
     recipe = Recipe(**given)
+    arms = make_arms(special["arms"], recipe, own)
+
+    from ewavit.compare.compare import Stopped, compare
+    from ewavit.compare.terminal import as_text
+
     try:
         comparison = compare(
             recipe,
-            make_arms(special["arms"], recipe, own),
+            arms,
             special["seeds"],
             lrs=special["lrs"],
             jobs=special["jobs"],

@@ -5,10 +5,9 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
-from ewavit.compare.results import Arm
 from ewavit.errors import EwavitError
 from ewavit.training.recipe import Recipe, settings
 
@@ -45,6 +44,20 @@ _SHARED = {
     "seed", "output", "name",
 }  # fmt: skip
 _AVERAGES = ("model_ema", "swa", "twa")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train: a named set of overrides of the recipe.
+
+    `tuned`: the learning rate is chosen from the comparison's grid on held-out training images.
+    `role`: "control" for what a dense model gets without experts, "method" for what is being judged.
+    """
+
+    name: str
+    overrides: dict[str, Any] = field(default_factory=dict)
+    role: Literal["control", "method"] = "method"
+    tuned: bool = False
 
 
 def make_arms(

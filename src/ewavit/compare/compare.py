@@ -20,9 +20,9 @@ from types import FrameType
 
 import torch
 
+from ewavit.compare.arms import Arm
 from ewavit.compare.engines import Engine, Processes, RayTasks, gpus_here
 from ewavit.compare.results import (
-    Arm,
     Comparison,
 )
 from ewavit.compare.terminal import _Progress

@@ -1,31 +1,18 @@
-"""What a comparison holds: arms, their runs, and what a run's folder says."""
+"""What a comparison holds: the runs of its arms, and what a run's folder says."""
 
 from __future__ import annotations
 
 import csv
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ewavit.compare.arms import Arm
 from ewavit.training.run_folder import RunFolder
 
 SPREAD = "spread/"  # columns of summary.csv that begin so are the spread of one layer
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to train: a named set of overrides of the recipe.
-
-    `tuned`: the learning rate is chosen from the comparison's grid on held-out training images.
-    `role`: "control" for what a dense model gets without experts, "method" for what is being judged.
-    """
-
-    name: str
-    overrides: dict[str, Any] = field(default_factory=dict)
-    role: Literal["control", "method"] = "method"
-    tuned: bool = False
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,9 @@ from typing import Any
 
 import yaml
 
-from ewavit.compare.arms import arm_recipe
+from ewavit.compare.arms import Arm, arm_recipe
 from ewavit.compare.engines import Engine
 from ewavit.compare.results import (
-    Arm,
     ArmRuns,
     Comparison,
     Run,

@@ -1,178 +1,274 @@
-"""`Recipe`: every setting of a training run, typed, with timm's names; the command line and YAML fill it."""
+"""`Recipe`: every setting of a training run, typed, with timm's names; the command line and YAML fill it.
+
+A setting's default, help text, range and group stand where it is declared; a `Literal` type has its choices.
+Nothing here needs torch before a model is built, so `--help` and wrong flags answer at once.
+"""
 
 from __future__ import annotations
 
 import ast
 import math
+import operator
 from dataclasses import Field, asdict, dataclass, field, fields
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-from ewavit.core.averaging import check_share_rate
-from ewavit.core.moe import Unit
-from ewavit.core.routing import TopK
-from ewavit.core.surgery import Placement
 from ewavit.errors import EwavitError
 
+if TYPE_CHECKING:
+    from ewavit.core.routing import TopK
 
-def _option(default: Any, help_text: str, choices: tuple[str, ...] | None = None) -> Any:
-    return field(default=default, metadata={"help": help_text, "choices": choices})
+GROUPS = (
+    "data", "model", "experts", "optimisation", "augmentation", "precision and speed", "averages", "output",
+)  # fmt: skip
+
+
+def _option(
+    default: Any,
+    help_text: str,
+    *,
+    group: str,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+) -> Any:
+    limits = {"least": least, "above": above, "most": most, "below": below}
+    return field(default=default, metadata={"help": help_text, "group": group, **limits})
+
+
+_data, _model, _experts, _optimisation, _augmentation, _speed, _averages, _output = (
+    partial(_option, group=name) for name in GROUPS
+)
+_LIMITS = (
+    ("least", operator.ge, "{} or more"),
+    ("above", operator.gt, "more than {}"),
+    ("most", operator.le, "at most {}"),
+    ("below", operator.lt, "less than {}"),
+)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The settings of one run. Names and defaults are those of timm's train.py where timm has the thing,
-    but for the four that suit a ViT rather than a ResNet: opt, lr, weight_decay and amp_dtype.
+    """The settings of one run.
+
+    Names and defaults are those of timm's train.py where timm has the setting. Four defaults suit a ViT
+    rather than a ResNet: opt, lr, weight_decay and amp_dtype.
+
+    Raises:
+        EwavitError: a value is out of range, or two settings exclude each other.
     """
 
-    model: str | None = _option(
-        None, "any timm model, or a point transformer; without it a small one that fits the data"
-    )
-    model_kwargs: str = _option("", "key=value,key=value for the model, e.g. patch_size=4,depth=6")
-    pretrained: bool = _option(False, "start from timm's pretrained weights (fetched by timm)")
-    initial_checkpoint: str | None = _option(
-        None, "start from this file of the same model; a new head if needed"
-    )
-
-    data: str = _option(
+    data: str = _data(
         "fashion-mnist-mini",
-        "bundled set (also solids), folder, CIFAR or Tiny-ImageNet path, timm spec, modelnet10:PATH, ...",
+        "bundled set (fashion-mnist-mini, solids), image folder, CIFAR or Tiny-ImageNet folder, timm spec "
+        "(torch/..., hfds/..., wds/...) or point clouds such as modelnet10:PATH",
     )
-    data_dir: str | None = _option(None, "root folder for timm's data specs (torch/..., hfds/..., wds/...)")
-    train_split: str = _option("train", "name of the training split of a timm data spec or folder")
-    val_split: str = _option("validation", "name of the evaluation split of a timm data spec or folder")
-    img_size: int | None = _option(None, "image side in pixels; follows the data")
-    num_points: int | None = _option(None, "points per cloud; 1024, or 2048 for parts")
-    limit: int | None = _option(None, "use the first N training images")
-    holdout: float = _option(
-        0.0, "hold out this share of the training images and evaluate on it, not on the test images"
+    limit: int | None = _data(None, "use only the first N training images", least=1)
+    img_size: int | None = _data(None, "image side in pixels (default: that of the data)", least=1)
+    workers: int = _data(4, "processes that read images from files; ignored for data in memory", least=0)
+    holdout: float = _data(
+        0.0,
+        "hold out this share of the training images and evaluate on it instead of the test images",
+        least=0,
+        below=1,
     )
-    workers: int = _option(4, "processes that read images; data kept in memory needs none")
-    skip_bad_images: bool = _option(False, "go on without images that cannot be read, and count them")
+    train_split: str = _data("train", "training split of a timm data set or folder")
+    val_split: str = _data("validation", "evaluation split of a timm data set or folder")
+    data_dir: str | None = _data(None, "root folder of timm data sets (torch/..., hfds/..., wds/...)")
+    skip_bad_images: bool = _data(False, "skip images that cannot be read, and count them")
+    num_points: int | None = _data(
+        None, "points per cloud (default: 1024, or 2048 for part segmentation)", least=1
+    )
+    votes: int = _data(
+        1, "passes over each cloud in evaluation, averaged; all but one are augmented", least=1
+    )
 
-    experts: int = _option(
-        4, "experts per mixture; 1 trains the dense baseline, which heeds no other setting of experts"
+    model: str | None = _model(
+        None, "timm model or point transformer (default: a small one that fits the data)"
     )
-    share_rate: float = _option(0.3, "beta of Eq. 6 at the end of the ramp, 0 to (N-1)/N")
-    ramp: float = _option(0.5, "share of the training over which beta rises linearly from 0")
-    ramp_shape: str = _option("linear", "how beta rises", ("linear", "cosine"))
-    average_every: int = _option(1, "average after every so many optimizer steps only")
-    expert_lr: float = _option(1.0, "factor on the experts' learning rate")
-    placement: Placement = _option(
+    pretrained: bool = _model(False, "start from timm's pretrained weights; timm downloads them")
+    initial_checkpoint: str | None = _model(
+        None, "start from this checkpoint of the same model; the head is new if the number of classes differs"
+    )
+    model_kwargs: str = _model("", "arguments of the model: key=value,key=value, e.g. patch_size=4,depth=6")
+
+    experts: int = _experts(
+        4, "experts per mixture; 1 trains the dense baseline and ignores all other expert settings", least=1
+    )
+    share_rate: float = _experts(
+        0.3, "beta of Eq. 6 after the ramp, from 0 to (N-1)/N for N experts", least=0
+    )
+    ramp: float = _experts(
+        0.5, "share of the training in which beta rises from 0 to --share-rate", least=0, most=1
+    )
+    ramp_shape: Literal["linear", "cosine"] = _experts("linear", "shape of the ramp")
+    select: str = _experts(
+        "alternate", "FFNs to expand: alternate, all, last_half, a name or a regular expression"
+    )
+    unit: Literal["token", "image"] = _experts(
+        "token", "unit of the random partition: each expert gets single tokens or whole images"
+    )
+    placement: Literal["local", "replicas"] = _experts(
         "local",
-        "all experts in every process, or replicas: one in each process of torchrun, whose number N is",
-        ("local", "replicas"),
+        "where experts live: local (all N in every process) or replicas (one per torchrun process; N is the "
+        "number of processes)",
     )
-    select: str = _option(
-        "alternate", "which FFNs: alternate, all, last_half, a name or a regular expression"
-    )
-    unit: Unit = _option("token", "what is dealt to the experts", ("token", "image"))
-    router: str = _option(
-        "random", "who deals: chance, or a learned top-k router (naive MoE)", ("random", "topk")
-    )
-    k: int = _option(1, "experts that a router sends each token to")
-    capacity_ratio: float = _option(1.25, "room of a routed expert, in equal shares of the tokens")
-    early: float | None = _option(
-        None, "average in this first share of the training only (Early EWA); --ramp is then a share of it"
-    )
-    collapse: bool = _option(False, "make a routed run's result the plain model too, with the mean expert")
-
-    epochs: int = _option(300, "passes over the training images")
-    batch_size: int = _option(128, "images per batch and process")
-    grad_accum_steps: int = _option(1, "batches per optimizer step")
-    opt: str = _option("adamw", "any timm optimizer")
-    lr: float = _option(1e-3, "peak learning rate")
-    weight_decay: float = _option(0.05, "weight decay; vectors and biases have none")
-    momentum: float = _option(0.9, "momentum of SGD-like optimizers")
-    sched: str = _option("cosine", "learning-rate schedule", ("cosine", "tanh", "step", "poly", "none"))
-    warmup_epochs: int = _option(5, "epochs of linear warm-up, at most half of all epochs")
-    warmup_lr: float = _option(1e-5, "learning rate at the start of the warm-up")
-    min_lr: float = _option(0.0, "learning rate at the end")
-    decay_epochs: float = _option(90.0, "epochs between decays of the step schedule")
-    decay_rate: float = _option(0.1, "factor of a decay of the step schedule")
-    layer_decay: float | None = _option(None, "learning-rate factor from layer to layer, for fine-tuning")
-    clip_grad: float | None = _option(None, "largest norm of the whole gradient")
-
-    drop_path: float | None = _option(None, "stochastic depth rate")
-    smoothing: float = _option(0.1, "label smoothing")
-    mixup: float = _option(0.0, "mixup alpha; each image has its own draw")
-    cutmix: float = _option(0.0, "cutmix alpha; each image has its own draw")
-    aa: str | None = _option(
+    expert_lr: float = _experts(1.0, "factor on the learning rate of the experts", above=0)
+    average_every: int = _experts(1, "average after every N-th optimizer step only", least=1)
+    early: float | None = _experts(
         None,
-        "AutoAugment or RandAugment policy, e.g. rand-m9-mstd0.5-inc1; clouds: scale1.5-shift0.2-rotz180",
+        "average only in this first share of the training (Early EWA); --ramp is then a share of that",
+        least=0,
+        most=1,
     )
-    hflip: float = _option(0.5, "probability of a horizontal flip")
-    reprob: float = _option(0.0, "probability of random erasing")
-    crop_padding: int = _option(
-        -1, "random crop after padding by so many pixels (data in memory); -1: size/8"
+    router: Literal["random", "topk"] = _experts(
+        "random",
+        "how tokens reach experts: by random partition or by a learned top-k router (a naive MoE)",
+    )
+    k: int = _experts(1, "experts per token with --router topk", least=1)
+    capacity_ratio: float = _experts(
+        1.25,
+        "capacity of an expert with --router topk, in multiples of an equal share of the tokens",
+        least=0.001,
+    )
+    collapse: bool = _experts(
+        False, "with --router topk, deploy the plain model with the mean expert instead of the mixture"
     )
 
-    amp: bool = _option(False, "mixed precision")
-    amp_dtype: str = _option("bfloat16", "precision under --amp", ("bfloat16", "float16"))
-    compile: bool = _option(False, "torch.compile the model")
-    grad_checkpointing: bool = _option(False, "recompute the blocks' activations in the backward pass")
-    model_ema: bool = _option(False, "keep and evaluate an exponential moving average of the weights too")
-    model_ema_decay: float = _option(0.9998, "decay of the moving average")
-    model_ema_warmup: bool = _option(False, "let the decay grow from 0")
-    model_ema_switch: bool = _option(False, "copy the moving average into the model after every epoch")
-    swa: float = _option(
-        0.0, "average the weights of the epochs in this last share of the training, at a constant lr"
+    epochs: int = _optimisation(300, "passes over the training data", least=1)
+    batch_size: int = _optimisation(128, "images per batch and process", least=1)
+    lr: float = _optimisation(1e-3, "peak learning rate", above=0)
+    opt: str = _optimisation("adamw", "optimizer, by its name in timm")
+    weight_decay: float = _optimisation(0.05, "weight decay; vectors and biases have none", least=0)
+    warmup_epochs: int = _optimisation(5, "epochs of linear warm-up, at most half of all epochs", least=0)
+    sched: Literal["cosine", "tanh", "step", "poly", "none"] = _optimisation(
+        "cosine", "learning-rate schedule"
     )
-    twa: int = _option(0, "epochs after the training in which weights of the last checkpoints are learned")
+    min_lr: float = _optimisation(0.0, "learning rate at the end", least=0)
+    warmup_lr: float = _optimisation(1e-5, "learning rate at the start of the warm-up", least=0)
+    clip_grad: float | None = _optimisation(
+        None, "largest norm of the gradient; a larger one is scaled down", above=0
+    )
+    grad_accum_steps: int = _optimisation(1, "batches per optimizer step", least=1)
+    layer_decay: float | None = _optimisation(
+        None, "factor on the learning rate from each layer to the one below, for fine-tuning", least=0
+    )
+    momentum: float = _optimisation(0.9, "momentum of SGD-like optimizers", least=0, most=1)
+    decay_epochs: float = _optimisation(90.0, "epochs between two decays with --sched step", above=0)
+    decay_rate: float = _optimisation(0.1, "factor of each decay with --sched step", least=0, most=1)
+    seed: int = _optimisation(42, "seed of initial weights, data order, augmentation and partitions", least=0)
 
-    votes: int = _option(1, "passes over each cloud in evaluation, all but one augmented, that are averaged")
-    val_interval: int = _option(1, "epochs between evaluations, each with a checkpoint")
-    seed: int = _option(42, "fixes initial weights, data order, augmentation and partitions")
-    output: str = _option("runs", "folder of all runs")
-    name: str | None = _option(None, "folder of this run; made from date and model if not given")
-    recovery_interval: int = _option(0, "also write a checkpoint after every so many optimizer steps")
-    tensorboard: bool = _option(False, "write TensorBoard events into the run's folder")
+    aa: str | None = _augmentation(
+        None,
+        "AutoAugment or RandAugment policy, e.g. rand-m9-mstd0.5-inc1; for clouds e.g. "
+        "scale1.5-shift0.2-rotz180",
+    )
+    mixup: float = _augmentation(0.0, "mixup alpha; each image has its own draw", least=0)
+    cutmix: float = _augmentation(0.0, "cutmix alpha; each image has its own draw", least=0)
+    smoothing: float = _augmentation(0.1, "label smoothing", least=0, most=1)
+    drop_path: float | None = _augmentation(None, "stochastic depth rate", least=0, below=1)
+    hflip: float = _augmentation(0.5, "probability of a horizontal flip", least=0, most=1)
+    reprob: float = _augmentation(0.0, "probability of random erasing", least=0, most=1)
+    crop_padding: int = _augmentation(
+        -1,
+        "pixels of padding before the random crop, for data in memory; -1 is an eighth of the side",
+        least=-1,
+    )
+
+    amp: bool = _speed(False, "train in mixed precision")
+    amp_dtype: Literal["bfloat16", "float16"] = _speed("bfloat16", "dtype of --amp")
+    compile: bool = _speed(False, "compile the model with torch.compile")
+    grad_checkpointing: bool = _speed(
+        False, "save memory: recompute the blocks' activations in the backward pass"
+    )
+
+    model_ema: bool = _averages(False, "also keep and evaluate a moving average (EMA) of the weights")
+    model_ema_decay: float = _averages(0.9998, "decay of the EMA", least=0, most=1)
+    model_ema_warmup: bool = _averages(False, "let the decay of the EMA grow from 0")
+    model_ema_switch: bool = _averages(
+        False, "copy the EMA into the model after every epoch (Switch EMA); needs --model-ema"
+    )
+    swa: float = _averages(
+        0.0,
+        "average the weights of the epochs in this last share of the training, at a constant lr (SWA)",
+        least=0,
+        most=1,
+    )
+    twa: int = _averages(
+        0, "extra epochs after the training that learn how to weight the last checkpoints (TWA)", least=0
+    )
+
+    output: str = _output("runs", "folder of all runs")
+    name: str | None = _output(None, "folder of this run in --output (default: made from date and model)")
+    val_interval: int = _output(1, "epochs between two evaluations; each also writes a checkpoint", least=1)
+    recovery_interval: int = _output(
+        0, "also write a checkpoint every N optimizer steps; 0 never does", least=0
+    )
+    tensorboard: bool = _output(False, "write TensorBoard events into the run's folder")
 
     def __post_init__(self) -> None:
         for setting in fields(self):
-            value = getattr(self, setting.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise EwavitError(f"--{flag(setting.name)} {value} does not work: choose a finite number")
-        for name, lowest in _LOWEST.items():
-            value = getattr(self, name)
-            if value is not None and not value >= lowest:
-                raise EwavitError(f"--{flag(name)} {value} is too small: choose {lowest} or more")
-        shares = ("ramp", "hflip", "reprob", "smoothing", "momentum", "model_ema_decay", "decay_rate", "swa")
-        for name in (*shares, "early"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise EwavitError(f"--{flag(name)} {value} is out of range: choose 0 to 1")
-        for name in ("drop_path", "holdout"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < 1:
-                raise EwavitError(f"--{flag(name)} {value} is out of range: choose 0 or more and less than 1")
-        for name in ("lr", "clip_grad", "decay_epochs", "expert_lr"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise EwavitError(f"--{flag(name)} {value} does not work: choose a positive number")
+            _check_value(setting, getattr(self, setting.name))
         if self.name is not None and self.name != Path(self.name).name:
-            raise EwavitError(
-                f"--name {self.name!r} is not the name of one folder: give its place with --output"
-            )
-        for setting in fields(self):
-            choices, value = setting.metadata["choices"], getattr(self, setting.name)
-            if choices and value not in choices:
-                raise EwavitError(
-                    f"--{flag(setting.name)} {value!r} is unknown: choose one of {', '.join(choices)}"
-                )
-        if self.experts > 1:
-            check_share_rate(self.share_rate, self.experts)
-        if self.top_k is not None:
-            if self.k > self.experts:
-                raise EwavitError(f"--k {self.k} is more than --experts {self.experts}: choose less")
-            if self.unit != "token":
-                raise EwavitError(f"--router {self.router} sends tokens: leave out --unit {self.unit}")
-        if self.placement == "replicas":
-            self._check_replicas()
+            raise EwavitError(f"--name {self.name!r} is not one folder's name: give its place with --output")
+        self._check_experts()
+        self._check_averages()
         if self.pretrained and self.initial_checkpoint:
             raise EwavitError("--pretrained and --initial-checkpoint both give the first weights: choose one")
+        self.parsed_model_kwargs()
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether a learned router sends the tokens to two or more experts."""
+        return self.router == "topk" and self.experts > 1
+
+    @property
+    def top_k(self) -> TopK | None:
+        """The settings of the learned router; None without one."""
+        if not self.is_routed:
+            return None
+        from ewavit.core.routing import TopK
+
+        return TopK(k=self.k, capacity_ratio=self.capacity_ratio)
+
+    @property
+    def keeps_experts(self) -> bool:
+        """Whether the result is the mixture itself, not the plain model with the mean expert."""
+        return self.is_routed and not self.collapse
+
+    def _check_experts(self) -> None:
+        """Refuse settings of experts that exclude each other."""
+        full = (self.experts - 1) / self.experts
+        if self.experts > 1 and self.share_rate > full * (1 + 1e-12):
+            raise EwavitError(
+                f"--share-rate {self.share_rate} is out of range for {self.experts} experts: "
+                f"choose at most {full:.4g} (full averaging)"
+            )
+        if self.is_routed:
+            if self.k > self.experts:
+                raise EwavitError(
+                    f"--k {self.k} is more than --experts {self.experts}: choose at most {self.experts}"
+                )
+            if self.unit != "token":
+                raise EwavitError(f"--router {self.router} routes tokens: leave out --unit {self.unit}")
+        if self.placement == "replicas":
+            unfit = {
+                "router": self.router != "random",
+                "twa": self.twa > 0,
+                "amp-dtype": self.amp and self.amp_dtype == "float16",  # one process may skip a step alone
+            }
+            if names := [f"--{name}" for name, given in unfit.items() if given]:
+                value = getattr(self, names[0][2:].replace("-", "_"))
+                raise EwavitError(
+                    f"{names[0]} {value} does not work with --placement replicas: leave out {names[0]}"
+                )
+
+    def _check_averages(self) -> None:
+        """Refuse settings of weight averages that exclude each other."""
         averages = {"model_ema": self.model_ema, "swa": self.swa, "twa": self.twa}
         if len(chosen := [f"--{flag(name)}" for name, value in averages.items() if value]) > 1:
             raise EwavitError(f"{' and '.join(chosen)} each keep an average of the weights: choose one")
@@ -180,29 +276,7 @@ class Recipe:
         if self.swa and self.epochs - round(self.swa * self.epochs) < warmup:
             raise EwavitError(f"--swa {self.swa} begins within the {warmup} epochs of warm-up: choose less")
         if self.model_ema_switch and not self.model_ema:
-            raise EwavitError("--model-ema-switch copies the moving average back: give --model-ema too")
-        self.parsed_model_kwargs()
-
-    @property
-    def top_k(self) -> TopK | None:
-        """The router's settings; None where chance deals, or nothing is dealt."""
-        routed = self.router == "topk" and self.experts > 1
-        return TopK(k=self.k, capacity_ratio=self.capacity_ratio) if routed else None
-
-    @property
-    def keeps_experts(self) -> bool:
-        """Whether the result is the mixture itself, not the plain model with the mean expert."""
-        return self.top_k is not None and not self.collapse
-
-    def _check_replicas(self) -> None:
-        """Refuse what one expert in each process cannot do."""
-        unfit = {
-            "router": self.router != "random",
-            "twa": self.twa > 0,
-            "amp-dtype": self.amp and self.amp_dtype == "float16",  # one process may skip a step, others not
-        }
-        if names := [f"--{name}" for name, given in unfit.items() if given]:
-            raise EwavitError(f"--placement replicas does not go with this {names[0]}: leave {names[0]} out")
+            raise EwavitError("--model-ema-switch copies the EMA into the model: also give --model-ema")
 
     def parsed_model_kwargs(self) -> dict[str, Any]:
         """`model_kwargs` as a dict; values are Python literals or else strings.
@@ -245,13 +319,18 @@ class Recipe:
         return cls(**settings)
 
 
-_LOWEST = {
-    "limit": 1, "workers": 0, "experts": 1, "share_rate": 0.0, "epochs": 1, "batch_size": 1, "img_size": 1,
-    "grad_accum_steps": 1, "weight_decay": 0.0, "warmup_epochs": 0, "mixup": 0.0, "cutmix": 0.0,
-    "min_lr": 0.0, "warmup_lr": 0.0, "crop_padding": -1, "average_every": 1, "val_interval": 1, "twa": 0,
-    "recovery_interval": 0, "seed": 0, "layer_decay": 0.0, "k": 1, "capacity_ratio": 0.001,
-    "num_points": 1, "votes": 1,
-}  # fmt: skip
+def _check_value(setting: Field[Any], value: Any) -> None:
+    """Refuse a value that its setting does not allow."""
+    name = f"--{flag(setting.name)}"
+    if choices(setting.name) and value not in choices(setting.name):
+        raise EwavitError(f"{name} {value!r} is unknown: choose one of {', '.join(choices(setting.name))}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise EwavitError(f"{name} {value} does not work: choose a finite number")
+    limits = [(setting.metadata[limit], holds, words) for limit, holds, words in _LIMITS]
+    limits = [(limit, holds, words) for limit, holds, words in limits if limit is not None]
+    if value is not None and not all(holds(value, limit) for limit, holds, _ in limits):
+        allowed = " and ".join(words.format(limit) for limit, _, words in limits)
+        raise EwavitError(f"{name} {value} is out of range: choose {allowed}")
 
 
 def flag(name: str) -> str:
@@ -260,5 +339,19 @@ def flag(name: str) -> str:
 
 
 def settings() -> tuple[Field[Any], ...]:
-    """The settings of a recipe with their defaults, help texts and choices."""
+    """The settings of a recipe with their defaults, help texts, groups and ranges, the most used first."""
     return fields(Recipe)
+
+
+@cache
+def kinds() -> dict[str, type]:
+    """The type of each setting's value, where it has one: `int` for `int | None`, `str` for choices."""
+    hints = get_type_hints(Recipe).items()
+    return {name: str if get_origin(hint) is Literal else (*get_args(hint), hint)[0] for name, hint in hints}
+
+
+@cache
+def choices(name: str) -> tuple[str, ...]:
+    """The values that a setting may have; empty where any may."""
+    hint = get_type_hints(Recipe)[name]
+    return get_args(hint) if get_origin(hint) is Literal else ()
