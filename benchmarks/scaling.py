@@ -20,7 +20,7 @@ from timm.models import VisionTransformer
 from torch.utils.flop_counter import FlopCounterMode
 
 from ewavit.study.bench import activation_bytes
-from ewavit.study.scaling import Cost, Work, cost, layouts, vit
+from ewavit.study.scaling import Cost, ViT, Work, cost, layouts
 from records import FOLDER, write_record
 
 SIZES = {
@@ -62,7 +62,7 @@ def kept(half: bool, images: int = 64) -> float:
 
 def forms() -> dict[str, Any]:
     """The part of the record that follows from the code alone."""
-    works: dict[str, Work] = {name: vit(**size) for name, size in SIZES.items()}
+    works: dict[str, Work] = {name: ViT(**size).work() for name, size in SIZES.items()}
     return {
         "work": {name: asdict(work) for name, work in works.items()},
         "cost": {
@@ -82,16 +82,18 @@ def checks() -> list[tuple[str, float, float]]:
     """What was checked: the closed form's figure and the counted one."""
     rows: list[tuple[str, float, float]] = []
     for name, size in SIZES.items():
-        found = counted(size)
-        rows += [(f"{name}: {what}", getattr(vit(**size), what), value) for what, value in found.items()]
+        work = ViT(**size).work()
+        rows += [(f"{name}: {what}", getattr(work, what), value) for what, value in counted(size).items()]
     for half, precision in ((False, "float32"), (True, "bfloat16 autocast")):
-        form = vit(**SMALL, half=half).activation_bytes
+        form = ViT(**SMALL).work(half=half).activation_bytes
         rows.append(
             (f"ViT 192 wide, 4 deep, 64x64/8: activation bytes of an image, {precision}", form, kept(half))
         )
     memory = json.loads((FOLDER / "memory-cpu.json").read_text())
     settings, dense = memory["settings"], memory["result"]["dense"]
-    tiny = vit(12, 192, 3, settings["patch_size"], img_size=settings["img_size"], num_classes=100, half=False)
+    tiny = ViT(12, 192, 3, settings["patch_size"], img_size=settings["img_size"], num_classes=100).work(
+        half=False
+    )
     rows.append(("ViT-Tiny of records/memory-cpu.json: parameters", tiny.parameters, dense["parameters"]))
     rows.append(
         (

@@ -27,7 +27,7 @@ from ewavit.cli import main
 from ewavit.core import moe_layers
 from ewavit.distributed import expert_placement
 from ewavit.study.bench import activation_bytes
-from ewavit.study.scaling import LAYOUTS, Work, cost, layouts, vit
+from ewavit.study.scaling import LAYOUTS, ViT, Work, cost, layouts
 from processes import in_processes
 from small_models import tiny_vit
 
@@ -36,7 +36,7 @@ SIZE = {"depth": 3, "dim": 16, "heads": 2, "patch": 4, "img_size": 16, "num_clas
 
 
 def test_parameters_and_flops_are_those_of_the_model():
-    model, work = tiny_vit(3).eval(), vit(**SIZE)
+    model, work = tiny_vit(3).eval(), ViT(**SIZE).work()
     assert work.parameters == sum(p.numel() for p in model.parameters())
     assert work.block_parameters == sum(p.numel() for p in model.blocks[0].parameters())
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -50,7 +50,7 @@ def test_parameters_and_flops_are_those_of_the_model():
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_are_what_autograd_keeps(half, checkpointing):
-    model, work = tiny_vit(3).train(), vit(**SIZE, half=half)
+    model, work = tiny_vit(3).train(), ViT(**SIZE).work(half=half)
     model.set_grad_checkpointing(checkpointing)
 
     def loss(model: nn.Module, batch: int) -> torch.Tensor:
@@ -138,7 +138,7 @@ def test_bytes_sent_and_state_held_are_those_of_processes():
 
 
 def test_replicas_send_and_hold_what_dense_training_does():
-    work = vit(**SIZE)
+    work = ViT(**SIZE).work()
     for wrapper in ("DDP", "HSDP"):
         dense, ours = (cost(work, f"{kind}, {wrapper}", 64) for kind in ("dense", "replicas"))
         assert ours.sent_bytes == dense.sent_bytes
@@ -147,14 +147,14 @@ def test_replicas_send_and_hold_what_dense_training_does():
 
 
 def test_hsdp_of_one_group_is_fsdp2():
-    work = vit(**SIZE)
+    work = ViT(**SIZE).work()
     assert cost(work, "stacked, HSDP", 8) == cost(work, "stacked, FSDP2", 8)
     assert "dense, HSDP" not in layouts(8)
     assert set(layouts(64)) == set(LAYOUTS)
 
 
 def test_what_cannot_be_laid_out_is_refused():
-    work = vit(**SIZE)
+    work = ViT(**SIZE).work()
     for layout, devices, word in (("dense, TP", 8, "unknown"), ("dense, HSDP", 12, "multiple of 8")):
         with pytest.raises(EwavitError, match=word):
             cost(work, layout, devices)
@@ -180,7 +180,7 @@ def test_plan_shows_what_each_device_needs(capsys):
     titles, *rows = json.loads(capsys.readouterr().out)["layouts"]
     assert titles[0] == "layout"
     assert [row[0] for row in rows] == list(layouts(16))
-    work = vit(2, 16, 2, 8, img_size=32, every=1)
+    work = ViT(2, 16, 2, 8, img_size=32).work(every=1)
     found = cost(work, "stacked, HSDP", 16, num_experts=2, batch_size=8, checkpointing=False)
     (row,) = (row for row in rows if row[0] == "stacked, HSDP")
     parts = (found.activation_bytes / 2**30, found.flops / 1e12, found.sent_bytes / 1e9)

@@ -63,54 +63,63 @@ class Cost:
         return self.state_bytes + self.working_bytes + self.activation_bytes
 
 
-def vit(
-    depth: int,
-    dim: int,
-    heads: int,
-    patch: int,
-    *,
-    hidden: int | None = None,
-    img_size: int = 224,
-    num_classes: int = 1000,
-    in_chans: int = 3,
-    every: int = 2,
-    half: bool = True,
-) -> Work:
-    """The work of timm's VisionTransformer (arXiv 2010.11929): class token, biases, LayerNorm, GELU.
+@dataclass(frozen=True)
+class ViT:
+    """Sizes of timm's VisionTransformer (arXiv 2010.11929): class token, biases, LayerNorm, GELU.
 
-    Args:
+    Attributes:
         depth: blocks.
-        dim: of a token.
-        heads: of the attention.
+        dim: width of a token.
+        heads: heads of the attention.
         patch: side of a patch, pixels.
-        hidden: of the FFNs; 4 dim unless given.
+        hidden: width of the FFNs' hidden layer; 4 dim unless given.
         img_size, num_classes, in_chans: of the data.
-        every: every so-many-th FFN becomes a mixture.
-        half: keep activations as bfloat16 autocast does, else float32.
     """
-    hidden = hidden or 4 * dim
-    patches, pixels = (img_size // patch) ** 2, patch * patch * in_chans
-    tokens, mixtures = patches + 1, -(-depth // every)
-    # Parameters: matrices and biases of qkv, projection and FFN, two norms; patches, positions, norm, head.
-    ffn = 2 * dim * hidden + hidden + dim
-    block = 4 * dim * dim + 4 * dim + 4 * dim + ffn
-    parameters = depth * block + (pixels + 1) * dim + (tokens + 1) * dim + 2 * dim + (dim + 1) * num_classes
-    # Two FLOPs for each entry of a matrix and token; scores and weighted sum are tokens x tokens x dim each.
-    per_token = 2 * (4 * dim * dim + 2 * dim * hidden)
-    flops = depth * (tokens * per_token + 4 * tokens * tokens * dim)
-    flops += 2 * patches * pixels * dim + 2 * dim * num_classes
-    # Kept for backward, for each token of a block: what enters the norms (float32, with two statistics each)
-    # and the log-sum-exp of each head; what enters qkv, the attention (3 dim), the projection, and the FFN's
-    # two matrices and activation. Beside the blocks: the image, the last norm, the head.
-    low = HALF if half else FULL
-    kept = FULL * (2 * dim + 4 + heads) + low * (dim + 3 * dim + dim + dim + 2 * hidden)
-    # That takes the class token: of a float32 norm a view, which keeps all tokens; in bfloat16 a copy.
-    head = HALF * dim if half else FULL * tokens * dim
-    ends = low * in_chans * img_size**2 + FULL * tokens * (dim + 2) + head
-    one_block = tokens * kept
-    activations = depth * one_block + ends
-    checkpointed = depth * FULL * tokens * dim + one_block + ends
-    return Work(parameters, mixtures * ffn, mixtures, block, flops, activations, checkpointed)
+
+    depth: int
+    dim: int
+    heads: int
+    patch: int
+    hidden: int | None = None
+    img_size: int = 224
+    num_classes: int = 1000
+    in_chans: int = 3
+
+    def work(self, every: int = 2, half: bool = True) -> Work:
+        """What the model costs.
+
+        Args:
+            every: every so-many-th FFN becomes a mixture.
+            half: keep activations as bfloat16 autocast does, else float32.
+        """
+        depth, dim, patch = self.depth, self.dim, self.patch
+        hidden = self.hidden or 4 * dim
+        patches, pixels = (self.img_size // patch) ** 2, patch * patch * self.in_chans
+        tokens, mixtures = patches + 1, -(-depth // every)
+        # Parameters: matrices and biases of qkv, projection and FFN, two norms; patches, positions, norm,
+        # head.
+        ffn = 2 * dim * hidden + hidden + dim
+        block = 4 * dim * dim + 4 * dim + 4 * dim + ffn
+        parameters = (
+            depth * block + (pixels + 1) * dim + (tokens + 1) * dim + 2 * dim + (dim + 1) * self.num_classes
+        )
+        # Two FLOPs for each entry of a matrix and token; scores and weighted sum take tokens x tokens x dim
+        # each.
+        per_token = 2 * (4 * dim * dim + 2 * dim * hidden)
+        flops = depth * (tokens * per_token + 4 * tokens * tokens * dim)
+        flops += 2 * patches * pixels * dim + 2 * dim * self.num_classes
+        # Kept for backward, for each token of a block: what enters the norms (float32, with two statistics
+        # each) and the log-sum-exp of each head; what enters qkv, the attention (3 dim), the projection, and
+        # the FFN's two matrices and activation. Beside the blocks: the image, the last norm, the head.
+        low = HALF if half else FULL
+        kept = FULL * (2 * dim + 4 + self.heads) + low * (dim + 3 * dim + dim + dim + 2 * hidden)
+        # That takes the class token: of a float32 norm a view, which keeps all tokens; in bfloat16 a copy.
+        head = HALF * dim if half else FULL * tokens * dim
+        ends = low * self.in_chans * self.img_size**2 + FULL * tokens * (dim + 2) + head
+        one_block = tokens * kept
+        activations = depth * one_block + ends
+        checkpointed = depth * FULL * tokens * dim + one_block + ends
+        return Work(parameters, mixtures * ffn, mixtures, block, flops, activations, checkpointed)
 
 
 def cost(
