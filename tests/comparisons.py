@@ -7,12 +7,14 @@ import numpy as np
 
 from ewavit.compare.arms import Arm
 from ewavit.compare.results import ArmRuns, Comparison, Point, Run
+from ewavit.tasks.judge import TOP1, Judge
 
 GAINS = {
     "dense": 0.0, "dense-lr": 0.45, "ema": 0.35, "swa": 0.2, "switch-ema": 0.15, "lawa": 0.25,
     "rup": -0.9, "full": 0.1, "ewa": 0.8, "ewa+ema": 1.1,
 }  # fmt: skip
 CONTROLS = {"dense", "dense-lr", "ema", "swa", "switch-ema", "lawa", "twa"}
+ERROR = Judge("chamfer", "Chamfer distance", "mm", "mm", higher_is_better=False)
 SHARE_RATES = {"rup": 0.0, "full": 0.75}
 IMAGES = 2000  # in the evaluation set; a training set has as many
 
@@ -24,6 +26,7 @@ def make_comparison(
     layers: int = 3,
     failed: Mapping[tuple[str, int], str] | None = None,
     gains: Mapping[str, float] | None = None,
+    judge: Judge = TOP1,
     **facts,
 ) -> Comparison:
     """A comparison of `arms`, each better than dense by its entry of `gains` in points, plus noise.
@@ -57,9 +60,10 @@ def make_comparison(
         "recipe": {"model_kwargs": "patch_size=4,embed_dim=64,depth=6", "lr": 1e-3, "epochs": epochs},
         "seeds": numbers,
         "arms": tuple(made),
+        "judge": judge,
         "tuning": tuple(
-            {"arm": "dense-lr", "lr": lr, "seed": 0, "top1": top1}
-            for lr, top1 in ((5e-4, 80.9), (1e-3, 82.1), (2e-3, 82.6), (4e-3, 81.7))
+            {"arm": "dense-lr", "lr": lr, "seed": 0, judge.column: found}
+            for lr, found in ((5e-4, 80.9), (1e-3, 82.1), (2e-3, 82.6), (4e-3, 81.7))
             if "dense-lr" in arms
         ),
     }
@@ -84,7 +88,7 @@ def _run(name, seed, final, epochs, layers, labels, draw) -> Run:
                 seconds=(epoch + 1) * (pace + 1.5 * experts),
                 train_loss=2.3 * math.exp(-3 * done),
                 eval_loss=2.3 - 1.7 * (1 - math.exp(-4 * done)),
-                top1=min(100.0, final - 22 * (math.exp(-4 * done) - math.exp(-4)) + noise),
+                metric=min(100.0, final - 22 * (math.exp(-4 * done) - math.exp(-4)) + noise),
                 lr=1e-3 * warm_up * (0.5 + 0.5 * math.cos(math.pi * done)) * (2 if name == "dense-lr" else 1),
                 share_rate=ramp if experts else 0.0,
                 spread={

@@ -4,25 +4,32 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
+from comparisons import ERROR
 from ewavit import EwavitError
 from ewavit.cli import main
 from ewavit.compare import compare as room
 from ewavit.compare.arms import BUILT_IN, make_arms
 from ewavit.compare.compare import compare
-from ewavit.compare.engines import Processes
-from ewavit.compare.work import best_lr
+from ewavit.compare.engines import End, Kind, Processes
+from ewavit.compare.results import latest_metric, read_run
+from ewavit.compare.terminal import Screen
+from ewavit.compare.work import Work, best_lr
+from ewavit.tasks.judge import INSTANCE_IOU, TOP1
 from ewavit.training.loop import train
 from ewavit.training.processes import Interrupted
 from ewavit.training.recipe import Recipe
+from ewavit.training.report import write_summary
 from ewavit.training.run_folder import RunFolder
 from runs import TINY, stop_after
 
@@ -139,7 +146,7 @@ def test_stopped_comparison_goes_on_and_a_half_done_run_ends_with_the_same_bits(
     config = written(tmp_path, **SMALL, arms=arms)
     command = ["compare", "--config", config, "--seeds", "2", "--output", str(tmp_path), "--name", "stopped"]
     with monkeypatch.context() as patch:
-        patch.setattr(room._Progress, "show", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(Screen, "show", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         assert main([*command, "--jobs", "2"]) == 128 + signal.SIGTERM
     line = capsys.readouterr().err
     assert line.count("\n") == 1
@@ -175,9 +182,15 @@ def test_tuned_arm_trains_with_the_learning_rate_that_was_best_on_held_out_image
 
 
 def test_best_learning_rate_has_the_highest_mean_and_is_the_smallest_of_equals():
-    assert best_lr({1e-3: [80, 82], 5e-4: [81, 81], 2e-3: [90, -torch.inf]}) == 5e-4
-    assert best_lr({1e-3: [80, 83], 5e-4: [81, 81]}) == 1e-3
-    assert best_lr({1e-3: [-torch.inf]}) is None
+    assert best_lr({1e-3: [80, 82], 5e-4: [81, 81], 2e-3: [90, None]}, TOP1) == 5e-4
+    assert best_lr({1e-3: [80, 83], 5e-4: [81, 81]}, TOP1) == 1e-3
+    assert best_lr({1e-3: [None]}, TOP1) is None
+
+
+def test_best_learning_rate_of_an_error_has_the_lowest_mean():
+    assert best_lr({1e-3: [80, 82], 5e-4: [81, 81], 2e-3: [9, None]}, ERROR) == 5e-4
+    assert best_lr({1e-3: [80, 81], 5e-4: [81, 81]}, ERROR) == 1e-3
+    assert best_lr({1e-3: [None], 5e-4: [None, 3]}, ERROR) is None
 
 
 def test_killed_process_is_told_by_its_signal():
@@ -188,7 +201,7 @@ def test_killed_process_is_told_by_its_signal():
     engine.kill()
     (end,) = engine.ended(600)
     assert end.error == "killed by SIGKILL (out of memory?)"
-    assert not end.refused
+    assert end.kind is Kind.FAILED
     assert engine.ended(600) == []
 
 
@@ -240,7 +253,7 @@ def refused(capsys, tmp_path, *arguments):
         (["--seeds", "0"], ["--seeds 0 gives no interval", "2 or more"]),
         (["--seeds", ""], ["--seeds", "''"]),
         (["--arms", "dense,ewaa"], ["'ewaa'", "did you mean ewa", "switch-ema", "-lr"]),
-        (["--arms", "ewa,rup"], ["dense is missing"]),
+        (["--arms", "ewa,rup"], ["dense is missing", "add it"]),
         (["--arms", "dense"], ["nothing to compare"]),
         (["--arms", "dense,dense-lr"], ["'dense-lr'", "--lrs"]),
         (["--arms", "dense,dense-lr", "--lrs", "1e-3,fast"], ["--lrs", "fast"]),
@@ -290,7 +303,7 @@ def test_refused_settings_can_be_mended_under_the_same_name(capsys, tmp_path):
 def test_folder_of_something_else_is_refused(capsys, tmp_path):
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "thesis.tex").touch()
-    assert "something else" in refused(capsys, tmp_path)
+    assert "is no comparison" in refused(capsys, tmp_path)
     assert os.listdir(tmp_path / "x") == ["thesis.tex"]
 
 
@@ -349,6 +362,52 @@ def test_help_names_every_built_in_arm(capsys):
 def test_a_comparison_calls_its_data_what_they_are(tmp_path, data, kind):
     recipe = Recipe(data=data, limit=100, holdout=0.2, output=str(tmp_path), name="x")
     arms = make_arms(["dense", "ewa"], recipe)
-    found = room._Work(recipe, arms, (0, 1), (), 1, False, "ewavit compare").comparison()
+    found = Work(recipe, arms, (0, 1), (), 1, False, "ewavit compare").comparison()
     assert found.kind == kind
+    assert found.judge == TOP1
     assert found.data == f"the first 100 training {kind} of {data}, by held-out training {kind},"
+
+
+def test_part_segmentation_is_judged_by_its_instance_iou(tmp_path):
+    recipe = Recipe(data="shapenetpart:PATH", num_points=64, output=str(tmp_path), name="x")
+    found = Work(recipe, make_arms(["dense", "ewa"], recipe), (0, 1), (), 1, False, "ewavit compare")
+    assert (found.comparison().judge, found.comparison().kind) == (INSTANCE_IOU, "clouds")
+
+
+def test_a_run_is_judged_by_its_averaged_weights_where_it_has_them(tmp_path):
+    run = RunFolder(tmp_path)
+    facts = {"epoch": 0, "images": 9, "seconds": 1, "train_loss": 2, "lr": 1e-3, "share_rate": 0}
+    facts |= {"peak_memory_mib": 1, "eval_loss": 3, "eval_top1": 50, "eval_chamfer": 7}
+    run.predictions.write_text("label,prediction\n")
+    write_summary([facts], run.summary)
+    assert read_run(run, 0, TOP1).metric == latest_metric(run, TOP1) == 50
+    assert read_run(run, 0, ERROR).metric == latest_metric(run, ERROR) == 7
+    write_summary([facts | {"average_loss": 4, "average_top1": 60}], run.summary)
+    read = read_run(run, 0, TOP1)
+    assert (read.metric, latest_metric(run, TOP1), read.curve[0].eval_loss) == (60, 60, 4)
+    with pytest.raises(EwavitError, match="no average_chamfer"):  # never the raw weights in place of them
+        read_run(run, 0, ERROR)
+
+
+def ended(recipe):
+    """How a run ends in a process of its own."""
+    engine = Processes(jobs=1, threads=1)
+    assert engine.start(recipe)
+    (end,) = engine.ended(600)
+    return end
+
+
+def test_the_end_of_a_run_has_a_kind_whatever_its_folder_holds(tmp_path):
+    recipe = Recipe(**SMALL, output=str(tmp_path), name="run")
+    end = ended(replace(recipe, data="nowhere"))
+    assert (end.kind, "nowhere" in end.error) == (Kind.REFUSED, True)
+    assert not (tmp_path / "run").exists()
+    end = ended(replace(recipe, **WILD))
+    assert (end.kind, "not finite" in end.error or "the loss is" in end.error) == (Kind.DIVERGED, True)
+    assert (tmp_path / "run").exists()
+    assert ended(replace(recipe, data="nowhere")).kind is Kind.REFUSED  # the folder has no checkpoint
+    (tmp_path / "run" / "checkpoint").mkdir(parents=True)
+    end = ended(recipe)
+    assert (end.kind, "no whole checkpoint" in end.error) == (Kind.FAILED, True)
+    shutil.rmtree(tmp_path / "run")
+    assert ended(replace(recipe, epochs=1)) == End(replace(recipe, epochs=1), Kind.DONE)

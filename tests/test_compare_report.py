@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from comparisons import make_comparison
+from comparisons import ERROR, make_comparison
 from ewavit.compare.arms import Arm
 from ewavit.compare.report import write_results
 from ewavit.compare.results import ArmRuns, Comparison, Run
@@ -104,7 +105,7 @@ def test_csv_has_one_row_per_arm_and_seed(written):
         "peak_memory_mib", "time_to_dense", "error",
     ]  # fmt: skip
     last = COMPARISON.arms[-1].runs[-1]
-    assert float(rows[-1]["top1"]) == last.top1
+    assert float(rows[-1]["top1"]) == last.metric
     assert (rows[-1]["role"], rows[-1]["images"]) == ("method", str(last.curve[-1].images))
     failed = next(row for row in rows if row["error"])
     assert (failed["arm"], failed["seed"], failed["top1"]) == ("ema", "1", "")
@@ -122,10 +123,14 @@ def test_json_holds_curves_and_statistics_and_nan_is_null(tmp_path):
     assert held["command"] == comparison.command
     assert held["recipe"] == comparison.recipe
     assert held["statistics"] == summarise(comparison).as_dict()
+    assert held["judge"] == {
+        "column": "top1", "name": "top-1", "unit": "%", "difference_unit": "points", "higher_is_better": True,
+    }  # fmt: skip
     run = held["arms"][0]["runs"][0]
     assert run["curve"][-1]["eval_loss"] is run["eval_loss"] is run["peak_memory_mib"] is None
     ewa = comparison.arms[-1].runs[2]
     assert held["arms"][-1]["runs"][2]["curve"][3]["spread"] == ewa.curve[3].spread
+    assert held["arms"][-1]["runs"][2]["curve"][3]["top1"] == ewa.curve[3].metric
     assert "predictions" not in text
     assert "labels" not in text
 
@@ -291,7 +296,7 @@ def comparisons() -> Iterator[tuple[str, Comparison]]:
     yield "no run at all", make_comparison(("dense", "ewa"), 1, failed={("dense", 0): "a", ("ewa", 0): "b"})
     yield "no control", make_comparison(("ewa", "rup"), 2, 4, tuning=())
     yield "dense alone", make_comparison(("dense",), 2, 4)
-    points = tuple(replace(p, top1=math.nan, lr=math.nan) for p in make_comparison().arms[0].runs[0].curve)
+    points = tuple(replace(p, metric=math.nan, lr=math.nan) for p in make_comparison().arms[0].runs[0].curve)
     runs = tuple(Run(seed, points) for seed in range(2))
     healthy = make_comparison(("dense", "ewa"), 2, 4)
     yield "nan", replace(healthy, arms=(*healthy.arms, ArmRuns(Arm("nan"), math.nan, runs)))
@@ -317,6 +322,28 @@ def test_page_of_point_clouds_does_not_speak_of_images(opened, tmp_path):
     assert "training clouds" in said
     assert "test clouds" in said
     assert "images" not in said
+
+
+def test_page_and_files_of_an_error_speak_of_it_and_call_less_better(opened, tmp_path):
+    comparison = make_comparison(ARMS, 2, 6, gains={"ewa": -5}, judge=ERROR, data="solids", kind="clouds")
+    write_results(comparison, tmp_path)
+    assert "chamfer" in read_csv(tmp_path)[0]
+    held = json.loads((tmp_path / "results.json").read_text())
+    assert held["arms"][0]["runs"][0]["chamfer"] == comparison.arms[0].runs[0].metric
+    assert held["judge"]["higher_is_better"] is False
+    page = opened(tmp_path)
+    said = page.locator("header").inner_html() + page.locator("main").inner_html()
+    assert not re.search("top-?1|accura|points|percent", re.sub("<svg.*?</svg>", "", said), re.IGNORECASE)
+    assert "Chamfer distance during training" in said
+    assert "Chamfer distance minus dense’s, mm" in said
+    assert "better ←" in said
+    assert page.locator("#tuning .chosen").inner_text() == "82.60"
+    assert "the lowest mean Chamfer distance" in page.locator("#reading").inner_text().replace("\n", " ")
+    assert "ewa helps" in page.locator("#verdict").inner_text()
+    page.locator("#curves svg").focus()
+    page.keyboard.press("ArrowRight")
+    told = page.locator("#tip div span:last-child").all_inner_texts()
+    assert told == sorted(told)  # the best first
 
 
 def test_hostile_names_and_errors_stay_text(opened, tmp_path):

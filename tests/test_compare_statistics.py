@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from comparisons import ERROR
 from ewavit.compare.arms import Arm
 from ewavit.compare.results import ArmRuns, Comparison, Point, Run
 from ewavit.compare.statistics import (
@@ -19,9 +21,10 @@ from ewavit.compare.statistics import (
     seeds_needed,
     summarise,
     t_interval,
-    time_to_accuracy,
+    time_to_reference,
 )
 from ewavit.errors import EwavitError
+from ewavit.tasks.judge import TOP1
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -36,31 +39,32 @@ def no_garbage_collection():
         yield
 
 
-def run(seed, *top1, labels=None, predictions=None):
+def run(seed, *metric, labels=None, predictions=None):
     """A run of 100 images and 10 seconds per evaluated epoch."""
     curve = tuple(
         Point(i, 100 * (i + 1), 10.0 * (i + 1), 1.0, 1.0, value, 1e-3, 0.0, {}, None)
-        for i, value in enumerate(top1)
+        for i, value in enumerate(metric)
     )
     return Run(seed, curve, 50.0 + seed, labels, predictions)
 
 
-def arm(name, top1, role="method"):
+def arm(name, metric, role="method"):
     """An arm of one-epoch runs; None is a failed run."""
     runs = (
         Run(seed, error="out of memory") if value is None else run(seed, value)
-        for seed, value in enumerate(top1)
+        for seed, value in enumerate(metric)
     )
     return ArmRuns(Arm(name, role=role), 1e-3, tuple(runs))
 
 
-def comparison(*arms, **kwargs):
+def comparison(*arms, judge=TOP1, **kwargs):
     seeds = tuple(range(max((len(a.runs) for a in arms), default=0)))
-    return Comparison("test", "ewavit compare", "today", "cpu", {}, "digits", {}, seeds, arms, **kwargs)
+    facts = ("test", "ewavit compare", "today", "cpu", {}, "digits", {})
+    return Comparison(*facts, seeds, arms, judge, **kwargs)
 
 
-def dense(top1):
-    return arm("dense", top1, "control")
+def dense(metric):
+    return arm("dense", metric, "control")
 
 
 DENSE = [80.0, 81.0, 79.5, 80.5, 82.0]
@@ -88,7 +92,7 @@ def test_an_arms_mean_deviation_and_interval_follow_the_textbook():
 
 def test_costs_are_means_over_finished_runs_and_errors_are_kept():
     runs = (run(3, 70.0, 80.0), Run(4, error="out of memory"), run(5, 80.0))
-    found = arm_statistics(*[ArmRuns(Arm("dense"), 2e-3, runs)] * 2)
+    found = arm_statistics(*[ArmRuns(Arm("dense"), 2e-3, runs)] * 2, TOP1)
     assert (found.lr, found.seeds, found.errors) == (2e-3, (3, 5), {4: "out of memory"})
     assert (found.seconds, found.images, found.peak_memory_mib) == (15.0, 150.0, 54.0)
 
@@ -199,15 +203,15 @@ def test_mcnemar_needs_predictions_of_the_same_images():
     assert paired_difference(ours, arm("dense", [80.0])).mcnemar is None
 
 
-# --- time to accuracy
+# --- time to the reference
 
 
-def test_time_to_accuracy_is_the_first_epoch_as_good_as_the_reference_at_its_end():
+def test_time_to_the_reference_ends_at_the_first_epoch_as_good_as_the_reference_at_its_end():
     reference = run(0, 60.0, 90.0, 70.0, 80.0)  # 400 images, final 80 although it had 90
-    assert time_to_accuracy(run(0, 50.0, 79.9, 80.0, 70.0), reference) == 0.75
-    assert time_to_accuracy(run(0, *[50.0] * 5, 81.0), reference) == 1.5
-    assert time_to_accuracy(run(0, 50.0, 79.9), reference) is None
-    assert time_to_accuracy(reference, reference) == 0.5
+    assert time_to_reference(run(0, 50.0, 79.9, 80.0, 70.0), reference, TOP1) == 0.75
+    assert time_to_reference(run(0, *[50.0] * 5, 81.0), reference, TOP1) == 1.5
+    assert time_to_reference(run(0, 50.0, 79.9), reference, TOP1) is None
+    assert time_to_reference(reference, reference, TOP1) == 0.5
 
 
 def test_mean_time_counts_the_seeds_that_reached_the_reference():
@@ -215,7 +219,7 @@ def test_mean_time_counts_the_seeds_that_reached_the_reference():
     ours = ArmRuns(
         Arm("ewa"), 1e-3, (run(0, 80.0), run(1, 60.0, 80.0), run(2, 79.0), Run(3, error="x"), run(4, 99.0))
     )
-    found = arm_statistics(ours, reference)
+    found = arm_statistics(ours, reference, TOP1)
     assert (found.time_to_reference, found.reached, found.paired) == (0.375, 2, 3)
 
 
@@ -460,6 +464,61 @@ def test_controls_alone_are_not_called_methods():
         "On digits with 5 seeds, against dense and the best control, ema: no method was judged."
     )
     assert verdict(summary, "ema").sentence.startswith("ema helps: +1.40 points against dense (")
+
+
+# --- a metric of which less is better
+
+
+def error(points, name="ewa", role="method"):
+    return arm(name, shifted(*points), role)
+
+
+def test_an_arm_helps_when_its_error_is_lower_and_hurts_when_it_is_higher():
+    ema = error([-0.5 - n for n in NOISE], "ema", "control")
+    better, worse = error([n - 1.5 for n in NOISE]), error([n + 1.5 for n in NOISE], "full")
+    summary = summarise(comparison(dense(DENSE), ema, better, worse, judge=ERROR))
+    assert summary.best_control == "ema"  # the control with the lowest error
+    assert [verdict(summary, name).outcome for name in ("ema", "ewa", "full")] == ["helps", "helps", "hurts"]
+    assert verdict(summary, "ewa").sentence.startswith(
+        "ewa helps: -1.00 mm against ema, the best control (95 % interval -1.20 to -0.80, 5 seeds), "
+        "and -1.50 mm against dense ("
+    )
+    assert "ewa helps; full hurts." in summary.sentence or "full hurts; ewa helps." in summary.sentence
+
+
+def test_negating_a_metric_and_its_direction_keeps_every_outcome_and_mirrors_the_differences():
+    controls = [dense(DENSE), error([0.5 - n for n in NOISE], "ema", "control")]
+    methods = [error((1.5, 1.4, 1.6, 1.5, 1.4)), error((0.9, -0.5, 0.7, -0.3, 0.75), "rup")]
+    arms = [*controls, *methods]
+    higher = summarise(comparison(*arms))
+    negated = [replace(a, runs=tuple(negative(r) for r in a.runs)) for a in arms]
+    lower = summarise(comparison(*negated, judge=ERROR))
+    assert higher.best_control == lower.best_control
+    for one, other in zip(higher.verdicts, lower.verdicts, strict=True):
+        assert (one.outcomes, one.seeds_needed) == (other.outcomes, other.seeds_needed)
+    for one, other in zip(higher.against_reference, lower.against_reference, strict=True):
+        assert one.mean == -other.mean
+        assert one.p_value == pytest.approx(other.p_value)
+    times = [[a.time_to_reference for a in summary.arms] for summary in (higher, lower)]
+    assert times[0] == pytest.approx(times[1], nan_ok=True)
+
+
+def negative(one):
+    return replace(one, curve=tuple(replace(point, metric=-point.metric) for point in one.curve))
+
+
+def test_time_to_the_reference_of_an_error_ends_where_it_is_as_low():
+    reference = run(0, 40.0, 10.0, 30.0, 20.0)
+    assert time_to_reference(run(0, 50.0, 20.1, 20.0, 30.0), reference, ERROR) == 0.75
+    assert time_to_reference(run(0, 50.0, 20.1), reference, ERROR) is None
+
+
+def test_sentences_take_their_words_from_the_judge():
+    same = summarise(comparison(dense(DENSE), arm("ewa", DENSE), judge=ERROR)).sentence
+    assert "the Chamfer distance is the same at every seed" in same
+    bare = replace(ERROR, difference_unit="")
+    told = verdict(summarise(comparison(dense(DENSE), error(NOISE), judge=bare)), "ewa").sentence
+    assert "+0.00 against dense" in told
 
 
 # --- calibration, by simulation

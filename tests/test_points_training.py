@@ -14,6 +14,8 @@ from ewavit import EwavitError
 from ewavit.cli import main
 from ewavit.compare.results import read_run
 from ewavit.points.transformer import create_point_model, load_point_checkpoint
+from ewavit.tasks.choice import task_for
+from ewavit.tasks.judge import INSTANCE_IOU
 from ewavit.training.export import evaluate, export, load_model
 from ewavit.training.loop import resume, train
 from ewavit.training.opening import open_data
@@ -138,7 +140,11 @@ def test_parts_are_segmented_and_measured_by_their_ious(tmp_path):
     assert instance == pytest.approx(by_class, abs=1e-3)  # one cloud in each of two categories
     assert evaluate(result.run)["instance_iou"] == pytest.approx(instance, abs=1e-3)
     assert "logits equal" in export(result.run, tmp_path / "parts.safetensors")
-    assert read_run(RunFolder(result.run), 0).predictions is None
+    judge = task_for(data).judge
+    read = read_run(RunFolder(result.run), 0, judge)
+    assert read.predictions is None
+    assert judge == INSTANCE_IOU
+    assert read.metric == instance
 
 
 def test_solids_get_a_small_point_transformer_unless_told_otherwise(capsys):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ewavit import __version__
-from ewavit.errors import EwavitError
+from ewavit.errors import EwavitError, first_line
 
 try:
     import yaml
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     except EwavitError as problem:
         if os.environ.get("RANK", "0") == "0":
-            print(f"ewavit: {str(problem).splitlines()[0]}", file=sys.stderr)
+            print(f"ewavit: {first_line(problem)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

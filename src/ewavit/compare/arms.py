@@ -1,4 +1,4 @@
-"""The arms of a comparison: the built-in ones, a user's own, and the recipe that each of them trains."""
+"""The arms of a comparison, built in or of a user's own, and the recipe of each arm."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from ewavit.errors import EwavitError
 from ewavit.training.recipe import Recipe, settings
 
 Overrides = Mapping[str, Any]
-TUNED = "-lr"  # an arm's name that ends so: its learning rate is chosen from the grid
+TUNED = "-lr"  # the end of an arm's name if its learning rate is chosen from the grid
 
 # timm's default decay of 0.9998 is a window of 5,000 steps, more than a short run has. With the warm-up the
-# window is step^(2/3), 5 to 10 % of a run of 1,000 to 10,000 steps, and the decay set is only its upper end.
+# window is step^(2/3), 5 to 10 % of a run of 1,000 to 10,000 steps, and 0.9998 is only its upper end.
 _EMA = {"model_ema": True, "model_ema_warmup": True}
 
-# A naive MoE, with a learned router; it is what is deployed, but for moe-collapsed: the mean of its experts.
+# A naive MoE with a learned router. The deployed model is the MoE itself; for moe-collapsed it is the mean of
+# the experts.
 _ROUTED = {"router": "topk", "unit": "token"}
 
 BUILT_IN: dict[str, Callable[[Recipe], dict[str, Any]]] = {
@@ -37,7 +38,7 @@ BUILT_IN: dict[str, Callable[[Recipe], dict[str, Any]]] = {
     "moe+early-ewa": lambda recipe: {**_ROUTED, "early": recipe.early or 0.3},
     "moe-collapsed": lambda recipe: {**_ROUTED, "share_rate": 0.0, "collapse": True},
 }
-# What a difference between two arms must not come from: other images, other seeds, other folders.
+# No difference between two arms may come from other data, other seeds or other folders.
 _SHARED = {
     "data", "data_dir", "train_split", "val_split", "img_size", "limit", "holdout", "skip_bad_images",
     "num_points", "votes",
@@ -50,8 +51,8 @@ _AVERAGES = ("model_ema", "swa", "twa")
 class Arm:
     """One way to train: a named set of overrides of the recipe.
 
-    `tuned`: the learning rate is chosen from the comparison's grid on held-out training images.
-    `role`: "control" for what a dense model gets without experts, "method" for what is being judged.
+    `tuned`: the learning rate is chosen from the comparison's grid on held-out training data.
+    `role`: "control" for training a dense model without experts, "method" for what is being judged.
     """
 
     name: str
@@ -66,38 +67,39 @@ def make_arms(
     """The arms of the given names, each checked against the recipe.
 
     Args:
-        names: built-in arms, own arms, or either with "-lr" for a tuned learning rate; "dense" among them.
+        names: of built-in and own arms, ending in "-lr" for a tuned learning rate; "dense" is one of them.
         recipe: the settings that the arms share.
-        own: overrides of the recipe by the name of an own arm; None or nothing for a built-in arm.
+        own: the overrides of own arms, by name; None or empty for a built-in arm.
 
     Raises:
         EwavitError: an unknown arm or override, an override that would undo the pairing, or a value that the
-            recipe refuses; the arm is named.
+            recipe refuses. The message names the arm.
     """
     mine = {name: overrides for name, overrides in (own or {}).items() if overrides}
     for name, overrides in mine.items():
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9+_.-]*", name):
-            raise EwavitError(f"arm {name!r} cannot name a folder: use letters, digits and + - _ .")
+            raise EwavitError(f"arm {name!r} is no name for a folder: use letters, digits and + - _ .")
         if name.removesuffix(TUNED) in BUILT_IN:
             raise EwavitError(f"arm {name!r} is built in: give your own arm another name")
         check_overrides(name, overrides)
     if averages := [name for name in _AVERAGES if getattr(recipe, name)]:
         raise EwavitError(
-            f"{averages[0]} would average the weights of every arm: leave it out of the recipe and compare "
-            "arms that do, e.g. ema, swa, twa, ewa+ema"
+            f"{averages[0]} would average the weights of every arm: leave it out of the recipe and add arms "
+            "that average, e.g. ema, swa, twa, ewa+ema"
         )
     if recipe.router != "random":
         raise EwavitError(
-            f"router {recipe.router} would route every arm: leave it out of the recipe and compare arms that "
-            "have one, e.g. moe, moe+ewa, moe+early-ewa, moe-collapsed"
+            f"router {recipe.router} would route every arm: leave it out of the recipe and add arms with a "
+            "router, e.g. moe, moe+ewa, moe+early-ewa, moe-collapsed"
         )
     arms = tuple(_arm(name, recipe, mine) for name in dict.fromkeys(names))
     if "dense" not in {arm.name for arm in arms}:
         raise EwavitError(
-            f"dense is missing in --arms {','.join(arm.name for arm in arms)}: all are compared with it"
+            f"dense is missing in --arms {','.join(arm.name for arm in arms)}: add it, all other arms are "
+            "compared with it"
         )
     if len(arms) < 2:
-        raise EwavitError("arms dense: there is nothing to compare it with, name a second one, e.g. ewa")
+        raise EwavitError("--arms dense has nothing to compare: add a second arm, e.g. dense,ewa")
     for arm in arms:
         arm_recipe(recipe, arm)
     return arms
@@ -107,7 +109,7 @@ def check_overrides(arm: str, overrides: Overrides) -> None:
     """Check the names of an arm's overrides.
 
     Raises:
-        EwavitError: a setting is unknown, or shared by all arms.
+        EwavitError: a setting is unknown, or all arms share it.
     """
     known = [setting.name for setting in settings()]
     for name in overrides:
@@ -118,15 +120,16 @@ def check_overrides(arm: str, overrides: Overrides) -> None:
             raise EwavitError(f"arm {arm!r} overrides {name}, which all arms share: set it in the recipe")
     if "lr" in overrides and arm.endswith(TUNED):
         raise EwavitError(
-            f"arm {arm!r} overrides lr, which its name says is tuned: rename it or leave out lr"
+            f"arm {arm!r} overrides lr, but {TUNED} at the end of a name means a tuned lr: rename the arm or "
+            "leave out lr"
         )
 
 
 def arm_recipe(recipe: Recipe, arm: Arm, **more: Any) -> Recipe:
-    """The recipe of an arm: the shared one under its overrides, and more settings such as the seed.
+    """The recipe of an arm: the shared one with the arm's overrides, and `more` settings such as the seed.
 
     Raises:
-        EwavitError: the recipe refuses a value; the arm is named.
+        EwavitError: the recipe refuses a value. The message names the arm.
     """
     try:
         return replace(recipe, **{**arm.overrides, **more})
@@ -150,5 +153,5 @@ def _arm(name: str, recipe: Recipe, own: Mapping[str, Overrides]) -> Arm:
         )
     experts = overrides.get("experts", recipe.experts)
     if experts < 2 and base in BUILT_IN and "experts" not in overrides:
-        raise EwavitError(f"arm {name!r} needs mixtures: set --experts {experts} to 2 or more")
+        raise EwavitError(f"arm {name!r} trains experts: set --experts {experts} to 2 or more")
     return Arm(name, overrides, "control" if experts == 1 else "method", name.endswith(TUNED))

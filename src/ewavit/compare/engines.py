@@ -1,7 +1,7 @@
-"""Runs in processes of their own, so that a crash of one hurts no other: here, or as tasks of a Ray cluster.
+"""Runs in processes of their own, here or as tasks of a Ray cluster: a crash of one run ends no other run.
 
-A run's process trains or goes on from the last checkpoint, writes what it says to a log beside its folder,
-and tells its end. It ends, with a checkpoint, when the process that started it is gone.
+A run's process trains from the start or from the last checkpoint, writes its output to a log beside the run's
+folder, and reports how it ended. It writes a checkpoint and ends when the process that started it has ended.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import traceback
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
+from enum import Enum
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -24,34 +25,49 @@ from typing import Any, Protocol
 
 import torch
 
-from ewavit.errors import EwavitError
+from ewavit.errors import Diverged, EwavitError, Refused, first_line
 from ewavit.training.recipe import Recipe
 from ewavit.training.run_folder import RunFolder
 
 
+class Kind(Enum):
+    """How a run ended."""
+
+    DONE = "done"
+    DIVERGED = "diverged"  # its loss or its weights are not finite
+    REFUSED = "refused"  # its settings cannot work: nothing was trained
+    STOPPED = "stopped"  # by a signal, after a checkpoint
+    FAILED = "failed"  # any other error
+
+
 @dataclass(frozen=True)
 class End:
-    """How a run ended: `error` is None if it is finished; `refused` means that its settings cannot work."""
+    """The end of a run; `error` is one line, empty for a run that is done."""
 
     recipe: Recipe
-    error: str | None
-    refused: bool = False
+    kind: Kind
+    error: str = ""
 
 
 class Engine(Protocol):
-    """What runs can be given to; `device` is the kind that they run on, `machine` says more in words."""
+    """What trains the runs of a comparison.
+
+    Attributes:
+        device: the type of their devices, e.g. "cuda".
+        machine: the same in more words, for the results.
+    """
 
     device: str
     machine: str
 
     def start(self, recipe: Recipe) -> bool:
-        """Take a run, or return False while there is no room."""
+        """Start a run, or return False while no place is free."""
 
     def ended(self, seconds: float) -> list[End]:
-        """The runs that ended since the last call; waits so long for one. None left: returns at once."""
+        """The runs that ended since the last call. Waits so long for one, but not if no run is left."""
 
     def stop(self) -> None:
-        """Ask all runs for a checkpoint and wait until they have ended."""
+        """Stop all runs after a checkpoint, and wait for their ends."""
 
     def kill(self) -> None:
         """End all runs at once."""
@@ -64,12 +80,8 @@ def gpus_here() -> list[str]:
     return list(names)[: torch.cuda.device_count()]
 
 
-def execute(recipe: Recipe, threads: int) -> tuple[str | None, bool]:
-    """Train a run to its end in this process, from its checkpoint if it has one. Output goes to its log.
-
-    Returns:
-        As `End`: the error, and whether the run was refused.
-    """
+def execute(recipe: Recipe, threads: int) -> End:
+    """Train a run to its end in this process, from its checkpoint if it has one. Output goes to its log."""
     from ewavit.training.processes import Interrupted
 
     run = RunFolder.of(recipe)
@@ -82,18 +94,19 @@ def execute(recipe: Recipe, threads: int) -> tuple[str | None, bool]:
             fcntl.flock(1, fcntl.LOCK_EX)  # until a process that an earlier start left has ended
         torch.set_num_threads(threads)
         _train_or_resume(recipe, run)
-        return None, False
+        return End(recipe, Kind.DONE)
     except Interrupted:
-        return "stopped by a signal", False
+        return End(recipe, Kind.STOPPED, "stopped by a signal")
     except EwavitError as problem:
-        error, refused = str(problem).splitlines()[0], not run.path.exists()
+        kinds = {Refused: Kind.REFUSED, Diverged: Kind.DIVERGED}
+        end = End(recipe, kinds.get(type(problem), Kind.FAILED), first_line(problem))
     except Exception as problem:
         with suppress(OSError):
             traceback.print_exc()
-        error, refused = f"{type(problem).__name__}: {str(problem).strip().partition(chr(10))[0]}", False
+        end = End(recipe, Kind.FAILED, f"{type(problem).__name__}: {first_line(problem)}")
     with suppress(OSError):
-        print(error, flush=True)
-    return error, refused
+        print(end.error, flush=True)
+    return end
 
 
 def _train_or_resume(recipe: Recipe, run: RunFolder) -> None:
@@ -110,10 +123,10 @@ def _train_or_resume(recipe: Recipe, run: RunFolder) -> None:
 
 
 class Processes:
-    """Runs on this machine, so many at a time; GPUs are given out in turn.
+    """Runs on this machine; GPUs are given to them in turn.
 
     Args:
-        jobs: runs at a time.
+        jobs: how many run at a time.
         threads: CPU threads of each run.
     """
 
@@ -147,9 +160,9 @@ class Processes:
             recipe, process, receiver, slot = self._running.pop(sentinel)
             process.join()
             try:
-                ends.append(End(recipe, *receiver.recv()))
+                ends.append(receiver.recv())
             except (EOFError, OSError):
-                ends.append(End(recipe, _exit_in_words(process.exitcode)))
+                ends.append(End(recipe, Kind.FAILED, _exit_in_words(process.exitcode)))
             receiver.close()
             self._free.append(slot)
         return ends
@@ -198,15 +211,15 @@ def _exit_in_words(code: int | None) -> str:
 
 
 class RayTasks:
-    """Runs as tasks of a Ray cluster that shares the output folder; the cluster says how many at a time.
+    """Runs as tasks of a Ray cluster, which decides how many run at a time. It must share the output folder.
 
     Args:
         address: of the cluster; "" starts one on this machine with `jobs` x `threads` CPUs.
-        jobs: runs at a time of a cluster on this machine.
+        jobs: how many run at a time on a cluster on this machine.
         threads: CPU threads of each run.
 
     Raises:
-        EwavitError: Ray is not installed, or the cluster is not to be reached.
+        EwavitError: Ray is not installed, or the cluster cannot be reached.
     """
 
     def __init__(self, address: str, jobs: int, threads: int) -> None:
@@ -245,9 +258,9 @@ class RayTasks:
         for task in ready:
             recipe = self._tasks.pop(task)
             try:
-                ends.append(End(recipe, *self._ray.get(task)))
+                ends.append(self._ray.get(task))
             except self._ray.exceptions.RayError as problem:
-                ends.append(End(recipe, f"{type(problem).__name__}: {str(problem).strip().splitlines()[0]}"))
+                ends.append(End(recipe, Kind.FAILED, f"{type(problem).__name__}: {first_line(problem)}"))
         return ends
 
     def stop(self) -> None:
@@ -263,7 +276,7 @@ class RayTasks:
             self._ray.cancel(task, force=True)
 
 
-def _in_task(recipe: Recipe, threads: int, folder: str) -> tuple[str | None, bool]:
-    with suppress(OSError):  # relative paths are those of the machine that asks
+def _in_task(recipe: Recipe, threads: int, folder: str) -> End:
+    with suppress(OSError):  # relative paths are relative to the folder of the machine that started the task
         os.chdir(folder)
     return execute(recipe, threads)

@@ -30,6 +30,12 @@ const compact = new Intl.NumberFormat("en", { notation: "compact", maximumFracti
 const short = (value) => (known(value) ? compact.format(value) : "–");
 const share = (value) => (known(value) ? `${Math.round(100 * value)} %` : "–");
 const chance = (p) => (!known(p) ? "–" : p < 0.001 ? "<0.001" : p.toFixed(p < 0.1 ? 3 : 2));
+// The metric that arms are compared by, in words; a value and a title with its unit.
+const { judge } = data;
+const metric = judge.name;
+const Metric = metric[0].toUpperCase() + metric.slice(1);
+const comma = (unit) => (unit ? `, ${unit}` : "");
+const valued = (value) => `${fixed(value)} ${judge.unit}`.trim();
 const INTERVAL = "95\u00a0% interval";
 const range = ([low, high]) => (known(low) ? `${signed(low)} to ${signed(high)}` : "–");
 function small(value) {
@@ -208,7 +214,8 @@ function choice(holder, options, pressed, changed) {
 // ---- charts of three kinds: lines over images, points, and rows with an interval
 
 /** series: {name, color, dash, x, y, low, high, kind}; all of them read at the columns of the longest. */
-function lines(box, { series, label, height, text, xTitle = `training ${data.kind}`, direct = false, zero = false }) {
+function lines(box, { series, label, height, text, xTitle = `training ${data.kind}`, direct = false, zero = false,
+  lowFirst = false }) {
   const columns = [...new Set(series.flatMap(({ x }) => x))].sort((a, b) => a - b);
   const longest = Math.max(...series.map(({ name }) => Math.min(name.length, 20)));
   const right = direct && box.clientWidth > 640 ? longest * 7 + 30 : 14;
@@ -240,7 +247,8 @@ function lines(box, { series, label, height, text, xTitle = `training ${data.kin
   if (right > 14) labelEnds(chart, series);
   const read = (column) => series.map(({ x: places, y: values, color = "var(--muted)", name }) =>
     ({ color, name, value: values[places.indexOf(column)] }));
-  const told = (column) => read(column).filter(({ value }) => known(value)).sort((a, b) => b.value - a.value)
+  const told = (column) => read(column).filter(({ value }) => known(value))
+    .sort((a, b) => (lowFirst ? a.value - b.value : b.value - a.value))
     .map(({ color, name, value }) => [color, name, text(value)]);
   readable(chart, columns.map((column) =>
     ({ x: X(column), title: `${whole(column)} ${data.kind}`, get rows() { return told(column); } })), true);
@@ -398,9 +406,10 @@ function differences() {
     const sorted = reach.filter((value) => value > 0).sort((a, b) => a - b);
     const far = sorted.length ? Math.min(sorted.at(-1), 4 * sorted[Math.floor(sorted.length / 2)]) * 1.05 : 1;
     const spoken = items.map(({ arm, text }) => `${arm.name} ${text}`).join("; ");
-    rows(box, { items, x: [-far, far], zero: 0, sides: ["worse ←", "→ better"],
-      xTitle: `top-1 minus ${cut(other, 30)}’s, points`,
-      label: `Forest plot of the paired differences in top-1 against ${other}: ${spoken}` });
+    const sides = judge.higher_is_better ? ["worse ←", "→ better"] : ["better ←", "→ worse"];
+    rows(box, { items, x: [-far, far], zero: 0, sides,
+      xTitle: `${metric} minus ${cut(other, 30)}’s${comma(judge.difference_unit)}`,
+      label: `Forest plot of the paired differences in ${metric} against ${other}: ${spoken}` });
     return () => [["arm", "difference", INTERVAL, ...seedColumns()], ...items.map(({ arm, mean, low, high, seeds }) =>
       [arm.name, signed(mean), range([low, high]), ...perSeed(seeds, signed)])];
   }, () => `Large mark: mean over the seeds; line: its ${INTERVAL}; small marks: one seed each. ` +
@@ -439,10 +448,11 @@ function curves() {
       return { name, color, dash, x, y, low: band[0], high: band[1] };
     });
     if (!series.length) return nothing(box, "No arm is shown.");
-    const ends = shown().map((arm) => `${arm.name} ends at ${fixed(arm.mean)} %`).join(", ");
-    return lines(box, { series, height: 380, text: fixed, direct: true, label: `Top-1 against training ${data.kind}: ${ends}` });
-  }, () => `Top-1 on ${data.recipe.holdout ? "held-out training" : "test"} ${data.kind}, percent. Line: mean over the seeds; ` +
-    "band: from the worst seed to the best.");
+    const ends = shown().map((arm) => `${arm.name} ends at ${valued(arm.mean)}`).join(", ");
+    return lines(box, { series, height: 380, text: fixed, direct: true, lowFirst: !judge.higher_is_better,
+      label: `${Metric} against training ${data.kind}: ${ends}` });
+  }, () => `${Metric} on ${data.recipe.holdout ? "held-out training" : "test"} ${data.kind}${comma(judge.unit)}. ` +
+    "Line: mean over the seeds; band: from the worst seed to the best.");
 }
 
 function cost() {
@@ -458,16 +468,16 @@ function cost() {
   choice(at("unit"), Object.keys(units).map((key) => [key, words[key] ?? key]), unit, (value) => (unit = value));
   figure(at("cost"), (box) => {
     const [xTitle, of, format] = units[unit];
-    const point = (x, y, title) => ({ x, y, title, rows: [["", "top-1", `${fixed(y)} %`], ["", xTitle, format(x)]] });
+    const point = (x, y, title) => ({ x, y, title, rows: [["", metric, valued(y)], ["", xTitle, format(x)]] });
     const groups = shown().map((arm) => ({ arm, mean: point(of(arm), arm.mean, `${arm.name}, mean`),
-      points: arm.runs.map((run) => point(of(run), run.top1, `${arm.name}, seed ${run.seed}`)) }));
+      points: arm.runs.map((run) => point(of(run), run[judge.column], `${arm.name}, seed ${run.seed}`)) }));
     if (!groups.length) return nothing(box, "No arm is shown.");
     if (!groups.some(({ mean }) => known(mean.x))) return nothing(box, "It was not measured.");
-    const spoken = groups.map(({ arm, mean }) => `${arm.name} ${fixed(mean.y)} % at ${format(mean.x)}`).join(", ");
-    scatter(box, { groups, height: 400, xTitle, xText: format, label: `Top-1 against ${xTitle}: ${spoken}` });
-    return () => [["run", "top-1", xTitle], ...groups.flatMap(({ mean, points }) => [mean, ...points])
+    const spoken = groups.map(({ arm, mean }) => `${arm.name} ${valued(mean.y)} at ${format(mean.x)}`).join(", ");
+    scatter(box, { groups, height: 400, xTitle, xText: format, label: `${Metric} against ${xTitle}: ${spoken}` });
+    return () => [["run", metric, xTitle], ...groups.flatMap(({ mean, points }) => [mean, ...points])
       .map(({ title, y, x }) => [title, fixed(y), format(x)])];
-  }, () => "Final top-1, percent. Large: mean of the arm; small: one run.");
+  }, () => `Final ${metric}${comma(judge.unit)}. Large: mean of the arm; small: one run.`);
 }
 
 function time() {
@@ -483,7 +493,7 @@ function time() {
     const spoken = items.map(({ arm, text }) => `${arm.name} ${text}`).join("; ");
     rows(box, { items, x: [0, far * 1.03], zero: 1, xText: share,
       xTitle: `share of ${cut(names.reference, 20)}’s training ${data.kind}`,
-      label: `Time to the final accuracy of ${names.reference}: ${spoken}` });
+      label: `Time to the final ${metric} of ${names.reference}: ${spoken}` });
     return () => [["arm", "mean", "reached", ...seedColumns()], ...items.map(({ arm, mean, seeds }) =>
       [arm.name, share(mean), `${arm.reached} of ${arm.paired}`, ...perSeed(seeds, share)])];
   }, () => `When an arm first was as good as ${names.reference} is at the end of its training. ` +
@@ -542,25 +552,25 @@ function columnGroups() {
   const number = (title, key, format) => column(title, (arm) => arm[key], format);
   const against = (key) => {
     const p = (title, name) => column(title, (arm) => arm.against[key]?.[name], chance);
-    const images = (arm) => arm.against[key]?.mcnemar;
+    const right = (arm) => arm.against[key]?.mcnemar;
     return [
       column("difference", (arm) => arm.against[key]?.mean, signed),
       { title: INTERVAL, value: (arm) => arm.against[key]?.interval[0],
         text: (arm) => range(arm.against[key]?.interval ?? []) },
       p("p, paired t", "p_value"), p("p, permutation", "permutation_p"), p("p, Holm", "holm_p"),
-      column("p, McNemar", (arm) => images(arm)?.p_value, chance, { more: (arm) =>
-        (images(arm) ? ` (${whole(images(arm).only_arm)} : ${whole(images(arm).only_reference)})` : "") }),
+      column("p, McNemar", (arm) => right(arm)?.p_value, chance, { more: (arm) =>
+        (right(arm) ? ` (${whole(right(arm).only_arm)} : ${whole(right(arm).only_reference)})` : "") }),
     ];
   };
   const groups = [
     ["", [number("arm", "name", String)]],
     ["Setting", [{ ...number("role", "role", String), kind: "text" }, number("learning rate", "lr", small),
       column("runs", (arm) => arm.runs.length, (runs) => `${runs} of ${data.seeds.length}`)]],
-    ["Top-1, percent", [number("mean", "mean", fixed), number("sd", "sd", fixed)]],
-    [`Against ${names.reference}, points`, against("reference")],
+    [`${Metric}${comma(judge.unit)}`, [number("mean", "mean", fixed), number("sd", "sd", fixed)]],
+    [`Against ${names.reference}${comma(judge.difference_unit)}`, against("reference")],
   ];
   if (names.control && names.control !== names.reference)
-    groups.push([`Against ${names.control}, the best control, points`, against("control")]);
+    groups.push([`Against ${names.control}, the best control${comma(judge.difference_unit)}`, against("control")]);
   groups.push(["Cost of a training", [number("time", "seconds", duration), number(data.kind, "images", whole),
     number("peak memory, MiB", "peak_memory_mib", whole),
     column(`time to ${names.reference}`, (arm) => arm.time_to_reference, share,
@@ -607,7 +617,7 @@ function tuning() {
   const rates = [...new Set(data.tuning.map(({ lr }) => lr))].sort((a, b) => a - b);
   const tuned = data.arms.filter(({ name }) => data.tuning.some(({ arm }) => arm === name));
   const found = (name, rate) => data.tuning.filter(({ arm, lr }) => arm === name && lr === rate)
-    .map(({ top1 }) => fixed(top1)).join(", ") || "–";
+    .map((run) => fixed(run[judge.column])).join(", ") || "–";
   const made = plainTable([["arm", ...rates.map(small)],
     ...tuned.map(({ name }) => [name, ...rates.map((rate) => found(name, rate))])]);
   tuned.forEach(({ lr }, row) => rates.forEach((rate, i) =>

@@ -1,7 +1,7 @@
 """What a comparison leaves behind: `results.csv`, `results.json` and `report.html`, the page for looking.
 
 The page draws its charts as SVG with plain JavaScript from embedded JSON, because an inlined plotting library
-weighs megabytes and a picture drawn in Python can neither hide an arm nor follow the theme.
+takes megabytes and a picture drawn in Python can neither hide an arm nor follow the theme.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import html
 import io
 import json
 import math
-import os
 import re
 from collections.abc import Callable
+from contextlib import ExitStack
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,15 @@ from typing import Any
 import numpy as np
 
 from ewavit.compare.results import ArmRuns, Comparison, Point, Run
-from ewavit.compare.statistics import Summary, finished, summarise, time_to_accuracy
+from ewavit.compare.statistics import Summary, finished, summarise, time_to_reference
+from ewavit.files import replacing
+from ewavit.tasks.judge import Judge
 
 FACTS = (
     "name", "command", "date", "device", "versions", "data", "kind", "recipe", "seeds", "tuning", "limited",
 )  # fmt: skip
 COLUMNS = (
-    "arm", "role", "seed", "lr", "top1", "mean_class", "eval_loss", "seconds", "images", "peak_memory_mib",
+    "arm", "role", "seed", "lr", "{judge}", "mean_class", "eval_loss", "seconds", "images", "peak_memory_mib",
     "time_to_dense", "error",
 )  # fmt: skip
 
@@ -40,7 +42,7 @@ def write_results(comparison: Comparison, folder: Path) -> None:
         folder: where to write; made if missing.
 
     Raises:
-        EwavitError: from `summarise`: no arm, or arms that were evaluated on different images.
+        EwavitError: from `summarise`: no arm, or arms that were evaluated on different data.
         OSError: a file cannot be written.
     """
     summary = summarise(comparison)
@@ -50,21 +52,17 @@ def write_results(comparison: Comparison, folder: Path) -> None:
         "report.html": _page(comparison, summary),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    partial = {name: folder / f"{name}.partial" for name in texts}
-    try:
+    with ExitStack() as stack:
         for name, text in texts.items():
-            partial[name].write_text(text, encoding="utf-8", newline="")
-        for name, path in partial.items():
-            os.replace(path, folder / name)
-    finally:
-        for path in partial.values():
-            path.unlink(missing_ok=True)
+            partial = stack.enter_context(replacing(folder / name))
+            partial.write_text(text, encoding="utf-8", newline="")
 
 
 def _csv(comparison: Comparison, summary: Summary) -> str:
-    """One row per arm and seed; what a failed run does not have stays empty."""
+    """One row per arm and seed; the numbers of a failed run are empty."""
     table = io.StringIO()
-    writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
+    columns = [column.format(judge=comparison.judge.column) for column in COLUMNS]
+    writer = csv.DictWriter(table, columns, lineterminator="\n")
     writer.writeheader()
     for runs in comparison.arms:
         of_arm = {"arm": runs.arm.name, "role": runs.arm.role, "lr": runs.lr}
@@ -81,33 +79,38 @@ def _rows(runs: ArmRuns, comparison: Comparison, summary: Summary) -> list[dict[
         if run := done.get(row["seed"]):
             last = run.curve[-1]
             row |= {
-                "top1": last.top1,
+                comparison.judge.column: last.metric,
                 "mean_class": run.mean_class,
                 "eval_loss": last.eval_loss,
                 "seconds": last.seconds,
             }
             row |= {"images": last.images, "peak_memory_mib": run.peak_memory_mib}
-            judge = reference.get(run.seed)
-            row["time_to_dense"] = time_to_accuracy(run, judge) if judge else None
+            other = reference.get(run.seed)
+            row["time_to_dense"] = time_to_reference(run, other, comparison.judge) if other else None
     return rows
 
 
 def _everything(comparison: Comparison, summary: Summary) -> Any:
-    """The comparison with its curves and statistics, as JSON that any reader takes."""
+    """The comparison with its curves and statistics, in the form of `results.json`."""
     arms = []
     for runs in comparison.arms:
         rows = _rows(runs, comparison, summary)
-        curves = [[vars(point) for point in run.curve] for run in runs.runs]
+        curves = [[_point(point, comparison.judge) for point in run.curve] for run in runs.runs]
         made = [{**row, "curve": curve} for row, curve in zip(rows, curves, strict=True)]
         arms.append({**vars(runs.arm), "lr": runs.lr, "runs": made})
     return _plain({**_facts(comparison), "arms": arms, "statistics": summary.as_dict()})
+
+
+def _point(point: Point, judge: Judge) -> dict[str, Any]:
+    """A point of a curve; its metric has the name of the judge's column."""
+    return {judge.column if name == "metric" else name: value for name, value in vars(point).items()}
 
 
 def _page(comparison: Comparison, summary: Summary) -> str:
     """The page with its style, script and data inside; no part of the data can end its script element."""
     arms = []
     for runs in comparison.arms:
-        rows = [row for row in _rows(runs, comparison, summary) if "top1" in row]
+        rows = [row for row in _rows(runs, comparison, summary) if comparison.judge.column in row]
         of_arm = {"name": runs.arm.name, "role": runs.arm.role, "overrides": runs.arm.overrides}
         arms.append({**of_arm, "runs": rows, **_curves(list(finished(runs).values()))})
     data = _plain({**_facts(comparison), "arms": arms, "statistics": summary.as_dict()}, digits=6)
@@ -115,13 +118,22 @@ def _page(comparison: Comparison, summary: Summary) -> str:
     room = resources.files(__package__)
     parts = {name: (room / f"report.{name}").read_text("utf-8") for name in ("css", "js")}
     parts["data"] = text.replace("<", "\\u003c")
-    parts["title"], parts["kind"] = html.escape(comparison.name), comparison.kind
+    words = {
+        "title": comparison.name,
+        "kind": comparison.kind,
+        "metric": comparison.judge.name,
+        "Metric": comparison.judge.name[:1].upper() + comparison.judge.name[1:],
+        "unit": f", {comparison.judge.unit}" if comparison.judge.unit else "",
+        "best_mean": f"{'highest' if comparison.judge.higher_is_better else 'lowest'} mean",
+        "reference": summary.reference,
+    }
+    parts |= {name: html.escape(text) for name, text in words.items()}
     template = (room / "report.html").read_text("utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)  # one pass: data is not searched
 
 
 def _curves(runs: list[Run]) -> dict[str, Any]:
-    """An arm's curves over its finished runs: top-1 with its range, schedules, spread by layer."""
+    """An arm's curves over its finished runs: the metric with its range, schedules, spread by layer."""
     points = list(zip(*(run.curve for run in runs), strict=False))  # by epoch, then by seed
 
     def over_seeds(value: Callable[[Point], float | None], reduce: Any = np.mean) -> list[float]:
@@ -134,9 +146,9 @@ def _curves(runs: list[Run]) -> dict[str, Any]:
     return {
         "curve": {
             "images": [epoch[0].images for epoch in points],
-            "mean": over_seeds(lambda point: point.top1),
-            "low": over_seeds(lambda point: point.top1, np.min),
-            "high": over_seeds(lambda point: point.top1, np.max),
+            "mean": over_seeds(lambda point: point.metric),
+            "low": over_seeds(lambda point: point.metric, np.min),
+            "high": over_seeds(lambda point: point.metric, np.max),
         },
         "schedule": {
             "share_rate": [epoch[0].share_rate for epoch in points],  # the same for every seed
@@ -150,7 +162,7 @@ def _curves(runs: list[Run]) -> dict[str, Any]:
 
 
 def _facts(comparison: Comparison) -> dict[str, Any]:
-    return {name: getattr(comparison, name) for name in FACTS}
+    return {name: getattr(comparison, name) for name in FACTS} | {"judge": vars(comparison.judge)}
 
 
 def _plain(value: Any, digits: int | None = None) -> Any:

@@ -1,7 +1,8 @@
 """What a comparison says: paired differences with intervals, p-values, costs, and a verdict in plain words.
 
-Pure functions from `Comparison` to numbers. Accuracy is top-1 in percent, differences are in points. Arms are
-compared seed by seed, because the noise of a seed (initial weights, data order) is common to all of them.
+Pure functions from `Comparison` to numbers. Its judge is the metric that arms are compared by: it gives the
+units and says whether a higher value is better. Arms are compared seed by seed, because the noise of a seed
+(initial weights, data order) is common to all of them.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from statsmodels.stats.power import TTestPower
 
 from ewavit.compare.results import ArmRuns, Comparison, Run
 from ewavit.errors import EwavitError
+from ewavit.tasks.judge import Judge
 
 ALPHA = 0.05  # all intervals are 95 %
 POWER = 0.8
 MOST_SEEDS = 1000  # beyond this "how many seeds would tell" has no practical answer
 RESAMPLES = 9999  # sign flips: all of them up to 13 pairs, a seeded sample beyond
-DECIMALS = 9  # of a point: finer differences are rounding of the subtraction
+DECIMALS = 9  # of a difference: finer differences are rounding of the subtraction
 
 Interval = tuple[float, float]
 Outcome = Literal["helps", "hurts", "untold"]
@@ -33,17 +35,17 @@ Outcome = Literal["helps", "hurts", "untold"]
 
 @dataclass(frozen=True)
 class ArmStatistics:
-    """One arm over its finished runs; numbers that need more runs than there are, are nan.
+    """One arm over its finished runs. A number that needs more runs than there are is nan.
 
-    `time_to_reference` is the mean over the seeds that reached the reference's final top-1 (`reached` of the
-    `paired` seeds), as a share of the reference's images: see `time_to_accuracy`.
+    `time_to_reference` is the mean over the seeds that became as good as the reference is at its end
+    (`reached` of the `paired` seeds); see the function of that name.
     """
 
     name: str
     role: str
     lr: float
     seeds: tuple[int, ...]  # of the finished runs
-    mean: float  # percent
+    mean: float  # of the judging metric, and so are sd and interval
     sd: float  # ddof = 1
     interval: Interval  # of the mean, Student's t
     seconds: float  # of training, mean
@@ -57,9 +59,9 @@ class ArmStatistics:
 
 @dataclass(frozen=True)
 class McNemar:
-    """Images that only one of two arms got right, pooled over the paired seeds, with the exact p-value.
+    """How many samples only one of two arms got right, pooled over the paired seeds, with the exact p-value.
 
-    The seeds share their test images, so the pooled predictions are not independent: the p-value is about
+    The seeds share their test samples, so the pooled predictions are not independent: the p-value is about
     these trained models, not about training them again, and tends to be too small. No verdict rests on it.
     """
 
@@ -70,11 +72,11 @@ class McNemar:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """Top-1 of an arm minus a reference's, over the seeds that both finished, in points.
+    """The judging metric of an arm minus a reference's, over the seeds that both finished.
 
     With fewer than two pairs the interval and the p-values are nan. Where all differences are equal and not
-    zero, the interval has no width and t is infinite: the permutation p-value then stands for the t-test's,
-    because a few equal differences are no proof.
+    zero, the interval has no width and t is infinite: `p_value` is then the permutation test's, because a few
+    equal differences are no proof.
     """
 
     arm: str
@@ -134,11 +136,11 @@ class Summary:
 def summarise(comparison: Comparison) -> Summary:
     """Compute all statistics of a comparison.
 
-    Every arm is compared with the reference and with the best control: the control of the highest mean over
-    the seeds that all controls finished. It is chosen by the very test images it is then judged on, which
-    flatters it: judging a method against it is conservative for the method, and other controls look worse
-    beside it than they are. Methods are judged against both, controls against the reference alone. Holm's
-    correction takes all arms against one reference as a family.
+    Every arm is compared with the reference and with the best control: the control with the best mean over
+    the seeds that all controls finished. It is chosen on the same test data that it is then judged on, so its
+    result is biased towards better: that is conservative for methods, and other controls look worse beside it
+    than they are. Methods are judged against both, controls against the reference alone. For Holm's
+    correction all arms against one reference are a family.
 
     Args:
         comparison: arms and their runs; failed and missing runs are left out pair by pair.
@@ -147,29 +149,29 @@ def summarise(comparison: Comparison) -> Summary:
         The statistics, with verdicts in words.
 
     Raises:
-        EwavitError: there is no arm, or two arms of a seed were evaluated on different images.
+        EwavitError: there is no arm, or two arms of a seed were evaluated on different data.
     """
     if not comparison.arms:
         raise EwavitError(
             f"comparison {comparison.name!r} has no arms; give at least one, as in --arms dense"
         )
-    arms = {runs.arm.name: runs for runs in comparison.arms}
+    arms, judge = {runs.arm.name: runs for runs in comparison.arms}, comparison.judge
     reference = _reference(comparison)
     best = _best_control(comparison)
     to_reference = _family(comparison, arms[reference])
     to_best = _family(comparison, arms[best]) if best else ()
     verdicts = []
     for name, runs in arms.items():
-        # The best control first: it is the stricter judge.
+        # The best control first: it is harder to beat.
         both = runs.arm.role == "method" and best != reference
         pairs = (*to_best, *to_reference) if both else to_reference
         if name != reference:
-            verdicts.append(_verdict(name, [pair for pair in pairs if pair.arm == name], best))
+            verdicts.append(_verdict(name, [pair for pair in pairs if pair.arm == name], best, judge))
     setting, claim = _closing(comparison, reference, best, verdicts)
     return Summary(
         reference=reference,
         best_control=best,
-        arms=tuple(arm_statistics(runs, arms[reference]) for runs in comparison.arms),
+        arms=tuple(arm_statistics(runs, arms[reference], judge) for runs in comparison.arms),
         against_reference=to_reference,
         against_best_control=to_best,
         verdicts=tuple(verdicts),
@@ -178,20 +180,20 @@ def summarise(comparison: Comparison) -> Summary:
     )
 
 
-def arm_statistics(runs: ArmRuns, reference: ArmRuns) -> ArmStatistics:
-    """Accuracy and cost of one arm; times are relative to the reference's run of the same seed."""
-    done, judges = finished(runs), finished(reference)
-    top1 = [run.top1 for run in done.values()]
-    times = [time_to_accuracy(done[seed], judges[seed]) for seed in done if seed in judges]
+def arm_statistics(runs: ArmRuns, reference: ArmRuns, judge: Judge) -> ArmStatistics:
+    """The metric and the cost of one arm; times are relative to the reference's run of the same seed."""
+    done, others = finished(runs), finished(reference)
+    metric = [run.metric for run in done.values()]
+    times = [time_to_reference(done[seed], others[seed], judge) for seed in done if seed in others]
     reached = [time for time in times if time is not None]
     return ArmStatistics(
         name=runs.arm.name,
         role=runs.arm.role,
         lr=runs.lr,
         seeds=tuple(done),
-        mean=_mean(top1),
-        sd=float(np.std(top1, ddof=1)) if len(top1) > 1 else math.nan,
-        interval=t_interval(top1),
+        mean=_mean(metric),
+        sd=float(np.std(metric, ddof=1)) if len(metric) > 1 else math.nan,
+        interval=t_interval(metric),
         seconds=_mean([run.curve[-1].seconds for run in done.values()]),
         images=_mean([run.curve[-1].images for run in done.values()]),
         peak_memory_mib=_mean([run.peak_memory_mib for run in done.values()]),
@@ -207,33 +209,33 @@ def finished(runs: ArmRuns) -> dict[int, Run]:
     return {run.seed: run for run in runs.runs if run.error is None and run.curve}
 
 
-def time_to_accuracy(run: Run, reference: Run) -> float | None:
-    """Share of the reference's training images after which `run` is as good as the reference is at its end.
+def time_to_reference(run: Run, reference: Run, judge: Judge) -> float | None:
+    """How long a run takes to become as good as the reference is at its end, as a share of its training.
 
     Returns:
-        By the first evaluated epoch that is at least as good, not interpolated; 1 is the reference's whole
-        training. None if `run` never gets there.
+        The images or clouds seen up to the first evaluated epoch that is at least as good, not interpolated;
+        1 stands for all that the reference saw. None if no epoch is as good.
     """
-    total = reference.curve[-1].images
-    return next((point.images / total for point in run.curve if point.top1 >= reference.top1), None)
+    total, end = reference.curve[-1].images, judge.sign * reference.metric
+    return next((point.images / total for point in run.curve if judge.sign * point.metric >= end), None)
 
 
 def paired_difference(runs: ArmRuns, reference: ArmRuns) -> PairedDifference:
     """Compare two arms over the seeds that both finished; `holm_p` is that of this pair alone.
 
     Raises:
-        EwavitError: the arms were evaluated on different images.
+        EwavitError: the arms were evaluated on different data.
     """
     ours, theirs = finished(runs), finished(reference)
     pairs = [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
-    ours_top1, theirs_top1 = np.array([[a.top1, b.top1] for a, b in pairs]).reshape(-1, 2).T
-    differences = np.round(ours_top1 - theirs_top1, DECIMALS)
+    our_metric, their_metric = np.array([[a.metric, b.metric] for a, b in pairs]).reshape(-1, 2).T
+    differences = np.round(our_metric - their_metric, DECIMALS)
     flips = p = math.nan
     needed = None
     if len(pairs) > 1:
         flips = _sign_flip_p(differences)
         spread = float(np.ptp(differences)) > 0
-        p = float(stats.ttest_rel(ours_top1, theirs_top1).pvalue) if spread else flips
+        p = float(stats.ttest_rel(our_metric, their_metric).pvalue) if spread else flips
         needed = seeds_needed(
             float(differences.mean()), float(np.std(differences, ddof=1)) if spread else 0.0
         )
@@ -265,7 +267,7 @@ def t_interval(values: list[float]) -> Interval:
 
 
 def seeds_needed(mean: float, sd: float) -> int | None:
-    """The smallest number of seeds that would tell a true difference of `mean` points from none.
+    """The smallest number of seeds that would tell a true difference of `mean` from none.
 
     To tell: 80 % power of the two-sided paired t-test at 5 % for differences of standard deviation `sd`. With
     sd = 0, where t says nothing, as many equal differences as make the sign-flip test significant.
@@ -300,9 +302,9 @@ def _best_control(comparison: Comparison) -> str | None:
 
     def mean(name: str) -> float:
         # No common seed: each by what it has.
-        return _mean([run.top1 for seed, run in controls[name].items() if seed in common or not common])
+        return _mean([run.metric for seed, run in controls[name].items() if seed in common or not common])
 
-    return max(controls, key=mean)
+    return max(controls, key=lambda name: comparison.judge.sign * mean(name))
 
 
 def _family(comparison: Comparison, reference: ArmRuns) -> tuple[PairedDifference, ...]:
@@ -350,24 +352,24 @@ def _mcnemar(pairs: list[tuple[Run, Run]], arm: str, reference: str) -> McNemar 
     return McNemar(only_arm, only_reference, float(p))
 
 
-def _outcome(pair: PairedDifference) -> Outcome:
-    low, high = pair.interval
+def _outcome(pair: PairedDifference, judge: Judge) -> Outcome:
+    low, high = sorted(judge.sign * bound for bound in pair.interval)
     if pair.p_value <= ALPHA:  # says the same as the interval, except where it has no width
         return "helps" if low > 0 else "hurts" if high < 0 else "untold"
     return "untold"
 
 
-def _verdict(arm: str, pairs: list[PairedDifference], best: str | None) -> Verdict:
+def _verdict(arm: str, pairs: list[PairedDifference], best: str | None, judge: Judge) -> Verdict:
     """Judge one arm; `pairs` has the best control first and the reference last."""
-    outcomes = {pair.reference: _outcome(pair) for pair in pairs}
+    outcomes = {pair.reference: _outcome(pair, judge) for pair in pairs}
     found = set(outcomes.values())
     outcome: Outcome = "hurts" if "hurts" in found else "untold" if "untold" in found else "helps"
     names = [pair.reference + (", the best control" if pair.reference == best else "") for pair in pairs]
-    numbers = ", and ".join(_numbers(pair, name) for pair, name in zip(pairs, names, strict=True))
+    numbers = ", and ".join(_numbers(pair, name, judge) for pair, name in zip(pairs, names, strict=True))
     untold = [pair for pair in pairs if outcomes[pair.reference] == "untold"]
     told = [pair.holm_p for pair in pairs if outcomes[pair.reference] != "untold"]
     corrected = max(told, default=math.nan)
-    needed, would_tell = _would_tell(untold) if outcome == "untold" else (None, "")
+    needed, would_tell = _would_tell(untold, judge) if outcome == "untold" else (None, "")
     fewest = _seeds(min(len(pair.seeds) for pair in pairs))
     claim = _claim(arm, outcomes) if told else f"Whether {arm} helps cannot be told with {fewest}"
     sentence = f"{claim}: {numbers}"
@@ -387,23 +389,24 @@ def _claim(subject: str, outcomes: dict[str, Outcome], many: bool = False) -> st
     if len(found) == 1:
         return f"{subject} {'help' if found == {'helps'} else 'hurt'}{s}"
     verbs = {"helps": f"help{s} against", "hurts": f"{be} worse than", "untold": "cannot be told from"}
-    return f"{subject} " + " but ".join(f"{verbs[outcomes[judge]]} {judge}" for judge in reversed(outcomes))
+    return f"{subject} " + " but ".join(f"{verbs[outcomes[other]]} {other}" for other in reversed(outcomes))
 
 
-def _numbers(pair: PairedDifference, name: str) -> str:
+def _numbers(pair: PairedDifference, name: str, judge: Judge) -> str:
     if not pair.seeds:
         return f"no seed finished by both it and {name}"
     low, high = pair.interval
     interval = f"95 % interval {low:+.2f} to {high:+.2f}" if len(pair.seeds) > 1 else "no interval"
-    return f"{pair.mean:+.2f} points against {name} ({interval}, {_seeds(len(pair.seeds))})"
+    difference = f"{pair.mean:+.2f} {judge.difference_unit}".rstrip()
+    return f"{difference} against {name} ({interval}, {_seeds(len(pair.seeds))})"
 
 
-def _would_tell(pairs: list[PairedDifference]) -> tuple[int | None, str]:
+def _would_tell(pairs: list[PairedDifference], judge: Judge) -> tuple[int | None, str]:
     """How many seeds would settle all of these, as a number where there is one, and in words."""
     if any(len(pair.seeds) < 2 for pair in pairs):
         return None, "an interval needs at least 2 seeds that both arms finished"
     if all(pair.interval == (0, 0) for pair in pairs):
-        return None, "the accuracies are the same at every seed"
+        return None, f"the {judge.name} is the same at every seed"
     hardest = max(pairs, key=lambda pair: pair.seeds_needed or math.inf)
     difference = f"a difference of the size found against {hardest.reference}"
     if hardest.seeds_needed is None:

@@ -1,9 +1,8 @@
-"""`Work`: what is compared, what of it is done, and what went wrong."""
+"""`Work`: what is compared, which runs of it are done, and how the others ended."""
 
 from __future__ import annotations
 
 import math
-import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,30 +15,32 @@ from typing import Any
 import yaml
 
 from ewavit.compare.arms import Arm, arm_recipe
-from ewavit.compare.engines import Engine
+from ewavit.compare.engines import End, Engine, Kind
 from ewavit.compare.results import (
     ArmRuns,
     Comparison,
     Run,
+    latest_metric,
     read_run,
-    top1,
 )
-from ewavit.errors import EwavitError
-from ewavit.points.sources import is_points
+from ewavit.errors import EwavitError, first_line
+from ewavit.files import replacing
+from ewavit.tasks.choice import task_for
+from ewavit.tasks.judge import Judge
+from ewavit.tasks.task import Task
 from ewavit.training.recipe import Recipe, flag
 from ewavit.training.report import say
 from ewavit.training.run_folder import RunFolder
 
 SETTINGS = "compare.yaml"
 TUNING_SEEDS = 2
-TUNING_HOLDOUT = 0.2  # of the training images, unless the recipe holds out a share of its own
-DIVERGED = "lower --lr"  # the training loop's advice when loss or weights are not finite
+TUNING_HOLDOUT = 0.2  # of the training data, unless the recipe holds out a share of its own
 # What may differ between two starts of a comparison: where things are, and how they are read and shown.
 _FREE = {"output", "name", "data_dir", "workers", "tensorboard"}
 
 
 @dataclass(frozen=True)
-class _Cell:
+class Cell:
     """One run, and its row in the table."""
 
     row: str
@@ -52,8 +53,8 @@ class _Cell:
 
 
 @dataclass
-class _Work:
-    """What is compared, what of it is done, and what went wrong in this start."""
+class Work:
+    """What is compared, which runs of it are done, and how others ended in this start."""
 
     recipe: Recipe
     arms: tuple[Arm, ...]
@@ -67,50 +68,59 @@ class _Work:
     known: dict[str, dict[str, Any]] = field(default_factory=dict)  # overrides by arm, of all starts
     chosen: dict[str, float] = field(default_factory=dict)  # learning rates by tuned arm
     untuned: dict[str, str] = field(default_factory=dict)  # why there is no learning rate, by tuned arm
-    errors: dict[RunFolder, str] = field(default_factory=dict)  # by run
+    ends: dict[RunFolder, End] = field(default_factory=dict)  # of the runs that are not done
 
     @property
     def folder(self) -> Path:
         return RunFolder.of(self.recipe).path
 
-    def final(self) -> list[_Cell]:
-        """The runs of the arms whose learning rate is known, seed by seed: an early stop leaves pairs."""
+    @property
+    def task(self) -> Task:
+        return task_for(self.recipe.data)
+
+    @property
+    def judge(self) -> Judge:
+        return self.task.judge
+
+    def final(self) -> list[Cell]:
+        """The runs of all arms with a known learning rate, seed by seed: an early stop leaves pairs."""
         return [self._run(arm, seed) for seed in self.seeds for arm in self.arms if self._lr(arm)]
 
-    def tuning(self) -> list[_Cell]:
-        """The runs that find learning rates that are not known yet, seed by seed."""
+    def tuning(self) -> list[Cell]:
+        """The runs for the learning rates that are not known yet, seed by seed."""
         tuned = [arm for arm in self.arms if arm.tuned and arm.name not in self.chosen]
         return sorted((cell for arm in tuned for cell in self._tries(arm)), key=lambda cell: cell.recipe.seed)
 
-    def _run(self, arm: Arm, seed: int) -> _Cell:
+    def _run(self, arm: Arm, seed: int) -> Cell:
         place = {"output": str(self.folder / "runs"), "name": f"{arm.name}-{seed}", "seed": seed}
-        return _Cell(arm.name, arm, arm_recipe(self.recipe, arm, lr=self._lr(arm), **place))
+        return Cell(arm.name, arm, arm_recipe(self.recipe, arm, lr=self._lr(arm), **place))
 
-    def _tries(self, arm: Arm) -> Iterator[_Cell]:
+    def _tries(self, arm: Arm) -> Iterator[Cell]:
         place = {"output": str(self.folder / "tuning"), "holdout": self.recipe.holdout or TUNING_HOLDOUT}
         for seed in self.seeds[:TUNING_SEEDS]:
             for lr in self.lrs:
                 name = f"{arm.name}-{lr!r}-{seed}"
                 recipe = arm_recipe(self.recipe, arm, lr=lr, seed=seed, name=name, **place)
-                yield _Cell(f"{arm.name}, lr {lr:g}", arm, recipe)
+                yield Cell(f"{arm.name}, lr {lr:g}", arm, recipe)
 
     def _lr(self, arm: Arm) -> float | None:
         return self.chosen.get(arm.name) if arm.tuned else arm_recipe(self.recipe, arm).lr
 
     def choose(self) -> None:
-        """Give the tuned arms whose tuning runs have ended their learning rates."""
+        """Choose the learning rate of each tuned arm when its tuning runs have ended."""
         for arm in (arm for arm in self.arms if arm.tuned and arm.name not in self.chosen):
-            scores: dict[float, list[float]] = {lr: [] for lr in self.lrs}
+            scores: dict[float, list[float | None]] = {lr: [] for lr in self.lrs}
             problems = []
             for cell in self._tries(arm):
-                error = self.errors.get(cell.run, "did not end")
+                end = self.ends.get(cell.run)
                 if cell.run.is_finished:
-                    scores[cell.recipe.lr].append(top1(cell.run))
-                elif DIVERGED in error:
-                    scores[cell.recipe.lr].append(-math.inf)
+                    scores[cell.recipe.lr].append(latest_metric(cell.run, self.judge))
+                elif end and end.kind is Kind.DIVERGED:
+                    scores[cell.recipe.lr].append(None)
                 else:
-                    problems.append(f"no learning rate yet: tuning run {cell.run.path.name} {error}")
-            best = None if problems else best_lr(scores)
+                    what = end.error if end else "did not end"
+                    problems.append(f"no learning rate yet: tuning run {cell.run.path.name} {what}")
+            best = None if problems else best_lr(scores, self.judge)
             if best is None:
                 self.untuned[arm.name] = [*problems, "every learning rate diverged: give lower --lrs"][0]
             else:
@@ -119,15 +129,15 @@ class _Work:
         self._save()
 
     def read(self) -> None:
-        """Take over the threads, device, arms and learning rates of an earlier start, if there was one.
+        """Read the threads, device, arms and learning rates of an earlier start, if there was one.
 
         Raises:
-            EwavitError: the folder holds something else, or another comparison.
+            EwavitError: the folder exists and is no comparison, or another one.
         """
         file = self.folder / SETTINGS
         if not file.exists():
             if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-                raise EwavitError(f"{self.folder} holds something else: choose another --name")
+                raise EwavitError(f"{self.folder} exists and is no comparison: choose another --name")
             return
         if not any(run.is_dir() for part in ("runs", "tuning") for run in (self.folder / part).glob("*")):
             return  # nothing was trained yet: all may change
@@ -138,13 +148,13 @@ class _Work:
             self.known, self.machines = saved["arms"], saved["machines"]
             self.lrs = self.lrs or tuple(saved["lrs"])
         except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as problem:
-            reason = f"{type(problem).__name__} {problem}".splitlines()[0]
+            reason = f"{type(problem).__name__} {first_line(problem)}"
             raise EwavitError(f"{file} cannot be read ({reason}): choose another --name") from None
         if difference:
-            raise EwavitError(f"{self.folder} holds another comparison, {difference}: choose another --name")
+            raise EwavitError(f"{self.folder} holds another comparison ({difference}): choose another --name")
 
     def _difference(self, saved: dict[str, Any]) -> str | None:
-        """The first setting that differs from what is saved, in words."""
+        """The first setting that differs from the saved one, in words."""
         recipe = asdict(Recipe.from_dict(saved["recipe"], SETTINGS))
         pairs = [(f"--{flag(name)}", recipe[name], value) for name, value in self._shared().items()]
         for arm in self.arms:
@@ -159,7 +169,7 @@ class _Work:
         return {name: value for name, value in asdict(self.recipe).items() if name not in _FREE}
 
     def use(self, engine: Engine) -> None:
-        """Note where the runs will be, and write what is compared.
+        """Keep which machines the runs use, and write the settings of the comparison.
 
         Raises:
             EwavitError: earlier runs were on another kind of device.
@@ -167,8 +177,8 @@ class _Work:
         if self.tuning() or not all(cell.run.is_finished for cell in self.final()):
             if self.device not in ("", engine.device):
                 raise EwavitError(
-                    f"{self.folder} has runs on {self.device}, and runs on {engine.device} would be no pairs "
-                    "for them: go on there, or choose another --name"
+                    f"{self.folder} has runs on {self.device}, which cannot be paired with runs on "
+                    f"{engine.device}: go on with {self.device}, or choose another --name"
                 )
             self.device = engine.device
             self.machines = list(dict.fromkeys([*self.machines, engine.machine]))
@@ -186,33 +196,32 @@ class _Work:
             "device": self.device,
             "machines": self.machines,
         }
-        with self._room():
+        with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
-            partial = self.folder / f"{SETTINGS}.partial"
-            partial.write_text(yaml.safe_dump(settings, sort_keys=False))
-            os.replace(partial, self.folder / SETTINGS)
+            with replacing(self.folder / SETTINGS) as partial:
+                partial.write_text(yaml.safe_dump(settings, sort_keys=False))
 
     def write(self) -> Comparison:
-        """Write the results of what is finished or failed so far."""
+        """Write the results of the runs that have finished or failed so far."""
         from ewavit.compare.report import write_results
 
         comparison = self.comparison()
-        with self._room():
+        with self._writing():
             write_results(comparison, self.folder)
         return comparison
 
     @contextmanager
-    def _room(self) -> Iterator[None]:
+    def _writing(self) -> Iterator[None]:
         try:
             yield
         except OSError as problem:
             raise EwavitError(
-                f"{self.folder} could not be written ({problem.strerror or problem}): make room and start "
-                "the same command again, what is finished is kept"
+                f"{self.folder} cannot be written ({problem.strerror or problem}): make room and start the "
+                "same command again; finished runs are kept"
             ) from None
 
     def comparison(self) -> Comparison:
-        """What is finished or failed so far."""
+        """The runs that have finished or failed so far."""
         packages = ("ewavit", "torch", "timm", "numpy", "scipy", "statsmodels")
         return Comparison(
             name=self.folder.name,
@@ -221,20 +230,17 @@ class _Work:
             device=f"{', '.join(self.machines)}; CPU threads of each run: {self.threads}",
             versions={"python": platform.python_version()} | {name: version(name) for name in packages},
             data=self._data(),
-            kind=self._kind,
+            kind=self.task.kind,
             recipe=self._shared(),
             seeds=self.seeds,
+            judge=self.judge,
             arms=tuple(ArmRuns(arm, self._lr(arm) or math.nan, tuple(self._ended(arm))) for arm in self.arms),
             tuning=tuple(self._tried()),
             limited=self.limited,
         )
 
-    @property
-    def _kind(self) -> str:
-        return "clouds" if is_points(self.recipe.data) else "images"
-
     def _data(self) -> str:
-        recipe, kind = self.recipe, self._kind
+        recipe, kind = self.recipe, self.task.kind
         part = f"the first {recipe.limit:,} training {kind} of " if recipe.limit else ""
         return f"{part}{recipe.data}{f', by held-out training {kind},' if recipe.holdout else ''}"
 
@@ -242,21 +248,35 @@ class _Work:
         for seed in self.seeds:
             run = RunFolder(self.folder / "runs" / f"{arm.name}-{seed}")
             if run.is_finished:
-                yield read_run(run, seed)
-            elif error := self.untuned.get(arm.name) or self.errors.get(run):
+                yield read_run(run, seed, self.judge)
+            elif error := self.untuned.get(arm.name):
                 yield Run(seed, error=error)
+            elif end := self.ends.get(run):
+                yield Run(seed, error=end.error)
 
     def _tried(self) -> Iterator[dict[str, Any]]:
         for arm in (arm for arm in self.arms if arm.tuned):
             for cell in self._tries(arm):
                 done = cell.run.is_finished
-                if done or cell.run in self.errors or arm.name in self.chosen:
-                    found = top1(cell.run) if done else math.nan
-                    yield {"arm": arm.name, "lr": cell.recipe.lr, "seed": cell.recipe.seed, "top1": found}
+                if done or cell.run in self.ends or arm.name in self.chosen:
+                    found = latest_metric(cell.run, self.judge) if done else math.nan
+                    facts = {"arm": arm.name, "lr": cell.recipe.lr, "seed": cell.recipe.seed}
+                    yield {**facts, self.judge.column: found}
 
 
-def best_lr(scores: Mapping[float, Sequence[float]]) -> float | None:
-    """The learning rate of the highest mean score, of equals the smallest; None if all are -inf."""
-    means = {lr: sum(scores[lr]) / len(scores[lr]) for lr in sorted(scores)}
-    best = max(means, key=lambda lr: means[lr])
-    return best if means[best] > -math.inf else None
+def best_lr(scores: Mapping[float, Sequence[float | None]], judge: Judge) -> float | None:
+    """The learning rate with the best mean score, the smallest one of equals.
+
+    Args:
+        scores: the judging metric of each run, by learning rate; None for a run that diverged.
+        judge: it says whether higher is better.
+
+    Returns:
+        The learning rate, or None if runs of all of them diverged.
+    """
+    means = {}
+    for lr in sorted(scores):
+        found = [score for score in scores[lr] if score is not None]
+        if len(found) == len(scores[lr]):
+            means[lr] = judge.sign * sum(found) / len(found)
+    return max(means, key=means.__getitem__, default=None)

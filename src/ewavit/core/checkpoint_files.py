@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch import nn
 from ewavit.core.experts import SeparateExperts
 from ewavit.core.moe import MoE
 from ewavit.errors import EwavitError
+from ewavit.files import replacing
 
 EXPERTS = "ewavit_experts"  # the key of a file's metadata that says which tensors are experts
 INDEX = ".safetensors.index.json"
@@ -141,27 +141,21 @@ def collapse_checkpoint(source: str | os.PathLike[str], target: str | os.PathLik
     if target.exists() and (not single or any(target.samefile(file) for file in found.metadata)):
         what = "the source" if single else "there already"
         raise EwavitError(f"{target} is {what}: choose another name")
-    partial = target.with_name(f"{target.name}.partial")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # one core adds faster than a disk reads, and the sum's order is then fixed
     try:
-        with _Reader() as reader:
+        with replacing(target) as partial, _Reader() as reader:
             if single:
                 merged = {key: value for each in found.metadata.values() for key, value in each.items()}
                 written = _write(partial, outputs, merged, reader)
             else:
                 written = _write_shards(partial, outputs, found, reader)
-        os.replace(partial, target)
     except OSError as problem:
         raise EwavitError(
             f"{target} could not be written ({problem.strerror or problem}): make room there"
         ) from None
     finally:
         torch.set_num_threads(threads)
-        if partial.is_dir():
-            shutil.rmtree(partial, ignore_errors=True)
-        else:
-            partial.unlink(missing_ok=True)
     return f"wrote {target} ({written / 1e6:,.1f} MB): {mixtures} mixtures became FFNs, tensor by tensor"
 
 

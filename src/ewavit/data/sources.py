@@ -22,7 +22,7 @@ from timm.data.dataset import ImageDataset
 from timm.utils.misc import natural_key
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from ewavit.errors import EwavitError
+from ewavit.errors import EwavitError, first_line
 
 Ints = npt.NDArray[np.int64]
 
@@ -101,7 +101,9 @@ def _unpickle(path: Path) -> dict[bytes, Any]:
     except FileNotFoundError:
         raise EwavitError(f"{path} is missing: unpack the CIFAR archive again") from None
     except Exception as error:  # damaged pickles fail in many ways
-        raise EwavitError(f"cannot read CIFAR file {path} ({_line(error)}): download it again") from error
+        raise EwavitError(
+            f"cannot read CIFAR file {path} ({first_line(error)}): download it again"
+        ) from error
     if not isinstance(content, dict):
         raise EwavitError(f"{path} is no CIFAR file (no dictionary in it): download it again")
     # Python 2 wrote byte keys; a copy rewritten by Python 3 may hold strings
@@ -114,7 +116,7 @@ def _cifar_batch(path: Path, label_key: str, num_classes: int) -> tuple[npt.NDAr
         images = np.asarray(content[b"data"], dtype=np.uint8).reshape(-1, 3, 32, 32)
         labels = np.asarray(content[label_key.encode()], dtype=np.int64)
     except (KeyError, ValueError, TypeError) as error:
-        raise EwavitError(f"CIFAR file {path} is damaged ({_line(error)}): download it again") from error
+        raise EwavitError(f"CIFAR file {path} is damaged ({first_line(error)}): download it again") from error
     if labels.shape != (len(images),) or not len(labels) or labels.min() < 0 or labels.max() >= num_classes:
         raise EwavitError(
             f"CIFAR file {path} is damaged ({len(images)} images, {labels.size} labels, {num_classes} "
@@ -201,7 +203,7 @@ class ImageSource(ABC):
             image, label = self.open(index)
             return image.convert(mode), label
         except Exception as error:  # decoders raise many things on damaged bytes
-            reason = "not an image" if isinstance(error, UnidentifiedImageError) else _line(error)
+            reason = "not an image" if isinstance(error, UnidentifiedImageError) else first_line(error)
             raise UnreadableImage(self.where(index), reason) from error
 
 
@@ -272,11 +274,6 @@ def class_names(holder: Any) -> tuple[str, ...]:
         mapping = getattr(holder, "class_to_idx", None) or {}
         names = sorted(mapping, key=mapping.__getitem__)
     return tuple(name if isinstance(name, str) else ", ".join(map(str, name)) for name in names)
-
-
-def _line(error: BaseException) -> str:
-    """The first line of what an error says, or its kind."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _images_below(folder: Path) -> list[str]:
@@ -387,7 +384,7 @@ def open_timm(spec: str, data_dir: str | None, split: str, **options: Any) -> An
         return create_dataset(spec, root=data_dir, split=split, download=False, **options)
     except Exception as error:  # timm, torchvision and datasets each raise their own
         raise EwavitError(
-            f"cannot open {spec}, split {split}, in {data_dir or 'no --data-dir'} ({_line(error)}): "
+            f"cannot open {spec}, split {split}, in {data_dir or 'no --data-dir'} ({first_line(error)}): "
             "check the name, --data-dir and the split"
         ) from error
 

@@ -37,11 +37,6 @@ def checked(points: npt.NDArray[Any], where: str, least: int) -> Floats:
     return np.asarray(points / radius, np.float32)
 
 
-def line(problem: BaseException) -> str:
-    """The first line of what an error says, or its kind."""
-    return (str(problem).strip() or type(problem).__name__).splitlines()[0]
-
-
 def load_file(path: Path, wanted: int, rng: np.random.Generator) -> npt.NDArray[Any]:
     """Points (points, 3 or more) of a file; a mesh is sampled by area into `wanted` points.
 

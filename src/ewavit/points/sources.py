@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ewavit.errors import EwavitError
-from ewavit.points.files import Floats, checked, library, line, load_file
+from ewavit.errors import EwavitError, first_line
+from ewavit.points.files import Floats, checked, library, load_file
 from ewavit.points.solids import make_solids
 
 Ints = npt.NDArray[np.int64]
@@ -163,7 +163,7 @@ def _loaded(cloud: _Cloud, wanted: int, rng: np.random.Generator) -> npt.NDArray
         raise
     except Exception as problem:  # readers raise many things on damaged files
         raise EwavitError(
-            f"{cloud.where} cannot be read as a point cloud ({line(problem)}): replace it"
+            f"{cloud.where} cannot be read as a point cloud ({first_line(problem)}): replace it"
         ) from None
 
 
@@ -194,7 +194,7 @@ def _of_h5(files: Sequence[Path]) -> list[_Cloud]:
                 data, label = stored["data"][:], stored["label"][:]
         except (OSError, KeyError) as problem:
             raise EwavitError(
-                f"{file} cannot be read as an h5 file of clouds ({line(problem)}): get it again"
+                f"{file} cannot be read as an h5 file of clouds ({first_line(problem)}): get it again"
             ) from None
         clouds += _of_array(data, label, str(file))
     return clouds
@@ -241,7 +241,7 @@ def _modelnet_npz(file: Path) -> tuple[tuple[str, ...], list[_Cloud], list[_Clou
         train, test = ((arrays[f"{split}_points"], arrays[f"{split}_label"]) for split in ("train", "test"))
     except Exception as problem:  # zip, format and key errors of a damaged or foreign file
         raise EwavitError(
-            f"{file} cannot be read as an .npz file of clouds ({line(problem)}): get it again"
+            f"{file} cannot be read as an .npz file of clouds ({first_line(problem)}): get it again"
         ) from None
     return classes, _of_array(*train, f"{file} (train)"), _of_array(*test, f"{file} (test)")
 
@@ -349,7 +349,9 @@ def _read_shapenetpart(reader: _Reader, path: Path) -> PointSet:
             try:
                 shapes = json.loads(file.read_text())
             except (OSError, ValueError) as problem:
-                raise EwavitError(f"{file} cannot be read ({line(problem)}): get the set again") from None
+                raise EwavitError(
+                    f"{file} cannot be read ({first_line(problem)}): get the set again"
+                ) from None
             for shape in shapes:
                 folder, identity = shape.split("/")[-2:]
                 if folder in places:

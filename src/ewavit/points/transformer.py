@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ewavit.errors import EwavitError
+from ewavit.errors import EwavitError, first_line
 from ewavit.points.ops import farthest_point_sample, gather_points, interpolate, knn
 
 NUM_CATEGORIES = 16  # of ShapeNetPart
@@ -361,7 +361,7 @@ def create_point_model(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
     try:
         return kind(num_classes=num_classes, **{**defaults, **kwargs})
     except (TypeError, ValueError, RuntimeError) as problem:
-        raise EwavitError(f"{name} cannot be built: {str(problem).splitlines()[0]}") from None
+        raise EwavitError(f"{name} cannot be built: {first_line(problem)}") from None
 
 
 _HEADS = ("cls_head_finetune.", "label_conv.", "propagation_0.", "convs", "bns")
@@ -440,8 +440,7 @@ def _read_weights(file: Path) -> Mapping[str, Any]:
         with torch.serialization.safe_globals(_numpy_numbers()):
             state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as problem:  # whatever a damaged or foreign file makes the readers raise
-        reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0]
-        raise EwavitError(f"{file} cannot be read as weights ({reason})") from None
+        raise EwavitError(f"{file} cannot be read as weights ({first_line(problem)})") from None
     if not isinstance(state, Mapping):
         raise EwavitError(f"{file} holds a {type(state).__name__}, no weights by name: give a checkpoint")
     return state

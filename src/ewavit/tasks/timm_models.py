@@ -12,7 +12,7 @@ from timm.models import load_state_dict
 from torch import nn
 
 from ewavit.data.batches import ImageInputs
-from ewavit.errors import EwavitError
+from ewavit.errors import EwavitError, first_line
 from ewavit.points.transformer import MODELS as POINT_MODELS
 
 MOST_PATCHES = 4096
@@ -54,7 +54,7 @@ def build_timm_model(
             model.train(was_training)
     except (RuntimeError, AssertionError, ValueError) as problem:
         raise EwavitError(
-            f"{name} cannot take {img_size}x{img_size} images ({_first_line(problem)}): "
+            f"{name} cannot take {img_size}x{img_size} images ({first_line(problem)}): "
             "choose another --img-size, --model or --model-kwargs"
         ) from None
     return model, settings
@@ -73,7 +73,7 @@ def _create(name: str, settings: dict[str, Any], **more: Any) -> nn.Module:
         return model
     except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as problem:
         given = ", ".join(f"{key}={value}" for key, value in settings.items())
-        raise EwavitError(f"timm could not build {name} with {given}: {_first_line(problem)}") from None
+        raise EwavitError(f"timm could not build {name} with {given}: {first_line(problem)}") from None
 
 
 def _from_file(name: str, file: str, settings: dict[str, Any]) -> nn.Module:
@@ -83,7 +83,7 @@ def _from_file(name: str, file: str, settings: dict[str, Any]) -> nn.Module:
     try:
         weights = load_state_dict(file)
     except Exception as problem:  # whatever a damaged or foreign file makes the readers raise
-        raise EwavitError(f"{file} cannot be read as weights ({_first_line(problem)})") from None
+        raise EwavitError(f"{file} cannot be read as weights ({first_line(problem)})") from None
     config = timm.get_pretrained_cfg(name.split(".")[0])
     head = getattr(config, "classifier", None)
     head_weight = weights.get(f"{head}.weight") if isinstance(head, str) else None
@@ -133,8 +133,3 @@ def _check_patches(patch_size: Any, img_size: int) -> None:
             f"give --model-kwargs patch_size=N with N one of {choices}" if choices else "use larger images"
         )
         raise EwavitError(f"patch size {patch} {why}: {remedy}")
-
-
-def _first_line(problem: BaseException) -> str:
-    lines = str(problem).strip().splitlines()
-    return lines[0][:200] if lines else type(problem).__name__

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ewavit.errors import EwavitError
+from ewavit.files import replacing
 from ewavit.training.run_folder import RunFolder
 
 FORMAT = 1
@@ -50,15 +51,13 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
             plain.clone() if pointer in seen or plain.untyped_storage().nbytes() > plain.nbytes else plain
         )
         seen.add(pointer)
-    partial = path.with_name(path.name + ".partial")
     try:
-        partial.touch()
-        mode = partial.stat().st_mode  # safetensors would let nobody else read the file
-        save_file(whole, partial, {"format": "pt", **(metadata or {})})
-        partial.chmod(mode)
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            partial.touch()
+            mode = partial.stat().st_mode  # safetensors would let nobody else read the file
+            save_file(whole, partial, {"format": "pt", **(metadata or {})})
+            partial.chmod(mode)
     except (OSError, SafetensorError) as problem:
-        partial.unlink(missing_ok=True)
         raise _unwritable(path, problem) from None
 
 

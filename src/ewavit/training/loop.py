@@ -30,7 +30,7 @@ from ewavit.core.moe import moe_layers
 from ewavit.core.routing import scale_auxiliary_loss
 from ewavit.core.surgery import collapsed
 from ewavit.data.batches import Batch, seed_all
-from ewavit.errors import Diverged, EwavitError
+from ewavit.errors import Diverged, EwavitError, Refused
 from ewavit.tasks.choice import task_for
 from ewavit.tasks.task import Metrics
 from ewavit.training import report
@@ -68,7 +68,9 @@ def train(recipe: Recipe) -> Result:
     """Train a model from its first step and leave `recipe.output/name/`.
 
     Raises:
-        EwavitError: wrong input, a loss that is not finite, or a disk that is full.
+        Refused: the settings cannot work here; found before the first step.
+        Diverged: the loss or the weights are not finite.
+        EwavitError: other wrong input, or a disk that is full.
         ProcessLost: another process of the run ended.
         Interrupted: SIGINT or SIGTERM; the checkpoint is written.
 
@@ -80,8 +82,12 @@ def train(recipe: Recipe) -> Result:
         run = Path(recipe.output) / recipe.name
         if RunFolder(run).has_checkpoint and _is_run_of(recipe, run):
             return resume(run)
-    run = _run_folder(recipe)
-    return _trained(recipe, run, start_accelerator(recipe, run))
+    try:
+        run = _run_folder(recipe)
+        made = _built(recipe, run, start_accelerator(recipe, run))
+    except EwavitError as problem:
+        raise Refused(str(problem)) from problem
+    return _trained(made)
 
 
 def resume(run: Path, **changes: Any) -> Result:
@@ -104,7 +110,7 @@ def resume(run: Path, **changes: Any) -> Result:
     accelerator = start_accelerator(recipe, run)
     if checkpoint.warning and accelerator.is_main_process:
         report.say(f"warning: {checkpoint.warning}")
-    return _trained(recipe, run, accelerator, checkpoint)
+    return _trained(_built(recipe, run, accelerator, checkpoint))
 
 
 def _is_run_of(recipe: Recipe, run: Path) -> bool:
@@ -113,11 +119,16 @@ def _is_run_of(recipe: Recipe, run: Path) -> bool:
     return saved == (replace(recipe, experts=saved.experts) if recipe.placement == "replicas" else recipe)
 
 
-def _trained(
+def _built(
     recipe: Recipe, run: Path, accelerator: Accelerator, checkpoint: Checkpoint | None = None
-) -> Result:
+) -> TrainingRun:
     with told_of_lost_processes(accelerator, run):
-        return TrainingRun(recipe, run, accelerator, checkpoint).train()
+        return TrainingRun(recipe, run, accelerator, checkpoint)
+
+
+def _trained(run: TrainingRun) -> Result:
+    with told_of_lost_processes(run.accelerator, run.folder):
+        return run.train()
 
 
 class TrainingRun:

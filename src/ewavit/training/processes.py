@@ -7,15 +7,16 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from ewavit.errors import EwavitError
+from ewavit.errors import EwavitError, first_line
 from ewavit.training.recipe import Recipe
 from ewavit.training.run_folder import RunFolder
 
@@ -96,7 +97,7 @@ def told_of_lost_processes(accelerator: Accelerator, run: Path) -> Iterator[None
         lost = re.search("gloo|nccl|connection|socket", str(problem), re.IGNORECASE)
         if accelerator.num_processes == 1 or not lost:
             raise
-        reason = re.sub(r"^\[\S+\] |\. This is .*", "", str(problem).strip().splitlines()[0])
+        reason = re.sub(r"^\[\S+\] |\. This is .*", "", first_line(problem))
         has_checkpoint = RunFolder(run).checkpoint.exists()
         kept = "its last checkpoint is whole" if has_checkpoint else "no checkpoint was written yet"
         raise ProcessLost(
@@ -109,14 +110,31 @@ def told_of_lost_processes(accelerator: Accelerator, run: Path) -> Iterator[None
 @contextmanager
 def stop_signals(accelerator: Accelerator) -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM, so that the step ends and is saved; processes of a group just end."""
-    received: list[int] = []
     if accelerator.num_processes > 1:
-        yield received
+        yield []
         return
+    with collected_signals() as received:
+        yield received
+
+
+@contextmanager
+def collected_signals(at_second: Callable[[], None] = lambda: None) -> Iterator[list[int]]:
+    """A context manager that yields the list of SIGINT and SIGTERM received so far, instead of ending.
+
+    Args:
+        at_second: called at the second signal and at each one after it.
+    """
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if len(received) > 1:
+            at_second()
+
     handlers = {}
     with suppress(ValueError):  # only the main thread may set handlers
         for number in (signal.SIGINT, signal.SIGTERM):
-            handlers[number] = signal.signal(number, lambda signum, frame: received.append(signum))
+            handlers[number] = signal.signal(number, note)
     try:
         yield received
     finally:

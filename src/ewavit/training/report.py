@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 import resource
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import nn
 
 from ewavit.core.diagnostics import routing_statistics
 from ewavit.core.routing import auxiliary_loss
+from ewavit.files import replacing
 from ewavit.tasks.judge import Judge
 from ewavit.tasks.task import Task
 from ewavit.training.recipe import Recipe
@@ -75,22 +75,18 @@ def closing(run: Path, card: ModelCard, data: Data, row: Row, judged_on: str) ->
 
 def write_summary(rows: list[Row], path: Path) -> None:
     """Write one CSV row per epoch, replacing the file at once."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", newline="") as handle:
+    with replacing(path) as partial, partial.open("w", newline="") as handle:
         writer = csv.DictWriter(handle, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(partial, path)
 
 
 def write_predictions(rows: list[tuple[int, int]], path: Path) -> None:
     """Write the label and the predicted class of every evaluation input, in the data's order."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", newline="") as handle:
+    with replacing(path) as partial, partial.open("w", newline="") as handle:
         writer = csv.writer(handle)
         writer.writerow(("label", "prediction"))
         writer.writerows(rows)
-    os.replace(partial, path)
 
 
 def draw_curves(rows: list[Row], path: Path, title: str, judged_on: str, judge: Judge) -> None:
