@@ -29,6 +29,7 @@ from ewavit.core import MoE, StackedExperts, moe_layers
 from ewavit.core.moe import dispatching
 from ewavit.study import theory
 from ewavit.training.opening import Data, open_data
+from ewavit.training.prediction import SpreadPrediction
 from records import write_record
 
 matplotlib.use("Agg")
@@ -276,8 +277,8 @@ def spread(steps: int) -> dict[str, Any]:
         else:
             optimizer = torch.optim.SGD(groups, lr, momentum=0.9, nesterov=True)
         averaging = ewa.ExpertAveraging(model, rate, ramp_steps=steps // 2 if ramp else 0).attach(optimizer)
-        with_slope = theory.SpreadPrediction(model, optimizer, averaging)
-        noise_only = theory.SpreadPrediction(model, optimizer, averaging)
+        with_slope = SpreadPrediction(model, optimizer, averaging)
+        noise_only = SpreadPrediction(model, optimizer, averaging)
         rows = []
         for step, images, labels in batches(data, steps, 0):
             cosine(optimizer, step / steps)

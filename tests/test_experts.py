@@ -8,9 +8,10 @@ from timm.layers import ConvMlp, Mlp
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ewavit.core import MoE, RandomPartition, SeparateExperts, StackedExperts, moe_layers
+from ewavit.core import Dispatcher, MoE, RandomPartition, SeparateExperts, StackedExperts, moe_layers
 from ewavit.core.experts import ExpertLinear, Experts
 from ewavit.core.moe import dispatching
+from ewavit.core.surgery import summary
 from small_models import DIM, FFNS, LayerScale, ffn, randomised, separated, tokens
 
 KINDS = {"stacked": StackedExperts, "separate": SeparateExperts}
@@ -376,6 +377,33 @@ class Mixing(nn.Module):
 
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
         return scale * self.fc(x - x.mean(1, keepdim=True)).tanh()
+
+
+class InOrder(Dispatcher[int]):
+    """The first tokens to the first expert, the next ones to the second, in eval mode too."""
+
+    routed = True
+
+    def dispatch(self, x_TD):
+        return x_TD.view(2, -1, x_TD.shape[-1]), len(x_TD)
+
+    def combine(self, block_ECD, state):
+        return block_ECD.flatten(0, 1)[:state]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", KINDS.values())
+def test_a_moe_takes_any_dispatcher(kind, training):
+    moe = MoE(separated(kind(ffn(), 2)), dispatcher=InOrder()).train(training)
+    x = torch.randn(6, DIM)
+    values = dict(moe.experts.values_by_parameter())
+    parts = [
+        functional_call(ffn(), {name: of_expert[i] for name, of_expert in values.items()}, rows)
+        for i, rows in enumerate(x.chunk(2))
+    ]
+    assert_close(moe(x), torch.cat(parts), 1e-5)
+    assert moe.routed
+    assert "by token" in str(summary(nn.Sequential(moe)))
 
 
 @pytest.mark.parametrize(("kind", "make"), [(SeparateExperts, Mixing), (StackedExperts, ffn)])

@@ -704,7 +704,7 @@ def test_the_search_reports_what_is_expanded_already() -> None:
     model = ewa.expand(tiny_vit(depth=2))
     assert [(ffn.name, ffn.reason) for ffn in ewa.find_ffns(model)] == [
         ("blocks.0.mlp", ""),
-        ("blocks.1.mlp", "is expanded already"),
+        ("blocks.1.mlp", "is already expanded"),
     ]
 
 
@@ -778,7 +778,7 @@ class ProbedFFN(nn.Module):
         (lambda x: x * torch.arange(x.shape[1])[:, None], "image", 'unit="image"'),
         (lambda x: x - x.mean(0, keepdim=True), None, "mixes the images"),
         (lambda x: x[:, ::2], None, "one output per token"),
-        (torch.zeros_like, None, "does not follow its input"),
+        (torch.zeros_like, None, "does not depend on its input"),
         (lambda x: x * float("nan"), None, ""),
         (lambda x: x[:, :16].view(2, 16), None, "cannot be run on (2, 4, 8)"),
     ],

@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import ewavit as ewa
 from ewavit.core import full_share_rate, moe_layers
-from ewavit.core.prediction import SpreadPrediction
 from ewavit.distributed import clip_grad_norm_, expert_placement, load_stacked_state_dict, stacked_state_dict
+from ewavit.training.prediction import SpreadPrediction
 from processes import in_processes
 from small_models import MlpNet, tiny_vit
 from test_distributed import STEPS, batch
@@ -396,13 +396,13 @@ def misuse():
     with pytest.raises(ewa.EwavitError, match=r"share rate 0\.6 is out of range for 2 experts"):
         ewa.ExpertAveraging(model, 0.6)
     averaging = ewa.ExpertAveraging(model, 0.1)
-    with pytest.raises(ewa.EwavitError, match="the spread of replica experts is not predicted"):
+    with pytest.raises(ewa.EwavitError, match="the spread of replica experts cannot be predicted"):
         SpreadPrediction(model, torch.optim.SGD(model.parameters(), lr=0.1), averaging)
 
     wrapped = DistributedDataParallel(Outer(model))
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
     ewa.ExpertAveraging(wrapped, 0.1).attach(optimizer)
-    with pytest.raises(ewa.EwavitError, match="expand the very module that DistributedDataParallel wraps"):
+    with pytest.raises(ewa.EwavitError, match="expand the same module that DistributedDataParallel wraps"):
         train(wrapped, optimizer)
 
 

@@ -277,7 +277,7 @@ def test_missing_and_wrong_shards_are_named(tmp_path):
     refused(folder, tmp_path / "out", "lacks more")
     index.write_text(json.dumps(whole))
     (folder / "model-00002-of-00003.safetensors").unlink()
-    refused(folder, tmp_path / "out", "model-00002-of-00003.safetensors, which is missing")
+    refused(folder, tmp_path / "out", "model-00002-of-00003.safetensors, but it is missing")
     index.write_text("{}")
     refused(folder, tmp_path / "out", "no 'weight_map'")
     refused(tmp_path / "nothing", tmp_path / "out", "no file")
@@ -286,7 +286,7 @@ def test_missing_and_wrong_shards_are_named(tmp_path):
 def test_what_is_not_expanded_or_not_whole_is_refused(tmp_path):
     file, target = tmp_path / "in.safetensors", tmp_path / "plain.safetensors"
     save_file(Net().state_dict(), file)
-    refused(file, target, "plain model already")
+    refused(file, target, "already a plain model")
     model = expanded(2)
     state = dict(model.state_dict())
     del state["blocks.0.mlp.experts.ffn.fc1.bias"]
@@ -303,9 +303,9 @@ def test_what_is_not_expanded_or_not_whole_is_refused(tmp_path):
     square = {"a.experts.ffn.weight": torch.zeros(3, 3), "a.experts.ffn.bias": torch.zeros(3)}  # no stack
     for bare in (square, {key: square[key] for key in list(square)[:1]}):
         save_file(bare, file)
-        refused(file, target, "leaves open which tensors of a are experts")
+        refused(file, target, "does not say which tensors of a are experts")
     save_file(model.state_dict(), file, {streaming.EXPERTS: "{"})
-    refused(file, target, "does not say its experts in a known way")
+    refused(file, target, "has unknown metadata about experts")
 
 
 def test_a_wrong_target_is_refused(tmp_path):

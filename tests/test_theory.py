@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import ewavit as ewa
 from ewavit.core import MoE, SeparateExperts, StackedExperts, full_share_rate, moe_layers
 from ewavit.study import theory
+from ewavit.training.prediction import DeviationMoments, SpreadPrediction, StepSettings
 from small_models import MlpNet, images, separated, tiny_vit, tokens
 
 KINDS = {"stacked": StackedExperts, "separate": SeparateExperts}
@@ -200,9 +201,9 @@ def test_the_stationary_variance_of_plain_sgd_is_the_known_formula_and_the_limit
     assert theory.stationary_variance(rate, n, lr, 3.0) == pytest.approx(
         (n - 1) / n * r**2 / (1 - r**2) * lr**2 * 3.0
     )
-    moments = theory.DeviationMoments()
+    moments, settings = DeviationMoments(), StepSettings(lr, momentum=0.9, gain=0.4)
     for _ in range(500):
-        moments = moments.advance(3.0 * (n - 1) / n, lr, 1 - r, momentum=0.9, gain=0.4)
+        moments = moments.advance(3.0 * (n - 1) / n, settings, 1 - r)
     assert moments.d_d == pytest.approx(theory.stationary_variance(rate, n, lr, 3.0, 0.9, 0.6), rel=1e-9)
 
 
@@ -222,7 +223,7 @@ def test_the_spread_of_a_training_on_noise_is_predicted_at_every_step(name, kind
     moe = noisy_layer(kind)
     optimizer = OPTIMIZERS[name](moe.parameters())
     averaging = ewa.ExpertAveraging(moe, 0.3, ramp_steps=40, every=2).attach(optimizer)
-    prediction = theory.SpreadPrediction(moe, optimizer, averaging)
+    prediction = SpreadPrediction(moe, optimizer, averaging)
     assert prediction.relative() == {"": 0.0}
     ratios = []
     for step in range(50):
@@ -244,7 +245,7 @@ def test_the_spread_of_a_vit_in_training_is_predicted(share_rate):
     model = ewa.expand(tiny_vit(embed_dim=32), 4, select="all")
     optimizer = torch.optim.AdamW(ewa.param_groups(model), lr=1e-3)
     averaging = ewa.ExpertAveraging(model, share_rate).attach(optimizer)
-    prediction = theory.SpreadPrediction(model, optimizer, averaging)
+    prediction = SpreadPrediction(model, optimizer, averaging)
     ratios = []
     for step in range(60):
         x = images(16)
@@ -267,7 +268,7 @@ def test_a_resumed_prediction_goes_on_with_the_same_numbers():
         model = ewa.expand(MlpNet(), 3)
         optimizer = torch.optim.AdamW(ewa.param_groups(model), lr=1e-2)
         averaging = ewa.ExpertAveraging(model, 0.2, ramp_steps=10).attach(optimizer)
-        return model, optimizer, averaging, theory.SpreadPrediction(model, optimizer, averaging)
+        return model, optimizer, averaging, SpreadPrediction(model, optimizer, averaging)
 
     def train(model, optimizer, averaging, prediction, first, last):
         for step in range(first, last):
@@ -301,7 +302,7 @@ def test_full_averaging_is_predicted_to_leave_no_spread_and_scaled_gradients_cha
         moe = noisy_layer()
         optimizer = torch.optim.AdamW(moe.parameters(), lr=1e-2)
         averaging = ewa.ExpertAveraging(moe, share_rate).attach(optimizer)
-        prediction = theory.SpreadPrediction(moe, optimizer, averaging)
+        prediction = SpreadPrediction(moe, optimizer, averaging)
         noise_backward(moe)
         for parameter in moe.parameters():
             parameter.grad *= scale
@@ -318,7 +319,7 @@ def test_a_skipped_step_and_gradients_that_overflowed_are_not_counted():
     moe = noisy_layer()
     optimizer = torch.optim.SGD(moe.parameters(), lr=0.1)
     averaging = ewa.ExpertAveraging(moe, 0.2).attach(optimizer)
-    prediction = theory.SpreadPrediction(moe, optimizer, averaging)
+    prediction = SpreadPrediction(moe, optimizer, averaging)
     noise_backward(moe)
     prediction.observe()
     optimizer.step()
@@ -339,7 +340,7 @@ def test_frozen_parameters_and_such_without_gradient_keep_the_deviation_they_sta
             parameter.requires_grad_(False)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     averaging = ewa.ExpertAveraging(model, 0.1).attach(optimizer)
-    prediction = theory.SpreadPrediction(model, optimizer, averaging)
+    prediction = SpreadPrediction(model, optimizer, averaging)
     assert prediction.relative() == pytest.approx(ewa.expert_spread(model), rel=1e-5)
     for _ in range(3):  # no backward: no parameter has a gradient
         prediction.observe()
@@ -358,17 +359,17 @@ def test_wrapped_and_timm_optimizers_are_looked_through_and_others_refused():
     averaging = ewa.ExpertAveraging(model, 0.1)
     for opt in ("sgd", "momentum", "adam", "adamw"):
         optimizer = timm.optim.create_optimizer_v2(model, opt=opt, lr=0.1, weight_decay=0.05, layer_decay=0.7)
-        assert theory.SpreadPrediction.supports(Wrapper(optimizer))
-        parts = theory.SpreadPrediction(model, Wrapper(optimizer), averaging).state_dict()["parts"]
+        assert SpreadPrediction.supports(Wrapper(optimizer))
+        parts = SpreadPrediction(model, Wrapper(optimizer), averaging).state_dict()["parts"]
         assert len(parts) == 2  # one mixture, with and without weight decay
     for optimizer in (
         torch.optim.RMSprop(model.parameters()),
         torch.optim.AdamW(model.parameters(), amsgrad=True),
         timm.optim.create_optimizer_v2(model, opt="lamb", lr=0.1),
     ):
-        assert not theory.SpreadPrediction.supports(optimizer)
+        assert not SpreadPrediction.supports(optimizer)
         with pytest.raises(ewa.EwavitError, match="leave the prediction out"):
-            theory.SpreadPrediction(model, optimizer, averaging)
+            SpreadPrediction(model, optimizer, averaging)
 
 
 # ---------------------------------------------------------------- flatness

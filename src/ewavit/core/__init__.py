@@ -2,6 +2,7 @@
 
 from ewavit.core.averaging import full_share_rate
 from ewavit.core.diagnostics import CollapseGap, RoutingStatistics
+from ewavit.core.dispatch import Dispatcher
 from ewavit.core.experts import Experts, SeparateExperts, StackedExperts
 from ewavit.core.ffn import FFN
 from ewavit.core.moe import MoE, moe_layers
@@ -13,6 +14,7 @@ from ewavit.core.surgery import LayerSummary, Summary
 __all__ = [
     "FFN",
     "CollapseGap",
+    "Dispatcher",
     "Experts",
     "LayerSummary",
     "MoE",

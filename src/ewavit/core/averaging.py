@@ -19,7 +19,7 @@ from ewavit.core.moe import moe_layers, require_moe_layers
 from ewavit.core.replicas import check_peers
 from ewavit.errors import EwavitError
 
-CHECK_EVERY = 100  # optimizer steps between two looks whether processes with replica experts agree
+CHECK_EVERY = 100  # optimizer steps between two checks that processes with replica experts agree
 Schedule = Callable[[int], float]  # number of optimizer steps done (1, 2, ...) -> share rate
 
 
@@ -58,7 +58,7 @@ class CosineRamp:
 
 @dataclass(frozen=True)
 class Early:
-    """Another schedule until step `until` (that one included), then no averaging: the experts specialise."""
+    """Another schedule up to and including step `until`, then no averaging: the experts specialise."""
 
     schedule: Schedule
     until: int
@@ -76,7 +76,7 @@ def check_share_rate(share_rate: float, num_experts: int) -> float:
     """Return the share rate if it is in range.
 
     Raises:
-        EwavitError: outside 0 <= share_rate <= (N - 1) / N, where experts would overshoot their mean.
+        EwavitError: it is outside 0 <= share_rate <= (N - 1) / N, so experts would overshoot their mean.
     """
     highest = full_share_rate(num_experts)
     if not 0.0 <= share_rate <= highest * (1 + 1e-12):
@@ -88,13 +88,13 @@ def check_share_rate(share_rate: float, num_experts: int) -> float:
 
 
 def lerp_weight(share_rate: float, num_experts: int) -> float:
-    """D = beta N / (N - 1), the share of its deviation that an expert loses when averaged (Eq. 6 as a lerp).
+    """D = beta N / (N - 1): the fraction of its deviation from the mean that averaging removes (Eq. 6).
 
     Raises:
         EwavitError: the share rate is outside 0 <= beta <= (N - 1) / N.
     """
     if num_experts == 1:
-        return 0.0  # a single expert is its own mean
+        return 0.0  # a single expert is its own mean, whatever the share rate
     return min(1.0, check_share_rate(share_rate, num_experts) * num_experts / (num_experts - 1))
 
 
@@ -102,8 +102,8 @@ def lerp_weight(share_rate: float, num_experts: int) -> float:
 def average_experts_(model: nn.Module, share_rate: float) -> None:
     """Pull the experts of every MoE of a model towards their mean, in place (Eq. 6).
 
-    Half-precision parameters are averaged in float32. No parameter object is replaced, and the mean of the
-    experts stays what it was.
+    Half-precision parameters are averaged in float32. The parameter objects and the experts' mean stay the
+    same.
 
     Args:
         model: an expanded model.
@@ -124,7 +124,7 @@ def average_experts_(model: nn.Module, share_rate: float) -> None:
 
 @torch.no_grad()
 def average_experts_reference_(model: nn.Module, share_rate: float) -> None:
-    """`average_experts_` written as the explicit sum of Eq. 6; the tests hold the two equal."""
+    """`average_experts_` as the explicit sum of Eq. 6; the tests compare the two."""
     for moe in moe_layers(model).values():
         n = moe.num_experts
         for _, values in moe.experts.values_by_parameter() if n > 1 else ():
@@ -140,8 +140,8 @@ class ExpertAveraging:
     Args:
         model: an expanded model.
         share_rate: beta at the end of the ramp, or a schedule `step -> beta`.
-        ramp_steps: optimizer steps over which a given number rises linearly from 0.
-        every: average after every k-th step only.
+        ramp_steps: optimizer steps of a linear rise from 0 to a share rate given as a number.
+        every: average only after every k-th step.
 
     Raises:
         EwavitError: the model has no MoE, the share rate is out of range, or `every` is below 1.
@@ -151,20 +151,14 @@ class ExpertAveraging:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        share_rate: float | Schedule = 0.3,
-        ramp_steps: int = 0,
-        every: int = 1,
+        self, model: nn.Module, share_rate: float | Schedule = 0.3, ramp_steps: int = 0, every: int = 1
     ) -> None:
         layers = require_moe_layers(model)
         if every < 1:
             raise EwavitError(f"every={every} is not a number of steps: choose 1 or more")
         if callable(share_rate):
             if ramp_steps:
-                raise EwavitError(
-                    "ramp_steps belongs to a share rate given as a number; the schedule has its own"
-                )
+                raise EwavitError("ramp_steps needs a share rate given as a number: leave one of them out")
             self.schedule: Schedule = share_rate
         else:
             for moe in layers.values():
@@ -177,13 +171,13 @@ class ExpertAveraging:
 
     @property
     def share_rate(self) -> float:
-        """The share rate that the latest step used."""
+        """The share rate of the latest step."""
         return float(self.schedule(self.steps_done))
 
     def attach(self, optimizer: torch.optim.Optimizer) -> ExpertAveraging:
-        """Run after every `optimizer.step()` that was not skipped; returns self.
+        """Average after every `optimizer.step()` that a GradScaler did not skip; returns self.
 
-        Wrappers that hold the real optimizer as `.optimizer` (accelerate, Lightning) are looked through.
+        The optimizer may be inside wrappers that hold it as `.optimizer` (accelerate, Lightning).
 
         Raises:
             EwavitError: already attached, or the optimizer lacks expert parameters (built before `expand`).
@@ -204,7 +198,7 @@ class ExpertAveraging:
                     half[layer] = parameter.dtype
         for layer, dtype in half.items():
             warnings.warn(
-                f"{layer} has {dtype} weights, where a small pull rounds to nothing: "
+                f"{layer} has {dtype} weights, so averaging may round to no change: "
                 "keep float32 weights and use autocast",
                 stacklevel=2,
             )
@@ -218,7 +212,7 @@ class ExpertAveraging:
             self._hook = None
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        # A fused optimizer under a GradScaler is stepped even when the gradients overflowed.
+        # A GradScaler steps a fused optimizer even if the gradients overflowed.
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is None or not float(found_inf):
             self.step()
@@ -232,16 +226,16 @@ class ExpertAveraging:
             average_experts_(self.model, self.share_rate)
 
     def state_dict(self) -> dict[str, int]:
-        """The number of steps done; the schedule itself is configuration."""
+        """The number of steps done; the schedule is not part of it."""
         return {"steps_done": self.steps_done}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from a saved number of steps."""
+        """Continue from a saved number of steps."""
         self.steps_done = int(state["steps_done"])
 
 
 def unwrapped_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer within wrappers that hold it as `.optimizer` (accelerate, Lightning)."""
+    """The optimizer inside wrappers that hold it as `.optimizer` (accelerate, Lightning)."""
     while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = inner
     return optimizer

@@ -1,7 +1,7 @@
 """`collapse_checkpoint`: from files of an expanded model to files of the plain one, a few MiB at a time.
 
-Reads and writes the safetensors format itself (8 bytes with the header's length, a JSON header, the data), so
-that a checkpoint may be many times larger than memory; torch is all it needs.
+It reads and writes the safetensors format itself (8 bytes with the header's length, a JSON header, the data),
+so a checkpoint may be many times larger than memory, and torch is enough.
 """
 
 from __future__ import annotations
@@ -24,12 +24,10 @@ from ewavit.core.moe import MoE
 from ewavit.errors import EwavitError
 from ewavit.files import replacing
 
-EXPERTS = "ewavit_experts"  # the key of a file's metadata that says which tensors are experts
+EXPERTS = "ewavit_experts"  # the metadata key that lists the tensors of the experts
 INDEX = ".safetensors.index.json"
-BLOCK = (
-    2**22
-)  # bytes that are read and averaged at a time: what fits a cache is fastest (benchmarks/export.py)
-LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
+BLOCK = 2**22  # bytes to read and average at a time; fastest if they fit a cache (benchmarks/export.py)
+LARGEST_HEADER = 100_000_000  # bytes, the limit of the format
 ITEM_BYTES = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
@@ -42,9 +40,9 @@ _EXPERT_KEY = re.compile(r"(?P<mixture>.+?)\.experts\.(?:ffn|copies\.(?P<copy>\d
 
 @dataclass(frozen=True)
 class StoredMixture:
-    """What a file holds of one MoE: N experts, "stacked" or "separate", and the FFN's parameters by name.
+    """One MoE in a file: N experts, "stacked" or "separate", and the names of the FFN's parameters.
 
-    What else lies among the experts are the FFN's buffers, of which `collapse` keeps the first expert's.
+    Other tensors among the experts are the FFN's buffers; `collapse` keeps those of the first expert.
     """
 
     num_experts: int
@@ -54,7 +52,7 @@ class StoredMixture:
 
 @dataclass(frozen=True)
 class _Stored:
-    """A tensor, or one expert's share of a stacked one, as it lies in a file."""
+    """The place of a tensor in a file, or of one expert's part of a stacked tensor."""
 
     file: Path
     begin: int
@@ -66,15 +64,13 @@ class _Stored:
         """The parts along dimension 0."""
         count, *shape = self.shape
         size = self.size // count
-        return [
-            _Stored(self.file, self.begin + number * size, size, self.dtype, tuple(shape))
-            for number in range(count)
-        ]
+        begins = [self.begin + number * size for number in range(count)]
+        return [_Stored(self.file, begin, size, self.dtype, tuple(shape)) for begin in begins]
 
 
 @dataclass(frozen=True)
 class _Source:
-    """What there is to read: tensors by key, each file's metadata, and the index of sharded files."""
+    """What there is to read: tensors by key, each file's metadata, and the index of the shards."""
 
     tensors: dict[str, _Stored]
     metadata: dict[Path, dict[str, str]]
@@ -83,7 +79,7 @@ class _Source:
 
 
 def expert_metadata(model: nn.Module) -> dict[str, str]:
-    """Which tensors of an expanded model's state dict are experts, as metadata for a safetensors file.
+    """Metadata for a safetensors file that lists the experts in an expanded model's state dict.
 
     Returns:
         An empty dict for a model without mixtures.
@@ -94,7 +90,7 @@ def expert_metadata(model: nn.Module) -> dict[str, str]:
         >>> collapse_checkpoint("expanded.safetensors", "plain.safetensors")
     """
     found = {}
-    for name, module in model.named_modules(remove_duplicate=False):  # state dicts repeat shared layers too
+    for name, module in model.named_modules(remove_duplicate=False):  # state dicts repeat shared layers
         if isinstance(module, MoE):
             ffn = module.experts.ffns()[0]
             found[name] = {
@@ -106,28 +102,27 @@ def expert_metadata(model: nn.Module) -> dict[str, str]:
 
 
 def is_checkpoint_file(source: Path) -> bool:
-    """Whether this is what `collapse_checkpoint` reads, judged by its name: a file or a folder of shards."""
+    """Whether `collapse_checkpoint` reads this, by its name: a file or a folder of shards."""
     return source.suffix == ".safetensors" or source.name.endswith(INDEX) or any(source.glob(f"*{INDEX}"))
 
 
 def collapse_checkpoint(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> str:
-    """Write the plain model of an expanded model's safetensors, without either model in memory.
+    """Collapse the safetensors of an expanded model to those of the plain model, with little memory.
 
-    Every mixture becomes an FFN with the experts' mean, computed in float32 (float64 for float64) in pieces;
-    all other tensors are copied as they are. Keys, types and metadata are those that `collapse` would leave.
-    Which tensors are experts is read from the metadata that `expert_metadata` makes, which `ewavit train`
-    writes, or else from the keys.
+    Every mixture becomes an FFN with the experts' mean, computed in float32 (float64 for float64) in pieces.
+    Other tensors are copied. Keys, types and metadata are those of the collapsed model. The metadata of
+    `expert_metadata`, which `ewavit train` writes, lists the experts; without it the keys decide.
 
     Args:
         source: a .safetensors file, an index of shards (.safetensors.index.json), or the folder of either.
-        target: a .safetensors file; or, for shards, a new folder, which gets shards and an index again.
+        target: a .safetensors file; or, for shards, a new folder for shards and their index.
 
     Returns:
-        What was written, in words.
+        A sentence that says what was written.
 
     Raises:
-        EwavitError: the source is damaged, incomplete or not expanded, or the target cannot be written.
-            Nothing is left behind then.
+        EwavitError: the source is damaged, incomplete or not expanded, or the target cannot be written. Then
+            no partial file remains.
     """
     source, target = Path(source), Path(target)
     found = _open(source)
@@ -135,14 +130,14 @@ def collapse_checkpoint(source: str | os.PathLike[str], target: str | os.PathLik
     single = target.suffix == ".safetensors"
     if not single and (found.index is None or target.suffix):
         shards = "" if found.index is None else ", or a new folder for shards"
-        raise EwavitError(f"{target} is no name for {source}'s plain model: end it in .safetensors{shards}")
+        raise EwavitError(f"{target} is not a name for the plain model: choose FILE.safetensors{shards}")
     if not target.parent.is_dir():
         raise EwavitError(f"no folder {target.parent}: make it first")
     if target.exists() and (not single or any(target.samefile(file) for file in found.metadata)):
         what = "the source" if single else "there already"
         raise EwavitError(f"{target} is {what}: choose another name")
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # one core adds faster than a disk reads, and the sum's order is then fixed
+    torch.set_num_threads(1)  # one core adds faster than a disk reads, and this fixes the order of the sum
     try:
         with replacing(target) as partial, _Reader() as reader:
             if single:
@@ -184,18 +179,18 @@ def _open(source: Path) -> _Source:
         raise EwavitError(f"{source} cannot be read as an index of shards ({_said(problem)})") from None
     shards = dict.fromkeys(of_key.values())
     if missing := [file.name for file in shards if not file.is_file()]:
-        raise EwavitError(f"{source} names {missing[0]}, which is missing: fetch all {len(shards)} shards")
+        raise EwavitError(f"{source} names {missing[0]}, but it is missing: fetch all {len(shards)} shards")
     headers = {file: _read_header(file) for file in shards}
     if lost := [key for key, file in of_key.items() if key not in headers[file][0]]:
         raise EwavitError(
-            f"{of_key[lost[0]]} lacks {lost[0]}, which {source.name} puts there: fetch it again"
+            f"{of_key[lost[0]]} lacks {lost[0]}, but {source.name} puts it there: fetch it again"
         )
     tensors = {key: headers[file][0][key] for key, file in of_key.items()}
     return _Source(tensors, {file: header[1] for file, header in headers.items()}, source, index_metadata)
 
 
 def _read_header(file: Path) -> tuple[dict[str, _Stored], dict[str, str]]:
-    """Where each tensor lies in a file, and the file's metadata; the whole header is checked."""
+    """The place of each tensor in a file, and the file's metadata; checks the whole header."""
     try:
         with file.open("rb") as handle:
             total = os.fstat(handle.fileno()).st_size
@@ -228,7 +223,7 @@ def _read_header(file: Path) -> tuple[dict[str, _Stored], dict[str, str]]:
 
 
 class _Reader(ExitStack):
-    """Open files, and one buffer that all reading goes through."""
+    """Open files and one buffer for all reading."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -245,7 +240,7 @@ class _Reader(ExitStack):
             while view:
                 count = handle.readinto(view)  # type: ignore[attr-defined]
                 if not count:
-                    raise OSError(None, "it ended while it was read")
+                    raise OSError(None, "the file ended too early")
                 view = view[count:]
         except OSError as problem:
             raise EwavitError(f"{file} cannot be read ({problem.strerror}): fetch it again") from None
@@ -261,18 +256,18 @@ def _said(problem: Exception) -> str:
 
 
 def _plan(found: _Source, source: Path) -> tuple[dict[str, list[_Stored]], int]:
-    """For each key of the plain model the one tensor that is copied or the N that are averaged."""
+    """For each key of the plain model the one tensor to copy or the N tensors to average."""
     mixtures = _mixtures(found, source)
     outputs: dict[str, list[_Stored]] = {}
     matches = {key: _EXPERT_KEY.fullmatch(key) for key in found.tensors}
     in_order = sorted(matches.items(), key=lambda item: int((item[1] and item[1]["copy"]) or 0))
-    for key, match in in_order:  # of the copies, so that their sum is that of `collapse` to the bit
+    for key, match in in_order:  # in the order of the copies: the sum then equals that of `collapse` exactly
         stored = found.tensors[key]
         if match is None or match["mixture"] not in mixtures:
             if any(key.startswith(f"{name}.") for name in mixtures):
                 raise EwavitError(
-                    f"{source} has {key}, a router's, which no plain model has: to take the mean expert "
-                    "nevertheless, load the model and use ewavit.collapse"
+                    f"{source} is a routed mixture ({key}); no plain model computes the same: to deploy its "
+                    "mean expert, a different model, load it and call ewavit.collapse(model)"
                 )
             outputs.setdefault(key, []).append(stored)
             continue
@@ -292,15 +287,18 @@ def _plan(found: _Source, source: Path) -> tuple[dict[str, list[_Stored]], int]:
         parts, count = outputs.get(key, []), wanted.get(key, 1)
         if len(parts) != count or len({(part.dtype, part.shape) for part in parts}) != 1:
             raise EwavitError(
-                f"{source} holds {len(parts)} tensors for {key}, not {count} alike: it is damaged"
+                f"{source} holds {len(parts)} tensors for {key}, not {count} of one shape and type: it is "
+                "damaged, fetch it again"
             )
         if count > 1 and parts[0].dtype not in FLOATS:
-            raise EwavitError(f"{source}: experts of type {parts[0].dtype} ({key}) cannot be averaged")
+            raise EwavitError(
+                f"{source}: experts of type {parts[0].dtype} ({key}) cannot be averaged: save them as F32"
+            )
     return outputs, len(mixtures)
 
 
 def _mixtures(found: _Source, source: Path) -> dict[str, StoredMixture]:
-    """The mixtures that the metadata names, or else those that the keys show."""
+    """The mixtures from the metadata, or without metadata from the keys."""
     said = [each[EXPERTS] for each in (*found.metadata.values(), found.index_metadata) if EXPERTS in each]
     try:
         mixtures = {
@@ -311,15 +309,18 @@ def _mixtures(found: _Source, source: Path) -> dict[str, StoredMixture]:
             for name, each in json.loads(text).items()
         }
     except (ValueError, KeyError, TypeError, AttributeError) as problem:
-        raise EwavitError(f"{source} does not say its experts in a known way ({_said(problem)})") from None
+        raise EwavitError(
+            f"{source} has unknown metadata about experts ({_said(problem)}): save it again with "
+            "ewavit.expert_metadata(model)"
+        ) from None
     mixtures = mixtures or _guessed(found.tensors, source)
     if not mixtures:
-        raise EwavitError(f"{source} holds no mixture of experts: it is a plain model already")
+        raise EwavitError(f"{source} holds no mixture of experts: it is already a plain model")
     return mixtures
 
 
 def _guessed(tensors: Mapping[str, _Stored], source: Path) -> dict[str, StoredMixture]:
-    """The mixtures as the keys show them, where that leaves no doubt."""
+    """The mixtures by their keys; an error if these are ambiguous."""
     parts: dict[str, list[tuple[str | None, str, _Stored]]] = {}
     for key, stored in tensors.items():
         if match := _EXPERT_KEY.fullmatch(key):
@@ -333,10 +334,10 @@ def _guessed(tensors: Mapping[str, _Stored], source: Path) -> dict[str, StoredMi
         numbered = stacked or copies == {str(number) for number in range(len(copies))}
         floats = all(stored.dtype in FLOATS for _, _, stored in found)
         dims = {len(stored.shape) for _, _, stored in found}
-        one_ffn = stacked and (min(dims) < 2 or max(dims) < 3)  # with neither stacked vectors nor matrices
+        one_ffn = stacked and (min(dims) < 2 or max(dims) < 3)  # neither stacked vectors nor stacked matrices
         if len(counts) != 1 or counts == {(0,)} or one_ffn or not numbered or not floats:
             raise EwavitError(
-                f"{source} leaves open which tensors of {mixture} are experts: save it with the metadata of "
+                f"{source} does not say which tensors of {mixture} are experts: save it with the metadata of "
                 "ewavit.expert_metadata(model)"
             )
         (count,) = counts.pop()
@@ -351,7 +352,7 @@ def _write(
     file: Path, outputs: Mapping[str, Sequence[_Stored]], metadata: Mapping[str, str], reader: _Reader
 ) -> int:
     """Write one safetensors file; returns its size in bytes."""
-    # As safetensors itself does it: the widest types first, which keeps all tensors aligned.
+    # The order of the safetensors library: the widest types first, so that all tensors are aligned.
     order = sorted(outputs, key=lambda key: (-ITEM_BYTES.get(outputs[key][0].dtype, 1), key))
     header: dict[str, Any] = {"__metadata__": _without_experts({"format": "pt", **metadata})}
     end = 0
@@ -374,7 +375,7 @@ def _write(
 def _write_shards(
     folder: Path, outputs: Mapping[str, Sequence[_Stored]], found: _Source, reader: _Reader
 ) -> int:
-    """Write a folder of shards under their old names, without those that became empty, and the index."""
+    """Write a folder of shards under their old names, without empty ones, and the index."""
     assert found.index is not None
     folder.mkdir()
     shards: dict[Path, dict[str, Sequence[_Stored]]] = {}
@@ -397,7 +398,7 @@ def _without_experts(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _averaged(experts: Sequence[_Stored], reader: _Reader) -> Iterator[memoryview]:
-    """The bytes of the mean of equal tensors, or of a single one, in pieces that are valid until the next."""
+    """The bytes of the mean of equal tensors, or of one tensor, in pieces; each is valid until the next."""
     count, size = len(experts), experts[0].size
     width = BLOCK // count // 4096 * 4096  # bytes of each expert at a time
     dtype = FLOATS.get(experts[0].dtype, torch.uint8)

@@ -1,7 +1,7 @@
-"""Experts whose parameters are sharded (FSDP2, HSDP): where to cut them, the part that is here, the whole.
+"""Sharded tensors (FSDP2, HSDP): the local part and the whole; `Peers`, the processes of replica experts.
 
-Nothing here talks to other processes but `whole` and `summed`. `torch.distributed.tensor` is imported when a
-model is sharded, not with ewavit.
+Only `whole`, `summed` and `Peers` communicate. `torch.distributed.tensor` is imported only if a model is
+sharded.
 """
 
 from __future__ import annotations
@@ -19,13 +19,18 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """A half-precision tensor as float32; others as they are."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds: a view of a `DTensor`'s, else the tensor itself."""
+    """This process's part of a tensor: a view of a `DTensor`'s local tensor, or the tensor itself."""
     return cast("DTensor", tensor).to_local() if is_sharded(tensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The full tensor; for a `DTensor` every process of its mesh must call."""
+    """The full tensor; a collective over the mesh of a `DTensor`."""
     return cast("DTensor", tensor).full_tensor() if is_sharded(tensor) else tensor
 
 
@@ -35,7 +40,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def sharded_like(tensor: Tensor, part: Tensor) -> Tensor:
-    """A `DTensor` that is sharded as another, of which this process holds the given part."""
+    """A `DTensor` with the sharding of another and `part` as its local tensor."""
     from torch.distributed.tensor import DTensor
 
     like = cast(DTensor, tensor)
@@ -45,7 +50,7 @@ def sharded_like(tensor: Tensor, part: Tensor) -> Tensor:
 
 
 def cut_like(tensor: Tensor, full: Tensor) -> Tensor:
-    """A tensor that every process has in full, sharded as another one."""
+    """A tensor that every process has in full, sharded like another tensor."""
     if not is_sharded(tensor):
         return full
     from torch.distributed.tensor import DTensor, distribute_tensor
@@ -56,7 +61,7 @@ def cut_like(tensor: Tensor, full: Tensor) -> Tensor:
 
 
 def summed(value: Tensor, like: Tensor) -> Tensor:
-    """The sum of a value over the processes among which a tensor is sharded; each must call."""
+    """The sum of a value over the processes that share a tensor; a collective if the tensor is sharded."""
     if not is_sharded(like):
         return value
     from torch.distributed.tensor import DTensor, Partial, Replicate
@@ -67,7 +72,9 @@ def summed(value: Tensor, like: Tensor) -> Tensor:
 
 
 class Peers:
-    """The data-parallel processes that hold one expert each; all of them unless a group is given.
+    """The data-parallel processes of replica experts, one expert each; all processes by default.
+
+    Every method is a collective.
 
     Raises:
         EwavitError: torch.distributed is not running.
@@ -76,21 +83,21 @@ class Peers:
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         if not (dist.is_available() and dist.is_initialized()):
             raise EwavitError(
-                'placement="replicas" takes one process for each expert: start with torchrun and call '
+                'placement="replicas" needs one process per expert: start with torchrun and call '
                 "torch.distributed.init_process_group() before ewavit.expand"
             )
         self.group, self.size, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Peers:
-        return self  # an averaged copy of a model meets in the same processes
+        return self  # an averaged copy of a model lives in the same processes
 
     def sum(self, tensors: list[Tensor]) -> list[Tensor]:
-        """The sums over the processes, in float32 or better, by one all-reduce for all tensors."""
+        """The sums over the processes, at least in float32, by one all-reduce for all tensors."""
         return self.begin_sum(tensors)()
 
     def begin_sum(self, tensors: list[Tensor]) -> Callable[[], list[Tensor]]:
-        """Send the tensors; what is returned waits for the sums and gives them."""
-        flat = torch.cat([tensor.reshape(-1).to(_at_least_float32(tensor)) for tensor in tensors])
+        """Start the all-reduce; the returned function waits for it and returns the sums."""
+        flat = torch.cat([at_least_float32(tensor.reshape(-1)) for tensor in tensors])
         sent = dist.all_reduce(flat, group=self.group, async_op=True)
 
         def sums() -> list[Tensor]:
@@ -101,21 +108,17 @@ class Peers:
         return sums
 
     def range(self, values: Tensor) -> Tensor:
-        """How far apart the largest and the smallest of each value are over the processes."""
+        """The largest minus the smallest of each value over the processes."""
         ends = torch.stack([values, -values])
         dist.all_reduce(ends, dist.ReduceOp.MAX, group=self.group)
         return ends.sum(0)
 
     def broadcast_(self, tensor: Tensor) -> None:
-        """Make a tensor the first process's."""
+        """Overwrite a tensor with the first process's."""
         dist.broadcast(tensor, group=self.group, group_src=0)
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        """The tensors of all processes in their order, in the first process; none in the others."""
+        """The tensors of all processes by rank, on the first process; an empty list on the others."""
         gathered = [torch.empty_like(tensor) for _ in range(self.size)] if self.rank == 0 else None
         dist.gather(tensor.contiguous(), gathered, group=self.group, group_dst=0)
         return gathered or []
-
-
-def _at_least_float32(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)

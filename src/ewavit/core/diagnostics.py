@@ -1,4 +1,4 @@
-"""How far the experts are apart, what collapsing them now would change, and what the routers do."""
+"""How far the experts are apart, what collapse would change now, and what the routers do."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ewavit.core.devices import local, summed
 from ewavit.core.moe import dispatching, moe_layers, require_moe_layers
-from ewavit.core.routing import TopKRouter
+from ewavit.core.routing import routers
 from ewavit.core.surgery import collapsed
 
 
@@ -21,9 +21,10 @@ from ewavit.core.surgery import collapsed
 def expert_spread(model: nn.Module) -> dict[str, float]:
     """Relative distance of the experts to their mean, per MoE layer.
 
+    With sharded or replica experts this is a collective: every process must call it.
+
     Returns:
-        By layer name sqrt(mean_i |W_i - Wm|^2) / |Wm|, over all parameters of an FFN; 0 when all are equal.
-        Of sharded and of replica experts every process must ask.
+        sqrt(mean_i |W_i - Wm|^2) / |Wm| by layer name, over all parameters of an FFN; 0 if all are equal.
     """
     spread = {}
     for layer, moe in moe_layers(model).items():
@@ -53,7 +54,7 @@ class CollapseGap:
 
     @property
     def loss(self) -> float | None:
-        """Loss of the collapsed model minus loss of the mixture; negative when collapsing helps."""
+        """Loss of the collapsed model minus loss of the mixture; negative if collapsing helps."""
         if self.loss_mixture is None or self.loss_collapsed is None:
             return None
         return self.loss_collapsed - self.loss_mixture
@@ -66,13 +67,13 @@ def collapse_gap(
     targets: Tensor | None = None,
     criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
 ) -> CollapseGap:
-    """Compare the mixture, dealt at random or routed, with its collapse on one batch; no dropout, no noise.
+    """Compare a mixture with its collapse on one batch, without dropout and noise.
 
     Args:
         model: an expanded model; its mode is restored.
-        inputs: what the model takes, (batch, channels, height, width) for images.
-        targets: (batch,) classes or whatever `criterion` takes; without them only outputs are compared.
-        criterion: loss of (outputs, targets).
+        inputs: the model's input, (batch, channels, height, width) for images.
+        targets: (batch,) classes, or whatever `criterion` takes; without them only outputs are compared.
+        criterion: maps (outputs, targets) to a loss.
 
     Raises:
         EwavitError: the model has no MoE layer.
@@ -99,9 +100,9 @@ def collapse_gap(
 class RoutingStatistics:
     """What the router of one layer did with the latest batch in training.
 
-    `load`: of each expert, the share of the tokens' choices, before room runs out; 1 / N where balanced.
-    `dropped`: share of the choices whose expert was full. `entropy`: mean of the softmax's, in nats; log N is
-    undecided, 0 is certain.
+    `load`: each expert's share of the tokens' choices, dropped ones included; 1 / N if balanced.
+    `dropped`: share of the choices that found their expert full. `entropy`: mean entropy of the softmax in
+    nats; log N if undecided, 0 if certain.
     """
 
     load: tuple[float, ...]
@@ -110,12 +111,11 @@ class RoutingStatistics:
 
 
 def routing_statistics(model: nn.Module) -> dict[str, RoutingStatistics]:
-    """Load, dropped share and entropy of each router, by layer name; empty for a model without routers."""
+    """Load, dropped share and entropy of each router by layer name; empty without routers."""
     statistics = {}
-    for layer, moe in moe_layers(model).items():
-        if isinstance(moe.dispatcher, TopKRouter):
-            *load, dropped, entropy, _ = moe.dispatcher.statistics.tolist()
-            statistics[layer] = RoutingStatistics(tuple(load), dropped, entropy)
+    for layer, router in routers(model).items():
+        *load, dropped, entropy, _ = router.statistics.tolist()
+        statistics[layer] = RoutingStatistics(tuple(load), dropped, entropy)
     return statistics
 
 

@@ -1,4 +1,4 @@
-"""Training in several processes: where FSDP2 cuts experts, gradient clipping, one state for all replicas."""
+"""Training in several processes: sharding of experts, gradient clipping, one state for all replicas."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 def expert_placement(
     model: nn.Module, mesh: DeviceMesh | None = None
 ) -> Callable[[nn.Parameter], Shard | None]:
-    """A `shard_placement_fn` for `fully_shard` that cuts stacked experts off their expert dimension.
+    """A `shard_placement_fn` for `fully_shard` that never shards the expert dimension of stacked experts.
 
-    Each process then holds its part of every expert, and the averaging needs no communication. Ask for it
-    once, before the first `fully_shard`, and hand it to every one.
+    So each process has a part of every expert, and averaging needs no communication. Call this once, before
+    the first `fully_shard`, and pass the result to every `fully_shard`.
 
     Args:
         model: an expanded model, not sharded yet.
-        mesh: the mesh that `fully_shard` gets, 1-D or (replicate, shard); all processes unless given.
+        mesh: the mesh for `fully_shard`, 1-D or (replicate, shard); all processes by default.
 
     Raises:
-        EwavitError: no MoE layer, replica experts (docs/distributed.md shards them), or a parameter has no
-            such dimension that the processes divide evenly.
+        EwavitError: no MoE layer, replica experts (docs/distributed.md shows how to shard them), or a
+            parameter without another dimension that divides evenly over the processes.
 
     Example:
         >>> placement = ewa.distributed.expert_placement(model, mesh)
@@ -53,7 +53,7 @@ def expert_placement(
             "processes of its replica, fully_shard(moe, mesh=mesh['shard'])"
         )
     processes = mesh.size(mesh.ndim - 1) if mesh is not None else dist.get_world_size()
-    # By weak reference: the parameters themselves are replaced, and must be freed.
+    # Weak references: `fully_shard` replaces the parameters, and the old ones must be freed.
     placements: MutableMapping[nn.Parameter, Shard] = WeakIdKeyDictionary()
     for layer, moe in layers.items():
         stacked = isinstance(moe.experts, StackedExperts)
@@ -62,8 +62,8 @@ def expert_placement(
             cut = next((d for d in range(1, len(sizes)) if sizes[d] % processes == 0), None)
             if cut is None:
                 raise EwavitError(
-                    f"{layer}.experts.{name} {sizes} cannot be cut evenly over {processes} processes off its "
-                    'expert dimension: shard over fewer, or expand with experts="separate"'
+                    f"{layer}.experts.{name} {sizes} cannot be divided evenly over {processes} processes "
+                    'along its other dimensions: use fewer processes, or expand with experts="separate"'
                 )
             placements[parameter] = Shard(cut)
     return placements.get
@@ -71,10 +71,10 @@ def expert_placement(
 
 @torch.no_grad()
 def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
-    """`torch.nn.utils.clip_grad_norm_` for models with replica experts, by the same factor in every process.
+    """`torch.nn.utils.clip_grad_norm_` with the same factor in every process, for replica experts.
 
-    The squared norm is that of the shared gradients plus the mean over the processes of the experts'. Without
-    replica experts it is torch's.
+    The squared norm is that of the shared gradients plus the mean over processes of that of the experts'
+    gradients. Without replica experts this is torch's function.
 
     Args:
         model: wrapped or not.
@@ -98,18 +98,17 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> Tensor:
 
 
 def stacked_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
-    """The state of a model with replica experts as one with stacked experts would have it.
+    """The state of a model with replica experts, in the form of stacked experts; a collective.
 
-    What each process has of its own is stacked on dimension 0, every process's expert in its place. Every
-    process must call it.
+    Tensors that differ between processes are stacked on dimension 0 in the order of the processes.
 
     Args:
         model: an expanded model; wrappers keep their prefix in the keys.
-        optimizer: of the model.
+        optimizer: the model's optimizer.
 
     Returns:
-        {"model": ..., "optimizer": ...}, on process 0 and on the CPU; elsewhere an empty dict. Of a model
-        without replica experts the state dicts as they are, in every process.
+        {"model": ..., "optimizer": ...} on the CPU of process 0 and an empty dict elsewhere. Without replica
+        experts the plain state dicts in every process.
     """
     own = own_parameters(model)
     states: dict[str, Any] = {"model": model.state_dict()}
@@ -131,15 +130,15 @@ def stacked_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer | None
 def load_stacked_state_dict(
     model: nn.Module, state: dict[str, Any], optimizer: torch.optim.Optimizer | None = None
 ) -> None:
-    """Load what `stacked_state_dict` gave; each process takes its expert.
+    """Load the result of `stacked_state_dict`; each process takes its expert.
 
-    With another number of processes than experts were saved the experts' mean stays what it was: processes
-    beyond them start from it, and fewer take the first experts, moved so that theirs is the mean of all.
+    The number of processes may differ from that of the saved experts; their mean stays the same. More
+    processes start from the mean. Fewer take the first experts, moved so that their mean is the mean of all.
 
     Args:
         model: an expanded model.
-        state: the whole of it, in every process.
-        optimizer: of the model, if its state was saved.
+        state: the whole state, in every process.
+        optimizer: the model's optimizer, if its state was saved.
     """
     own = own_parameters(model)
     weights = dict(state["model"])
@@ -161,19 +160,19 @@ def load_stacked_state_dict(
 
 
 def _parameters_of(optimizer: torch.optim.Optimizer | None) -> list[nn.Parameter]:
-    """In the order in which an optimizer's state dict counts them."""
+    """The parameters in the order of the optimizer's state dict."""
     groups = [] if optimizer is None else optimizer.param_groups
     return [parameter for group in groups for parameter in group["params"]]
 
 
 def _stacked(value: Tensor, peers: Peers | None) -> Tensor:
-    """On the CPU: a tensor, or those of all processes in the first of them."""
+    """A tensor on the CPU, or on the first process those of all processes stacked."""
     gathered = [] if peers is None else peers.gather(whole(value))
     return torch.stack([each.cpu() for each in gathered]) if gathered else whole(value).cpu()
 
 
 def _share(stacked: Tensor, peers: Peers, keep_mean: bool = False) -> Tensor:
-    """This process's expert of those that were saved."""
+    """This process's expert among the saved ones."""
     if peers.rank >= len(stacked):
         return stacked.mean(0)
     mine = stacked[peers.rank]

@@ -1,13 +1,13 @@
 """One FFN made N: `StackedExperts` (batched matmul, fast) or `SeparateExperts` (N copies, always works).
 
-`StackedExperts` keeps the FFN's own module: a copy whose parameter-holding leaves carry a leading expert
-dimension, so the FFN's own `forward` runs unchanged on (experts, ..., tokens, dim).
+`StackedExperts` copies the FFN's own module and gives its layers a leading expert dimension, so the FFN's own
+`forward` runs unchanged on (E, ..., C, D).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -15,24 +15,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ewavit.core.devices import Peers, local
+from ewavit.core.devices import Peers, at_least_float32, local
 from ewavit.errors import EwavitError
 
 Read = Callable[[nn.Parameter], Tensor | None]
-_HALF = (torch.bfloat16, torch.float16)
 
 
 class ExpertLeaf(nn.Module):
-    """A layer with N sets of parameters, stacked on dimension 0 under the original names.
+    """A layer with E sets of parameters, stacked on dimension 0 under the original names.
 
-    In training mode, and with a router in eval mode too, input and output carry a leading expert dimension.
-    Else, or with one expert, the layer is the original one with the mean parameters and there is no expert
-    dimension.
+    In training mode, and in eval mode with a router, input and output have a leading expert dimension.
+    Otherwise, or with one expert, this is the original layer with the mean parameters.
     """
 
     weight: Tensor
     bias: Tensor | None
-    routed = False  # set by a MoE that has a router
+    routed = False  # a MoE with a router sets it
 
     def __init__(self, leaf: nn.Module, num_experts: int) -> None:
         super().__init__()
@@ -46,7 +44,7 @@ class ExpertLeaf(nn.Module):
             memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
             stacked = parameter.detach().unsqueeze(0).repeat(num_experts, *[1] * parameter.ndim)
             self.register_parameter(name, nn.Parameter(stacked, parameter.requires_grad))
-        # The original layer without its weights, in a tuple so that it is not registered as a child.
+        # The original layer without its weights, in a tuple so that torch does not register it as a child.
         self._original = (copy.deepcopy(leaf, memo),)
 
     @property
@@ -60,13 +58,8 @@ class ExpertLeaf(nn.Module):
 
     def collapse(self) -> nn.Module:
         """The original layer, of its original class, with the mean parameters."""
-        original = self._original[0]
-        memo: dict[int, Any] = {}
-        for name, stacked in self._parameters.items():
-            if stacked is not None:
-                mean = stacked.detach().mean(0)
-                memo[id(original._parameters[name])] = nn.Parameter(mean, stacked.requires_grad)
-        return copy.deepcopy(original, memo).train(self.training)
+        means = {name: stacked.detach().mean(0) for name, stacked in self.named_parameters()}
+        return copied_with(self._original[0], means).train(self.training)
 
     def extra_repr(self) -> str:
         shapes = {name: tuple(p.shape) for name, p in self._parameters.items() if p is not None}
@@ -74,20 +67,20 @@ class ExpertLeaf(nn.Module):
 
 
 class ExpertLinear(ExpertLeaf):
-    """N linear layers: weight (experts, out, in), bias (experts, out)."""
+    """E linear layers: weight (E, out, in), bias (E, out)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(experts, ..., in) -> (experts, ..., out) in training, (..., in) -> (..., out) in eval."""
+        """(E, ..., in) -> (E, ..., out) in training, (..., in) -> (..., out) in eval."""
         if self.merged:
             return F.linear(x, cast(Tensor, self.mean("weight")), self.mean("bias"))
         return _batched_linear(x, self.weight, self.bias)
 
 
 class ExpertConv1x1(ExpertLeaf):
-    """N pointwise convolutions: weight (experts, out, in, 1, 1), bias (experts, out); channels at dim -3."""
+    """E pointwise convolutions: weight (E, out, in, 1, 1), bias (E, out); channels at dim -3."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(experts, ..., in, h, w) -> (experts, ..., out, h, w) in training, (b, in, h, w) in eval."""
+        """(E, ..., in, h, w) -> (E, ..., out, h, w) in training, (b, in, h, w) -> (b, out, h, w) in eval."""
         if self.merged:
             return F.conv2d(x, cast(Tensor, self.mean("weight")), self.mean("bias"))
         y = _batched_linear(x.movedim(-3, -1), self.weight.flatten(2), self.bias)
@@ -95,7 +88,7 @@ class ExpertConv1x1(ExpertLeaf):
 
 
 class ExpertNorm(ExpertLeaf):
-    """N layer norms, RMS norms or layer scales over the last dimension: weight (experts, dim)."""
+    """E layer norms, RMS norms or layer scales over the last dimension: weight (E, D)."""
 
     def __init__(self, leaf: nn.Module, num_experts: int) -> None:
         super().__init__(leaf, num_experts)
@@ -104,29 +97,27 @@ class ExpertNorm(ExpertLeaf):
         self.kind = _norm_kind(leaf)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Same shape out as in; (experts, ..., dim) in training, (..., dim) in eval."""
+        """The same shape as x: (E, ..., D) in training, (..., D) in eval."""
         weight, bias = self._parameters[self.scale_name], self._parameters.get("bias")
         if self.merged:  # in one call, so that one expert computes bit for bit what the original layer does
             scale, shift = (p if p is None else p.mean(0) for p in (weight, bias))
-            if self.kind == "layer":
-                return F.layer_norm(x, x.shape[-1:], scale, shift, cast(float, self.eps))
-            if self.kind == "rms":
-                return F.rms_norm(x, x.shape[-1:], scale, self.eps)
-            return x * cast(Tensor, scale)
-        if self.kind == "layer":
-            x = F.layer_norm(x, x.shape[-1:], eps=cast(float, self.eps))
-        elif self.kind == "rms":
-            x = F.rms_norm(x, x.shape[-1:], eps=self.eps)
+            return self._normalised(x, scale, shift) if self.kind != "scale" else x * cast(Tensor, scale)
+        x = self._normalised(x)
         for parameter, operation in ((weight, torch.mul), (bias, torch.add)):
             if parameter is not None:
                 x = operation(x, parameter.view(self.num_experts, *(1,) * (x.ndim - 2), -1))
         return x
 
+    def _normalised(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        if self.kind == "layer":
+            return F.layer_norm(x, x.shape[-1:], scale, shift, cast(float, self.eps))
+        return F.rms_norm(x, x.shape[-1:], scale, self.eps) if self.kind == "rms" else x
+
 
 class _BatchedLinear(torch.autograd.Function):
-    """`baddbmm(bias, rows, weight.mT)` whose gradient of the weight is laid out as the weight is.
+    """`baddbmm(bias, rows, weight.mT)`; the gradient of the weight has the memory layout of the weight.
 
-    The derivative of `bmm` itself comes out transposed, and autograd would copy it for the optimizer.
+    The derivative of `bmm` is transposed, and autograd would copy it for the optimizer.
     """
 
     generate_vmap_rule = True
@@ -153,7 +144,7 @@ class _BatchedLinear(torch.autograd.Function):
 
 
 def _batched_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(experts, ..., in) times (experts, out, in) -> (experts, ..., out), as one batched matmul."""
+    """(E, ..., in) times (E, out, in) -> (E, ..., out), as one batched matmul."""
     device = x.device.type
     if not x.is_meta and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)  # cast here, so that the backward pass has it too
@@ -161,6 +152,15 @@ def _batched_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         bias = None if bias is None else bias.to(dtype)
     y: Tensor = _BatchedLinear.apply(x.flatten(1, -2), weight, bias)
     return y.view(*x.shape[:-1], weight.shape[1])
+
+
+def copied_with(module: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
+    """A deep copy of a module with other parameters, given by name."""
+    memo: dict[int, Any] = {}  # what deepcopy finds here it does not copy
+    for name, value in values.items():
+        parameter = module.get_parameter(name)
+        memo[id(parameter)] = nn.Parameter(value, parameter.requires_grad)
+    return copy.deepcopy(module, memo)
 
 
 def _norm_kind(leaf: nn.Module) -> str | None:
@@ -173,7 +173,7 @@ def _norm_kind(leaf: nn.Module) -> str | None:
 
 
 def _stack_leaf(leaf: nn.Module, num_experts: int) -> ExpertLeaf | None:
-    """The N-expert version of a layer, or None if there is none."""
+    """The stacked version of a layer, or None if there is none."""
     if isinstance(leaf, nn.Linear):
         return ExpertLinear(leaf, num_experts)
     if isinstance(leaf, nn.Conv2d) and leaf.kernel_size == leaf.stride == (1, 1) and leaf.groups == 1:
@@ -184,16 +184,16 @@ def _stack_leaf(leaf: nn.Module, num_experts: int) -> ExpertLeaf | None:
 
 
 class Experts(nn.Module):
-    """What both kinds of experts offer to `MoE` and to the averaging.
+    """What every kind of experts offers to `MoE` and to the averaging.
 
-    `forward(x)` takes one FFN input per expert, (experts, *input), and returns (experts, *output).
+    `forward(x)` takes one FFN input per expert, (E, *input), and returns (E, *output).
     """
 
     num_experts: int
-    peers: Peers | None = None  # the processes, where each holds one expert only
+    peers: Peers | None = None  # the processes, if each holds only one expert
 
     def merged(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The FFN with the mean parameters on a dense input: what will be deployed."""
+        """The FFN with the mean parameters, applied to a dense input: what is deployed."""
         raise NotImplementedError
 
     def values_by_parameter(self, read: Read | None = None) -> Iterator[tuple[str, list[Tensor]]]:
@@ -220,7 +220,7 @@ class Experts(nn.Module):
         raise NotImplementedError
 
     def ffns(self) -> list[nn.Module]:
-        """The modules that hold the FFN's buffers."""
+        """The local modules of the FFN's class: one, or one per expert. They hold the FFN's buffers."""
         raise NotImplementedError
 
     def collapse(self) -> nn.Module:
@@ -229,25 +229,25 @@ class Experts(nn.Module):
 
     @torch.no_grad()
     def fill_(self, ffn: nn.Module, keep: Container[str] = ()) -> None:
-        """Set every expert to the parameters and buffers of a dense FFN, except for those named in `keep`."""
+        """Set every expert to the parameters and buffers of a dense FFN, except those named in `keep`."""
         dense = dict(ffn.named_parameters())
         for name, values in self.values_by_parameter():
             for value in values if name not in keep else ():
                 value.copy_(dense[name])
         for name, buffer in ffn.named_buffers():
-            for replica in self.ffns() if name not in keep else ():
-                replica.get_buffer(name).copy_(buffer)
+            for mine in self.ffns() if name not in keep else ():
+                mine.get_buffer(name).copy_(buffer)
 
 
 class StackedExperts(Experts):
-    """N experts as one copy of the FFN whose layers hold N sets of parameters.
+    """N experts as one copy of the FFN; each of its layers has N sets of parameters.
 
     Args:
         ffn: the FFN, left untouched.
         num_experts: N.
 
     Raises:
-        TypeError: a parameter sits in a layer that has no stacked version.
+        TypeError: a layer with parameters has no stacked version.
     """
 
     def __init__(self, ffn: nn.Module, num_experts: int) -> None:
@@ -272,7 +272,7 @@ class StackedExperts(Experts):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return cast(Tensor, self.ffn(x, *args, **kwargs))
 
-    merged = forward  # the layers themselves compute with the mean when they are not dispatched to
+    merged = forward  # in eval mode the layers themselves use the mean
 
     def values_by_parameter(self, read: Read | None = None) -> Iterator[tuple[str, list[Tensor]]]:
         for name, stack in self._stacks(read):
@@ -286,15 +286,15 @@ class StackedExperts(Experts):
                 continue
             if value.shape[0] != self.num_experts:
                 raise EwavitError(
-                    f"{name} is sharded over its experts: give every fully_shard "
-                    "shard_placement_fn=ewavit.distributed.expert_placement(model, mesh)"
+                    f"{name} is sharded over its experts: pass shard_placement_fn="
+                    "ewavit.distributed.expert_placement(model, mesh) to every fully_shard"
                 )
             yield name, value
 
     @torch.no_grad()
     def pull_towards_mean_(self, weight: float) -> None:
         for _, stack in self._stacks(local):
-            work = stack.float() if stack.dtype in _HALF else stack
+            work = at_least_float32(stack)
             work.lerp_(work.mean(0), weight)
             if work is not stack:
                 stack.copy_(work)
@@ -330,7 +330,7 @@ class SeparateExperts(Experts):
     @torch.no_grad()
     def pull_towards_mean_(self, weight: float) -> None:
         for _, values in self.values_by_parameter(local):
-            work = [value.float() if value.dtype in _HALF else value for value in values]
+            work = [at_least_float32(value) for value in values]
             mean = torch.stack(work).mean(0)
             for value, moved in zip(values, work, strict=True):
                 value.copy_(moved.lerp_(mean, weight))
@@ -347,9 +347,5 @@ class SeparateExperts(Experts):
                 yield name, values
 
     def collapse(self) -> nn.Module:
-        first = dict(self.copies[0].named_parameters())
-        memo: dict[int, Any] = {}
-        for name, values in self.values_by_parameter():
-            mean = torch.stack([value.detach() for value in values]).mean(0)
-            memo[id(first[name])] = nn.Parameter(mean, first[name].requires_grad)
-        return copy.deepcopy(self.copies[0], memo)
+        means = {name: torch.stack(values).mean(0).detach() for name, values in self.values_by_parameter()}
+        return copied_with(self.copies[0], means)

@@ -1,4 +1,4 @@
-"""Which modules of a model are FFNs, found by name and class and then checked by running them."""
+"""Which modules of a model are FFNs: found by name and class, then checked by running them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ewavit.core.moe import MoE, Unit
 
 _NAMES = re.compile(r"(mlp|ffn)\d*|mlp_(layer|channels|tokens|in)|channel_mixer|feed_?forward|ff")
 _CLASSES = re.compile(r"mlp|ffn|feed_?forward|swiglu|geglu", re.IGNORECASE)
-_NOT_FFNS = (  # a component of the module's name, and what such a module is
+_NOT_FFNS = (  # a part of the module's name, and what such a module is
     (re.compile(r"(self_|cross_)?attn\d*|(self_|cross_)?attention"), "part of attention, not an FFN"),
     (re.compile(r"(shared_)?rel_pos\w*"), "computes a position bias, not an FFN"),
     (re.compile(r"se|mlp_(scale|add)"), "part of channel attention, not an FFN"),
     (re.compile(r"mlp_tokens|token_mixer"), "mixes tokens by design, not an FFN"),
     (re.compile(r"(\w+_)?(heads?|pool(er)?|projector)|pre_logits"), "part of the head, not an FFN"),
 )
-_SPLIT = (  # layers of an FFN that some blocks have as their own children
+_SPLIT = (  # layers of an FFN that are direct children of some blocks
     ("intermediate", "output"),
     ("linear1", "linear2"),
     ("fc1", "fc2"),
@@ -32,12 +32,12 @@ _SPLIT = (  # layers of an FFN that some blocks have as their own children
 
 @dataclass(frozen=True)
 class FFN:
-    """One candidate: where it is, how it can be dealt, or why it cannot become a mixture of experts."""
+    """One candidate: its place, the unit it can be dealt by, or why it cannot become a mixture of experts."""
 
     name: str
     module: nn.Module
     unit: Unit | None  # "token": tokens are independent; "image": tokens are mixed; None: refused
-    reason: str = ""  # why it is refused, or needs unit="image"
+    reason: str = ""  # why it is refused or needs unit="image"
     channels_first: bool = False
     stackable: bool = False
 
@@ -47,7 +47,7 @@ class FFN:
 
     @property
     def dim(self) -> int:
-        """Channels of the tokens it takes; 0 for a candidate that has no Linear or Conv2d."""
+        """Channels of its input tokens; 0 if there is no Linear or Conv2d inside."""
         first = _first_layer(self.module)
         return 0 if first is None else first.weight.shape[1]
 
@@ -57,27 +57,27 @@ class FFN:
 
 
 def find_ffns(model: nn.Module, names: list[str] | None = None) -> list[FFN]:
-    """The FFNs of a model and what was mistaken for one, in module order; a shared FFN is listed once.
+    """The FFNs of a model and other candidates with a reason, in module order; a shared FFN appears once.
 
-    Candidates are recognised by attribute and class name; a copy with random weights is then run on random
-    tokens, and the FFN is token-wise when a change of one token and of their order moves no other token's
-    output. The model and the random generators are left alone.
+    Candidates are found by attribute and class name. Then a copy with random weights runs on random tokens:
+    the FFN is token-wise if replacing one token and reordering all changes no other token's output. The model
+    and the random generators stay as they are.
 
     Args:
         model: any module.
-        names: examine these modules instead of the recognised candidates.
+        names: examine these modules instead of searching for candidates.
 
     Raises:
-        KeyError: a name that the model does not have.
+        KeyError: the model has no module of this name.
     """
     modules = dict(model.named_modules())
-    known: dict[str, FFN] = {}  # blocks of a ViT are alike: each kind of FFN is examined once
+    known: dict[str, FFN] = {}  # the blocks of a ViT are alike: examine each kind of FFN once
     result = []
     for name in _candidates(modules) if names is None else names:
         module = modules[name]
         friend = _false_friend(name) if names is None else ""
         if isinstance(module, MoE):
-            result.append(FFN(name, module, None, "is expanded already"))
+            result.append(FFN(name, module, None, "is already expanded"))
         elif friend:
             result.append(FFN(name, module, None, friend))
         else:
@@ -89,7 +89,7 @@ def find_ffns(model: nn.Module, names: list[str] | None = None) -> list[FFN]:
 
 
 def _candidates(modules: dict[str, nn.Module]) -> list[str]:
-    """Names of the innermost modules that look like FFNs, and of blocks whose FFN is no module of its own."""
+    """Names of the innermost modules that look like FFNs, and of blocks that compute their FFN themselves."""
     mixtures = tuple(f"{name}." for name, module in modules.items() if isinstance(module, MoE))
     likely = [
         name
@@ -109,7 +109,7 @@ def _looks_like_ffn(name: str, module: nn.Module) -> bool:
 
 
 def _split(block: nn.Module) -> tuple[str, str] | None:
-    """The two layers of the FFN that a block computes by itself, besides its attention."""
+    """The two FFN layers of a block that computes its FFN itself, besides its attention."""
     children = {name for name, child in block._modules.items() if child is not None}
     if any("attn" in name or "attention" in name for name in children):
         return next((pair for pair in _SPLIT if children.issuperset(pair)), None)
@@ -117,7 +117,7 @@ def _split(block: nn.Module) -> tuple[str, str] | None:
 
 
 def _signature(module: nn.Module) -> str:
-    """All that `_examine` depends on: structure, plain attributes, shapes, dtypes and devices."""
+    """Everything `_examine` depends on: structure, plain attributes, shapes, dtypes and devices."""
     plain = (bool, int, float, str, tuple)
     parts = [
         (type(part), [(key, value) for key, value in vars(part).items() if isinstance(value, plain)])
@@ -136,13 +136,13 @@ def _false_friend(name: str) -> str:
 
 
 def _examine(name: str, module: nn.Module) -> FFN:
-    """Decide by looking inside, then by running, how a module can be dealt to experts."""
+    """Decide by looking inside, then by running it, which unit a module can be dealt by."""
 
     def refused(reason: str) -> FFN:
         return FFN(name, module, None, reason)
 
     if pair := _split(module):
-        return refused(f"the block computes its FFN itself ({' and '.join(pair)}), no module of its own does")
+        return refused(f"the block computes its FFN itself ({' and '.join(pair)}): there is no FFN module")
     for part in module.modules():
         kind = type(part).__name__
         if "batchnorm" in kind.lower():
@@ -171,17 +171,17 @@ def _examine(name: str, module: nn.Module) -> FFN:
             with torch.no_grad():
                 moved = _moved_tokens(trial, x, channel_dim)
         except Exception as problem:
-            # Any failure of a stranger's forward means the same here: not callable in this way.
+            # Any error in someone else's forward means the same here: it cannot be called like this.
             errors.append(f"cannot be run on {tuple(x.shape)}: {_short(problem)}")
             continue
         if moved is None:
-            errors.append("does not give one output per token")
+            errors.append("does not return one output per token")
         elif moved[1:].any():
             return refused("mixes the images of a batch")
         elif moved.sum() > 1:
-            return FFN(name, module, "image", 'mixes tokens, or tells them apart: needs unit="image"')
+            return FFN(name, module, "image", 'mixes tokens or depends on their position: needs unit="image"')
         elif not moved[0, 0]:
-            errors.append("its output does not follow its input")
+            errors.append("its output does not depend on its input")
         else:
             return FFN(name, module, "token", "", channel_dim == 1, _stacks(trial, x))
     return refused(errors[0])
@@ -196,7 +196,7 @@ def _first_layer(module: nn.Module) -> nn.Linear | nn.Conv2d | None:
 
 
 def _probe_inputs(module: nn.Module) -> Iterator[tuple[Tensor, int]]:
-    """Random inputs that the module may take, two images of four tokens, with their channel dimension."""
+    """Random inputs that may fit the module, two images of four tokens, with their channel dimension."""
     generator = torch.Generator().manual_seed(0)
     first = _first_layer(module)
     if first is None:
@@ -211,7 +211,7 @@ def _probe_inputs(module: nn.Module) -> Iterator[tuple[Tensor, int]]:
 
 
 def _with_random_weights(module: nn.Module) -> nn.Module:
-    """A copy in eval mode with random weights: layers that start at zero would hide what they mix."""
+    """A copy in eval mode with random weights: layers with zero weights would hide what they mix."""
     generator = torch.Generator().manual_seed(1)
     trial = copy.deepcopy(module).eval()
     with torch.no_grad():
@@ -222,10 +222,10 @@ def _with_random_weights(module: nn.Module) -> nn.Module:
 
 
 def _moved_tokens(trial: nn.Module, x: Tensor, channel_dim: int) -> Tensor | None:
-    """Which tokens of the output, (images, tokens), move when the first image is given in another way.
+    """Which output tokens (images, tokens) change when the tokens of the first image change.
 
-    Its tokens are put in reverse order and the first one is replaced; a token-wise FFN moves that one alone.
-    None if the output has not one token per token.
+    They are reversed and the first one is replaced; in a token-wise FFN only that one changes. None if the
+    output does not have one token per input token.
     """
 
     def run(rows: Tensor) -> Tensor:
@@ -244,7 +244,7 @@ def _moved_tokens(trial: nn.Module, x: Tensor, channel_dim: int) -> Tensor | Non
 
 
 def _stacks(trial: nn.Module, x: Tensor) -> bool:
-    """Whether stacked experts compute what two separate, different copies do on (experts, ...) inputs."""
+    """Whether stacked experts compute the same as two different separate copies on (E, ...) inputs."""
     separate = SeparateExperts(trial, 2)
     with torch.no_grad():
         for parameter in separate.copies[1].parameters():
@@ -263,5 +263,5 @@ def _stacks(trial: nn.Module, x: Tensor) -> bool:
             tolerance = 1e-4 if x.dtype in (torch.float32, torch.float64) else 5e-2
             return bool((stacked(inputs) - expected).norm() <= tolerance * expected.norm())
         except Exception:
-            # Whatever the layer or the FFN's forward does not accept, separate copies do.
+            # Separate copies accept what the stacked layers or the FFN's forward do not.
             return False

@@ -1,6 +1,6 @@
 """`MoE`: a dispatcher and experts in the place of an FFN.
 
-Training dispatches. Eval takes the mean expert after a random partition, and routes with a router.
+Training mode dispatches. Eval mode uses the mean expert, or dispatches too if there is a router.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from ewavit.core.dispatch import Dispatcher
 from ewavit.core.experts import ExpertLeaf, Experts
 from ewavit.core.partition import RandomPartition
-from ewavit.core.routing import TopKRouter
 from ewavit.errors import EwavitError
 
 Unit = Literal["token", "image"]
 
 
 class MoE(nn.Module):
-    """A mixture of experts that stands where an FFN stood, with the FFN's input and output.
+    """A mixture of experts in the place of an FFN, with the FFN's input and output.
 
     Args:
         experts: the N experts.
         unit: what is dealt to the experts, single "token"s or whole "image"s.
         channels_first: the FFN takes (batch, channels, height, width).
-        dispatcher: sends units to experts; a `RandomPartition` unless given. A `TopKRouter` takes tokens.
+        dispatcher: sends units to experts; a `RandomPartition` by default. A `TopKRouter` takes tokens.
     """
 
     def __init__(
@@ -34,13 +34,13 @@ class MoE(nn.Module):
         experts: Experts,
         unit: Unit = "token",
         channels_first: bool = False,
-        dispatcher: RandomPartition | TopKRouter | None = None,
+        dispatcher: Dispatcher[Any] | None = None,
     ) -> None:
         super().__init__()
         self.experts = experts
         self.unit = unit
         self.channels_first = channels_first
-        self.dispatcher = dispatcher or RandomPartition(experts.num_experts)
+        self.dispatcher: Dispatcher[Any] = dispatcher or RandomPartition(experts.num_experts)
         self.training = self.dispatcher.training = experts.training
         for layer in experts.modules() if self.routed else ():
             if isinstance(layer, ExpertLeaf):
@@ -52,11 +52,11 @@ class MoE(nn.Module):
 
     @property
     def routed(self) -> bool:
-        """Whether a router sends the tokens to their experts, in eval mode too."""
-        return isinstance(self.dispatcher, TopKRouter)
+        """Whether eval mode dispatches too, because a router learned where tokens go."""
+        return self.dispatcher.routed
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Compute what the FFN would: units by their experts in training and where routed, else by the mean.
+        """Apply the experts to their units in training or with a router; otherwise apply the mean expert.
 
         Args:
             x: (tokens, dim), (batch, tokens, dim), (batch, height, width, dim) or, channels first,
@@ -69,26 +69,25 @@ class MoE(nn.Module):
         if self.num_experts == 1 or not (self.training or self.routed):
             return self.experts.merged(x, *args, **kwargs)
         if self.unit == "image":
-            state: Any  # of the dispatcher's own kind
-            block, state = self.dispatcher.dispatch(x)
-            return self.dispatcher.combine(self.experts(block, *args, **kwargs), state)
+            return self.dispatcher.compute(x, lambda block: self.experts(block, *args, **kwargs))
         return self._by_token(x, *args, **kwargs)
 
     def _by_token(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        last = x.movedim(1, -1) if self.channels_first else x
-        state: Any  # of the dispatcher's own kind
-        block, state = self.dispatcher.dispatch(last.flatten(0, -2))
-        experts, capacity, dim = block.shape
-        # Each expert gets one "image" of `capacity` tokens, of the rank that the FFN is used to.
-        image = {2: (capacity,), 3: (1, capacity), 4: (1, capacity, 1)}.get(x.ndim)
-        if image is None:
+        if not 2 <= x.ndim <= 4:
             raise EwavitError(f"an FFN got {x.ndim}-D input {tuple(x.shape)}: reshape it to 2-D, 3-D or 4-D")
-        block = block.view(experts, *image, dim)
-        if not self.channels_first:
-            y = self.experts(block, *args, **kwargs)
-        else:
-            y = self.experts(block.movedim(-1, -3), *args, **kwargs).movedim(-3, -1)
-        y = self.dispatcher.combine(y.reshape(experts, capacity, y.shape[-1]), state)
+        last = x.movedim(1, -1) if self.channels_first else x
+
+        def compute(block_ECD: Tensor) -> Tensor:
+            experts, capacity, dim = block_ECD.shape
+            # Each expert gets one "image" of C tokens, with the number of dimensions that the FFN expects.
+            image = {2: (capacity,), 3: (1, capacity), 4: (1, capacity, 1)}[x.ndim]
+            block = block_ECD.view(experts, *image, dim)
+            block = block.movedim(-1, -3) if self.channels_first else block
+            y: Tensor = self.experts(block, *args, **kwargs)
+            y = y.movedim(-3, -1) if self.channels_first else y
+            return y.reshape(experts, capacity, y.shape[-1])
+
+        y = self.dispatcher.compute(last.flatten(0, -2), compute)
         y = y.view(*last.shape[:-1], y.shape[-1])
         return y.movedim(-1, 1).contiguous() if self.channels_first else y
 
@@ -101,7 +100,7 @@ class MoE(nn.Module):
 
 
 def moe_layers(model: nn.Module) -> dict[str, MoE]:
-    """The MoE layers of a model by name, in module order; a shared layer is listed once."""
+    """The MoE layers of a model by name, in module order; a shared layer appears once."""
     return {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
 
 
@@ -119,7 +118,7 @@ def require_moe_layers(model: nn.Module) -> dict[str, MoE]:
 
 @contextmanager
 def dispatching(model: nn.Module) -> Iterator[None]:
-    """Within, a model in eval mode still dispatches to its experts, with dropout switched off."""
+    """Context manager: a model in eval mode still dispatches to its experts, without dropout."""
     switched = [
         m for moe in moe_layers(model).values() for m in moe.modules() if isinstance(m, MoE | ExpertLeaf)
     ]

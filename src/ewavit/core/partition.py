@@ -1,27 +1,21 @@
-"""Random uniform partition (RUP): which token goes to which expert, and back.
-
-A dispatcher is anything with `dispatch(x) -> (block, state)` and `combine(block, state) -> x`. The block is a
-static `(experts, capacity, ...)` tensor, so one batched-matmul expert path serves every dispatcher.
-"""
+"""Random uniform partition (RUP): which token goes to which expert, and back."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from ewavit.core.dispatch import Dispatcher
 
 
 class Partition(NamedTuple):
-    """One drawn partition of T units over N experts with capacity c = ceil(T / N).
+    """One random partition of T units over E experts with capacity C = ceil(T / E)."""
 
-    `slots[s]` is the unit that sits in slot s of the flattened (experts, capacity) block, `positions[t]` the
-    slot of unit t. `padding` marks the fewer than N slots that hold no unit; it is None when N divides T.
-    """
-
-    slots: Tensor  # (experts * capacity,) int64
-    positions: Tensor  # (units,) int64
-    padding: Tensor | None  # (experts * capacity,) bool
+    slots: Tensor  # (E C,) int64: the unit in each slot of the block
+    positions: Tensor  # (T,) int64: the slot of each unit
+    padding: Tensor | None  # (E C,) bool: the slots without a unit, fewer than E; None when E divides T
 
 
 def _move(x: Tensor, slots: Tensor, positions: Tensor, padding: Tensor | None, into_slots: bool) -> Tensor:
@@ -32,7 +26,7 @@ def _move(x: Tensor, slots: Tensor, positions: Tensor, padding: Tensor | None, i
 
 
 class _Move(torch.autograd.Function):
-    """Move units into slots or back; each is the other's gradient, a gather instead of a scatter-add."""
+    """Move units into slots or back. Each is the gradient of the other: a gather, not a scatter-add."""
 
     generate_vmap_rule = True
 
@@ -51,10 +45,10 @@ class _Move(torch.autograd.Function):
         return move(grad, slots, positions, padding, not ctx.into_slots), None, None, None, None
 
 
-class RandomPartition(nn.Module):
-    """Split the units of a tensor at random into `num_experts` groups of equal size (arXiv 2308.06093).
+class RandomPartition(Dispatcher[Partition]):
+    """Split the units of a batch at random into `num_experts` groups of equal size (arXiv 2308.06093).
 
-    Every unit is in one group, group sizes differ by at most one, and each unit meets each expert with
+    Every unit is in one group, group sizes differ by at most one, and each unit goes to each expert with
     probability 1/N. The draw comes from the global generator of the tensor's device, so activation
     checkpointing recomputes the same partition.
 
@@ -67,7 +61,7 @@ class RandomPartition(nn.Module):
         self.num_experts = num_experts
 
     def draw(self, num_units: int, device: torch.device | str = "cpu") -> Partition:
-        """Draw a partition of `num_units` units; shapes depend on `num_units` and N alone."""
+        """Draw a partition of T = `num_units` units."""
         experts = self.num_experts
         capacity = -(-num_units // experts)
         num_slots = experts * capacity
@@ -75,7 +69,7 @@ class RandomPartition(nn.Module):
         index = torch.arange(num_slots, device=device)
         if num_slots == num_units:
             return Partition(order, torch.empty_like(order).scatter_(0, order, index), None)
-        # Deal the shuffled units round-robin, so short groups lack one unit each; then shuffle the groups, so
+        # Deal the shuffled units in turn, so short groups lack one unit each. Then shuffle the groups, so
         # that no expert is short more often than another.
         deal = index.view(capacity, experts)[:, torch.randperm(experts, device=device)].t().reshape(-1)
         padding = deal >= num_units
@@ -84,23 +78,14 @@ class RandomPartition(nn.Module):
         positions = order.new_empty(num_units + 1).scatter_(0, target, index)[:num_units]
         return Partition(slots, positions, padding)
 
-    def dispatch(self, x: Tensor) -> tuple[Tensor, Partition]:
-        """Send units to experts.
-
-        Args:
-            x: (units, ...), any number of units, also none or fewer than experts.
-
-        Returns:
-            The block (experts, capacity, ...), zeros in slots without a unit, and the state for `combine`.
-        """
-        state = self.draw(x.shape[0], x.device)
-        block = _Move.apply(x, *state, True)
+    def dispatch(self, x_TD: Tensor) -> tuple[Tensor, Partition]:
+        state = self.draw(x_TD.shape[0], x_TD.device)
+        block = _Move.apply(x_TD, *state, True)
         capacity = state.slots.shape[0] // self.num_experts
-        return block.view(self.num_experts, capacity, *x.shape[1:]), state
+        return block.view(self.num_experts, capacity, *x_TD.shape[1:]), state
 
-    def combine(self, block: Tensor, state: Partition) -> Tensor:
-        """Bring (experts, capacity, ...) back to (units, ...), each unit in its place."""
-        moved: Tensor = _Move.apply(block.flatten(0, 1), *state, False)
+    def combine(self, block_ECD: Tensor, state: Partition) -> Tensor:
+        moved: Tensor = _Move.apply(block_ECD.flatten(0, 1), *state, False)
         return moved
 
     def extra_repr(self) -> str:
@@ -108,7 +93,7 @@ class RandomPartition(nn.Module):
 
 
 def dispatch_reference(x: Tensor, state: Partition, num_experts: int) -> Tensor:
-    """`RandomPartition.dispatch` for a given partition, written as loops; the tests hold the two equal."""
+    """`RandomPartition.dispatch` for a given partition, as loops; the tests compare the two."""
     capacity = len(state.slots) // num_experts
     block = x.new_zeros(num_experts, capacity, *x.shape[1:])
     for unit, slot in enumerate(state.positions.tolist()):

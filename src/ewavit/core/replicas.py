@@ -1,7 +1,7 @@
 """Replica experts: each data-parallel process holds one expert, and averaging is an all-reduce of the FFNs.
 
-The samples of a batch are dealt to the processes already, so nothing is dispatched. What DDP would send of an
-FFN's gradients is not sent; its weights are, after the optimizer step. N is the number of processes.
+The data loader deals samples to processes, so nothing is dispatched. DDP does not send the FFNs' gradients;
+instead their weights are sent after the optimizer step. N is the number of processes.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from ewavit.core.devices import Peers, is_sharded, local, sharded_like, whole
-from ewavit.core.experts import Experts, Read
+from ewavit.core.dispatch import Dispatcher
+from ewavit.core.experts import Experts, Read, copied_with
 from ewavit.core.moe import moe_layers
-from ewavit.core.partition import RandomPartition
 from ewavit.errors import EwavitError
 
 
 class ReplicaExperts(Experts):
-    """One of N experts: this process's FFN, which starts as a copy of the first process's.
+    """One of N experts: this process's FFN. It starts as a copy of the first process's FFN.
 
-    In eval mode it computes with the mean, for which the processes meet in `eval()`: each must call it.
+    In eval mode it uses the mean over all processes. `eval()` is a collective: every process must call it.
 
     Args:
         ffn: the FFN, left untouched.
-        peers: the processes that hold one expert each.
+        peers: the processes, one expert each.
     """
 
     def __init__(self, ffn: nn.Module, peers: Peers) -> None:
@@ -54,14 +54,14 @@ class ReplicaExperts(Experts):
             return self.forward(x, *args, **kwargs)
         if self._mean is None or self._stale():
             raise EwavitError(
-                "replica experts meet in eval(): call model.eval() in every process before evaluating, "
-                "and again when the weights have changed"
+                "the mean of the replica experts is missing or out of date: call model.eval() in every "
+                "process before evaluating, and again after the weights have changed"
             )
         mean = {name: whole(value) for name, value in self._mean.items()}
         return cast(Tensor, functional_call(self.ffn, mean, (x, *args), kwargs))
 
     def train(self, mode: bool = True) -> ReplicaExperts:
-        """Switch the mode; into eval mode every process must go, for the experts' mean."""
+        """Switch the mode. Entering eval mode computes the experts' mean: every process must call it."""
         super().train(mode)
         self._mean = None if mode else self.mean()
         self._versions = [parameter._version for parameter in self.ffn.parameters()]
@@ -69,14 +69,14 @@ class ReplicaExperts(Experts):
         return self
 
     def _stale(self) -> bool:
-        """Whether the weights were written to since `eval()`, as far as that can be seen."""
+        """Whether the weights changed since `eval()`; sharded or compiled ones cannot be checked."""
         if self._sharded or torch.compiler.is_compiling():
             return False
         return self._versions != [parameter._version for parameter in self.ffn.parameters()]
 
     @torch.no_grad()
     def mean(self) -> dict[str, Tensor]:
-        """The mean over all processes of each parameter, by name; every process must ask."""
+        """The mean over all processes of each parameter, by name; every process must call it."""
         parameters = dict(self.ffn.named_parameters())
         total = self.peers.sum([local(parameter) for parameter in parameters.values()])
         means = [
@@ -97,7 +97,7 @@ class ReplicaExperts(Experts):
 
         def finish() -> None:
             for value, total in zip(values, sums(), strict=True):
-                work = value.to(total.dtype)  # itself, but for half precision
+                work = value.to(total.dtype)  # a copy only in half precision
                 work.lerp_(total.div_(self.num_experts), weight)
                 if work is not value:
                     value.copy_(work)
@@ -108,40 +108,34 @@ class ReplicaExperts(Experts):
         return [self.ffn]
 
     def collapse(self) -> nn.Module:
-        parameters = dict(self.ffn.named_parameters())
-        memo: dict[int, Any] = {
-            id(parameters[name]): nn.Parameter(
-                mean.clone(), parameters[name].requires_grad
-            )  # they share memory
-            for name, mean in self.mean().items()
-        }
-        return copy.deepcopy(self.ffn, memo)
+        # The means are views of one tensor.
+        return copied_with(self.ffn, {name: mean.clone() for name, mean in self.mean().items()})
 
 
 def _like(parameter: Tensor, part: Tensor) -> Tensor:
-    """Of a parameter's dtype, and as it is sharded: `part` is this process's."""
+    """This process's `part` with a parameter's dtype and sharding."""
     part = part.to(parameter.dtype)
     return sharded_like(parameter, part) if is_sharded(parameter) else part
 
 
-class DealtByProcess(RandomPartition):
-    """The dispatcher of replica experts: the data loader has dealt the samples to the processes already."""
+class DealtByProcess(Dispatcher[None]):
+    """The dispatcher of replica experts. It does nothing: the data loader deals samples to processes."""
 
-    def dispatch(self, x: Tensor) -> tuple[Tensor, Any]:
-        return x, None
+    def dispatch(self, x_TD: Tensor) -> tuple[Tensor, None]:
+        return x_TD, None
 
-    def combine(self, block: Tensor, state: Any) -> Tensor:
-        return block
+    def combine(self, block_ECD: Tensor, state: None) -> Tensor:
+        return block_ECD
 
 
 def own_parameters(model: nn.Module) -> dict[nn.Parameter, Peers]:
-    """The parameters that every process has of its own, with the processes."""
+    """The parameters that differ between processes (replica experts), each with its processes."""
     experts = [moe.experts for moe in moe_layers(model).values()]
     return {p: each.peers for each in experts if each.peers is not None for p in each.parameters()}
 
 
 def keep_from_ddp(model: nn.Module) -> None:
-    """Let DDP, which will wrap this very module, leave the replica experts' weights and gradients alone."""
+    """Make DDP ignore the replica experts' weights and gradients; it must wrap this very module later."""
     own = own_parameters(model)
     names = {name for name, parameter in model.named_parameters() if parameter in own}
     names |= set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
@@ -151,10 +145,10 @@ def keep_from_ddp(model: nn.Module) -> None:
 
 @torch.no_grad()
 def check_peers(model: nn.Module) -> None:
-    """See that only the experts of the processes differ, and that they learn from samples of their own.
+    """Check that only the experts differ between processes, and that each learns from its own samples.
 
     Raises:
-        EwavitError: the other weights have come apart, or the experts' gradients are all the same.
+        EwavitError: other weights differ, or all experts have the same gradient.
     """
     own = own_parameters(model)
     if not own:
@@ -166,11 +160,11 @@ def check_peers(model: nn.Module) -> None:
     apart = peers.range(values)
     if bool((apart[1:] > 1e-6 * values[1:]).any()):
         raise EwavitError(
-            "weights that all processes share differ between them: wrap the model in "
-            "DistributedDataParallel, and clip gradients with ewavit.distributed.clip_grad_norm_"
+            "shared weights differ between processes: wrap the model in DistributedDataParallel, and clip "
+            "gradients with ewavit.distributed.clip_grad_norm_"
         )
     if peers.size > 1 and float(apart[0]) == 0 and float(gradient) > 0:
         raise EwavitError(
-            "the replica experts get the same gradient in every process: expand the very module that "
-            "DistributedDataParallel wraps, and give each process samples of its own"
+            "the replica experts have the same gradient in every process: expand the same module that "
+            "DistributedDataParallel wraps, and give each process its own samples"
         )

@@ -1,7 +1,6 @@
-"""Naive MoE: a learned top-k router in the place of the random partition, as in V-MoE (arXiv 2106.05974).
+"""Naive MoE: a learned top-k router instead of the random partition, as in V-MoE (arXiv 2106.05974).
 
-`TopKRouter` is a dispatcher like `RandomPartition`: its block is a static `(experts, capacity, dim)` tensor,
-computed by the same experts. Its balancing losses reach the gradients by themselves.
+The same experts compute the block. The router adds its balancing losses to the gradients by itself.
 """
 
 from __future__ import annotations
@@ -17,24 +16,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ewavit.core.devices import at_least_float32
+from ewavit.core.dispatch import Dispatcher
 from ewavit.errors import EwavitError
 
 
 @dataclass(frozen=True)
 class TopK:
-    """What a top-k router does; the defaults are V-MoE's but for k, which is 2 there.
+    """Settings of a top-k router. The defaults are V-MoE's, except that V-MoE uses k = 2.
 
     Args:
-        k: experts that each token goes to, weighted by their softmax.
-        capacity_ratio: room of each expert, in units of an equal share of the tokens (k x tokens / experts).
-            Tokens beyond it get zero from the FFN, so its residual connection passes them on unchanged.
-        noise: standard deviation of the Gaussian noise on the logits in training, in units of 1 / experts.
-        batch_priority: when room is short, serve the tokens with the largest softmax first (batch prioritised
-            routing), not those that come first in the batch.
-        importance_loss, load_loss: weights of V-MoE's balancing losses (appendix A.2); the paper's 0.01 times
-            the mean of the two. The load loss needs noise and is left out without.
-        balance_loss: weight of the Switch Transformer's loss (arXiv 2101.03961, Eq. 4), 0.01 there.
-        z_loss: weight of ST-MoE's loss on large logits (arXiv 2202.08906, Eq. 5), 0.001 there.
+        k: experts per token, weighted by their softmax.
+        capacity_ratio: capacity of each expert, relative to an equal share of the tokens (k T / E). The FFN
+            returns zero for tokens beyond it, so its residual connection passes them on unchanged.
+        noise: standard deviation of the Gaussian noise on the logits in training, in units of 1 / E.
+        batch_priority: when experts are full, serve the tokens with the largest softmax first (batch
+            prioritised routing), not the first ones in the batch.
+        importance_loss, load_loss: weights of V-MoE's balancing losses (appendix A.2). The paper adds 0.01
+            times the mean of the two. Without noise the load loss is left out.
+        balance_loss: weight of the Switch Transformer's loss (arXiv 2101.03961, Eq. 4); 0.01 there.
+        z_loss: weight of ST-MoE's loss on large logits (arXiv 2202.08906, Eq. 5); 0.001 there.
 
     Raises:
         EwavitError: a value is out of range.
@@ -60,18 +61,18 @@ class TopK:
 
 
 class Routing(NamedTuple):
-    """Where the choices of one batch went, -1 for nowhere. Choice j of token t has the number t k + j."""
+    """Where the choices of one batch went, -1 for nowhere. Choice j of token t has the number t K + j."""
 
-    taken: Tensor  # (experts * capacity, 1) int64: the choice in each slot
-    slots: Tensor  # (tokens, k) int64: the slot of each choice
-    gates: Tensor  # (tokens, k): the weight of each choice in the token's sum
+    taken: Tensor  # (E C, 1) int64: the choice in each slot
+    slots: Tensor  # (T, K) int64: the slot of each choice
+    gates: Tensor  # (T, K): the weight of each choice in the token's sum
 
 
 class _Gather(torch.autograd.Function):
     """Sum up rows: out[i] = sum_j x[index[i, j]], where -1 adds nothing.
 
-    `inverse` says in the same way which rows of the output each row of x is in, so the gradient is a gather
-    too, not a scatter-add.
+    `inverse` lists in the same way the rows of the output that contain each row of x. So the gradient is a
+    gather too, not a scatter-add.
     """
 
     generate_vmap_rule = True
@@ -94,7 +95,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _WithLoss(torch.autograd.Function):
-    """Hands on x; in the backward pass `loss` gets the gradient 1, as if the training loss contained it."""
+    """Returns x; the backward pass gives `loss` the gradient 1, as if it were part of the training loss."""
 
     generate_vmap_rule = True
 
@@ -111,22 +112,23 @@ class _WithLoss(torch.autograd.Function):
         return grad, torch.ones_like(ctx.saved_tensors[0])
 
 
-class TopKRouter(nn.Module):
-    """Send each token to the k experts that a learned linear layer prefers for it (arXiv 2106.05974).
+class TopKRouter(Dispatcher[Routing]):
+    """Sends each token to the k experts with the largest logits of a linear layer (arXiv 2106.05974).
 
-    The softmax and all losses are float32. All tokens of a batch compete for the experts' room, in eval mode
-    too, where there is no noise. Shapes depend on the number of tokens alone; the noise comes from the global
-    generator of the tokens' device, so activation checkpointing recomputes the same routing.
+    The softmax and all losses are float32. All tokens of a batch compete for the experts' capacity, in eval
+    mode too. The noise comes from the global generator of the tokens' device, so activation checkpointing
+    recomputes the same routing; eval mode adds none.
 
     Args:
         config: k, capacity, noise and losses.
         num_experts: N >= 2.
-        dim: of a token.
+        dim: channels of a token.
 
     Raises:
         EwavitError: N is 1 or less than k.
     """
 
+    routed = True
     statistics: Tensor
 
     def __init__(self, config: TopK, num_experts: int, dim: int) -> None:
@@ -137,91 +139,84 @@ class TopKRouter(nn.Module):
                 f"choose num_experts={max(2, config.k)} or more"
             )
         self.config, self.num_experts = config, num_experts
-        # A fraction of integers: torch.compile would make a float a variable, which no shape can follow.
+        # A fraction of integers: torch.compile would make a float a variable, and no shape can depend on one.
         ratio = Fraction(config.capacity_ratio).limit_denominator(1000)
         self.room = (ratio * config.k / num_experts).as_integer_ratio()
         self.weight = nn.Parameter(torch.randn(num_experts, dim) * dim**-0.5)
-        # Of the latest pass in training: the experts' loads, dropped share, entropy, weighted auxiliary loss.
+        # From the latest pass in training: the experts' loads, dropped share, entropy, weighted loss.
         self.register_buffer("statistics", torch.zeros(num_experts + 3))
         self.scale_loss: Callable[[Tensor], Tensor] | None = None
 
     def capacity(self, num_tokens: int) -> int:
-        """Slots of each expert: ceil(k x tokens x capacity_ratio / experts), at most one for each token."""
+        """Slots of each expert: ceil(k T capacity_ratio / E), at most T."""
         numerator, denominator = self.room
         return min(num_tokens, -(-num_tokens * numerator // denominator))
 
-    def dispatch(self, x: Tensor) -> tuple[Tensor, Routing]:
-        """Send tokens to experts.
-
-        Args:
-            x: (tokens, dim).
-
-        Returns:
-            The block (experts, capacity, dim), zeros in slots without a token, and the state for `combine`.
-        """
-        k, capacity = self.config.k, self.capacity(x.shape[0])
-        self._warn_of_unscaled_loss(x.device.type)
-        with torch.autocast(x.device.type, enabled=False):
-            clean = F.linear(_at_least_float32(x), _at_least_float32(self.weight))
+    def dispatch(self, x_TD: Tensor) -> tuple[Tensor, Routing]:
+        k, capacity = self.config.k, self.capacity(x_TD.shape[0])
+        self._warn_of_unscaled_loss(x_TD.device.type)
+        with torch.autocast(x_TD.device.type, enabled=False):
+            clean_TE = F.linear(at_least_float32(x_TD), at_least_float32(self.weight))
             noise = self.config.noise / self.num_experts if self.training else 0.0
-            logits = clean + noise * torch.randn_like(clean) if noise else clean
-            probabilities = logits.softmax(-1)
-            gates, choices = probabilities.topk(k, dim=-1)
-            slots, counts = self._assign(gates, choices, capacity)
-            if self.training and x.shape[0]:
-                loss = self._loss(clean, logits, probabilities, choices, counts, noise)
-                self._note(probabilities, slots, counts, loss)
-                gates = _WithLoss.apply(gates, loss if self.scale_loss is None else self.scale_loss(loss))
+            logits_TE = clean_TE + noise * torch.randn_like(clean_TE) if noise else clean_TE
+            softmax_TE = logits_TE.softmax(-1)
+            gates_TK, choices_TK = softmax_TE.topk(k, dim=-1)
+            slots_TK, counts_E = self._assign(gates_TK, choices_TK, capacity)
+            if self.training and x_TD.shape[0]:
+                load = counts_E / slots_TK.numel()
+                threshold = logits_TE.gather(1, choices_TK[:, -1:])
+                loss = self._loss(clean_TE, softmax_TE, load, threshold, noise)
+                self._note(softmax_TE, slots_TK, load, loss)
+                scaled = loss if self.scale_loss is None else self.scale_loss(loss)
+                gates_TK = _WithLoss.apply(gates_TK, scaled)
         num_slots = self.num_experts * capacity
-        number = torch.arange(slots.numel(), device=x.device)
-        target = torch.where(slots < 0, num_slots, slots).flatten()  # dropped choices share one slot more
+        number = torch.arange(slots_TK.numel(), device=x_TD.device)
+        target = torch.where(slots_TK < 0, num_slots, slots_TK).flatten()  # dropped: one slot more, for all
         taken = number.new_full((num_slots + 1,), -1).scatter_(0, target, number)[:-1].unsqueeze(1)
-        block = _Gather.apply(x, taken // k, slots)
-        return block.view(self.num_experts, capacity, *x.shape[1:]), Routing(taken, slots, gates)
+        block = _Gather.apply(x_TD, taken // k, slots_TK)
+        return block.view(self.num_experts, capacity, *x_TD.shape[1:]), Routing(taken, slots_TK, gates_TK)
 
-    def combine(self, block: Tensor, state: Routing) -> Tensor:
-        """Bring (experts, capacity, dim) back to (tokens, dim): each token's choices, weighted and summed."""
-        rows = _Gather.apply(block.flatten(0, 1), state.slots.view(-1, 1), state.taken)
+    def combine(self, block_ECD: Tensor, state: Routing) -> Tensor:
+        """The sum of each token's choices, weighted by its gates: (E, C, D) -> (T, D)."""
+        rows = _Gather.apply(block_ECD.flatten(0, 1), state.slots.view(-1, 1), state.taken)
         combined: Tensor = (rows.unflatten(0, state.slots.shape) * state.gates.unsqueeze(-1)).sum(1)
-        return combined.to(block.dtype)
+        return combined.to(block_ECD.dtype)
 
-    def _assign(self, gates: Tensor, choices: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
-        """The slot of each choice (tokens, k), -1 where its expert is full, and how often each was chosen.
+    def describe(self, unit: str) -> str:
+        return f"by top-{self.config.k} router"
+
+    def _assign(self, gates_TK: Tensor, choices_TK: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+        """The slot of each choice (T, K), -1 if its expert is full, and how often each was chosen (E,).
 
         All first choices are served before the second ones.
         """
-        tokens, k = choices.shape
-        first = gates[:, 0].argsort(descending=True, stable=True) if self.config.batch_priority else None
-        queue = (choices if first is None else choices[first]).t().reshape(-1, 1)
+        first = gates_TK[:, 0].argsort(descending=True, stable=True) if self.config.batch_priority else None
+        queue = (choices_TK if first is None else choices_TK[first]).t().reshape(-1, 1)
         chosen = queue == torch.arange(self.num_experts, device=queue.device)
         place = chosen.cumsum(0).gather(1, queue) - 1
-        slots = torch.where(place < capacity, queue * capacity + place, -1).view(k, tokens).t()
-        slots = slots if first is None else slots[first.argsort()]
-        return slots.contiguous(), chosen.sum(0)
+        slots = torch.where(place < capacity, queue * capacity + place, -1)
+        slots_TK = slots.view(choices_TK.shape[::-1]).t()
+        slots_TK = slots_TK if first is None else slots_TK[first.argsort()]
+        return slots_TK.contiguous(), chosen.sum(0)
 
     def _loss(
-        self,
-        clean: Tensor,
-        logits: Tensor,
-        probabilities: Tensor,
-        choices: Tensor,
-        counts: Tensor,
-        noise: float,
+        self, clean_TE: Tensor, softmax_TE: Tensor, load_E: Tensor, threshold: Tensor, noise: float
     ) -> Tensor:
-        """The weighted sum of the auxiliary losses of one batch; terms without weight are not computed."""
-        config, loss = self.config, clean.new_zeros(())
+        """The weighted sum of the auxiliary losses of one batch; terms without weight are not computed.
+
+        `threshold` (T, 1) is the smallest logit that was chosen.
+        """
+        config, loss = self.config, clean_TE.new_zeros(())
         if config.importance_loss:
-            loss = loss + config.importance_loss * _squared_variation(clean.softmax(-1).sum(0))
+            loss = loss + config.importance_loss * _squared_variation(clean_TE.softmax(-1).sum(0))
         if config.load_loss and noise:
-            # With new noise, how likely is each logit above the one that was just enough to be chosen?
-            threshold = logits.gather(1, choices[:, -1:])
-            likely = torch.special.ndtr((clean - threshold) / noise)
+            # The probability that a logit exceeds the threshold when the noise is drawn again.
+            likely = torch.special.ndtr((clean_TE - threshold) / noise)
             loss = loss + config.load_loss * _squared_variation(likely.mean(0))
         if config.balance_loss:
-            share = counts / choices.numel()
-            loss = loss + config.balance_loss * self.num_experts * (share * probabilities.mean(0)).sum()
+            loss = loss + config.balance_loss * self.num_experts * (load_E * softmax_TE.mean(0)).sum()
         if config.z_loss:
-            loss = loss + config.z_loss * clean.logsumexp(-1).square().mean()
+            loss = loss + config.z_loss * clean_TE.logsumexp(-1).square().mean()
         return loss
 
     def _warn_of_unscaled_loss(self, device: str) -> None:
@@ -229,58 +224,60 @@ class TopKRouter(nn.Module):
             return
         if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
             warnings.warn(
-                "float16 needs a GradScaler, whose factor the auxiliary losses of a router do not see: call "
+                "float16 needs a GradScaler, and the auxiliary losses of a router miss its factor: call "
                 "ewavit.scale_auxiliary_loss(model, scaler.scale)",
                 stacklevel=2,
             )
 
     @torch.no_grad()
-    def _note(self, probabilities: Tensor, slots: Tensor, counts: Tensor, loss: Tensor) -> None:
-        dropped = (slots < 0).to(loss.dtype).mean()
-        entropy = torch.special.entr(probabilities).sum(-1).mean()
-        self.statistics.copy_(torch.cat([counts / slots.numel(), torch.stack([dropped, entropy, loss])]))
+    def _note(self, softmax_TE: Tensor, slots_TK: Tensor, load_E: Tensor, loss: Tensor) -> None:
+        dropped = (slots_TK < 0).to(loss.dtype).mean()
+        entropy = torch.special.entr(softmax_TE).sum(-1).mean()
+        self.statistics.copy_(torch.cat([load_E, torch.stack([dropped, entropy, loss])]))
 
     def extra_repr(self) -> str:
         return f"{self.config}, num_experts={self.num_experts}"
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def _squared_variation(x: Tensor) -> Tensor:
-    """The squared coefficient of variation: 0 when all are equal."""
+    """The squared coefficient of variation; 0 if all are equal."""
     return x.var(correction=0) / x.mean().square()
 
 
-def _routers(model: nn.Module) -> list[TopKRouter]:
-    routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
-    if not routers:
+def routers(model: nn.Module) -> dict[str, TopKRouter]:
+    """The routers of a model by the name of their MoE layer."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, TopKRouter)}
+    return {name.removesuffix("dispatcher").removesuffix("."): router for name, router in found.items()}
+
+
+def _require_routers(model: nn.Module) -> list[TopKRouter]:
+    found = list(routers(model).values())
+    if not found:
         raise EwavitError("the model has no router: call ewavit.expand(model, router=ewavit.TopK()) first")
-    return routers
+    return found
 
 
 def auxiliary_loss(model: nn.Module) -> Tensor:
-    """The weighted auxiliary losses of the latest pass in training, summed over the layers, without gradient.
+    """The weighted router losses of the latest pass in training, summed over layers, without gradient.
 
-    They are part of the gradients already: do not add them to the training loss.
+    Do not add them to the training loss: the gradients contain them already.
 
     Raises:
         EwavitError: the model has no router.
     """
-    return torch.stack([router.statistics[-1] for router in _routers(model)]).sum()
+    return torch.stack([router.statistics[-1] for router in _require_routers(model)]).sum()
 
 
 def scale_auxiliary_loss(model: nn.Module, scale: Callable[[Tensor], Tensor] | None) -> None:
-    """Do to the auxiliary losses what the training loop does to its loss before `backward()`.
+    """Scale the router losses as your training loop scales its loss before `backward()`.
 
-    A layer does not see that the loss is multiplied later. Where it is, by a GradScaler or by 1 / k for k
-    accumulated batches, give that function once, before the training.
+    Router losses bypass your loss, so they miss any later scaling. If you scale the loss (by a GradScaler, or
+    by 1 / k for k accumulated batches), register that scaling here once before training.
 
     Args:
         model: a model with routers.
-        scale: of a loss; None: the loop calls `loss.backward()` as it is. For a compiled model it has to be
-            tensor operations, which `GradScaler.scale` is not: multiply by a tensor that you set before each
+        scale: maps a loss to the scaled loss; None if the loop does not scale. A compiled model needs tensor
+            operations here, and `GradScaler.scale` is none: multiply by a tensor that you set before each
             pass.
 
     Raises:
@@ -289,12 +286,12 @@ def scale_auxiliary_loss(model: nn.Module, scale: Callable[[Tensor], Tensor] | N
     Example:
         >>> ewavit.scale_auxiliary_loss(model, lambda loss: scaler.scale(loss / accumulation_steps))
     """
-    for router in _routers(model):
+    for router in _require_routers(model):
         router.scale_loss = scale
 
 
 def routed_reference(router: TopKRouter, x: Tensor, experts: Sequence[nn.Module]) -> Tensor:
-    """What a MoE computes from (tokens, dim) without noise, as loops; the tests hold the two equal."""
+    """What a routed MoE computes from (T, D) without noise, as loops; the tests compare the two."""
     config, num_tokens = router.config, x.shape[0]
     probabilities = (x @ router.weight.T).softmax(-1)
     values = probabilities.tolist()

@@ -1,4 +1,4 @@
-"""`expand` puts mixtures of experts where FFNs were, `collapse` gives the original model back."""
+"""`expand` replaces FFNs by mixtures of experts, `collapse` restores the original model."""
 
 from __future__ import annotations
 
@@ -46,49 +46,31 @@ def expand(
 ) -> Model:
     """Turn FFNs of a model into mixtures of experts, in place, and return the model.
 
-    Call it before the optimizer is built and before DDP, FSDP or `torch.compile`.
+    Every expert starts as a copy of the FFN. Call it before you build the optimizer and before DDP, FSDP or
+    `torch.compile`.
 
     Args:
         model: a timm, torchvision, transformers or own model.
-        num_experts: N, 4 unless given. With N = 1 the model computes exactly what it did.
+        num_experts: N, 4 by default. With N = 1 the model computes exactly what it did.
         select: "alternate" (every second FFN, the last one in), "all", "last_half", the name of one module, a
             list of names, a regular expression searched in the names, or a callable `(name, module) -> bool`.
-        unit: deal single "token"s, or whole "image"s for FFNs that mix tokens.
-        router: send each token where a learned router wants it, not at random: a naive MoE. Its eval mode
-            routes too, so the MoE itself is deployed, or by `collapse` the mean expert.
-        experts: "stacked" (one batched matmul), "separate" (N copies), or "auto": stacked where it was tried
-            and computes the same.
-        placement: "local", every process has all experts; or "replicas", each data-parallel process has one,
-            a plain FFN for its own samples, which starts as a copy of the first process's. N is then the
-            number of processes. Every process must call `expand`, and wrap this very model in DDP.
-        process_group: of the replicas; all processes unless given.
+        unit: deal single tokens ("token"), or whole images ("image") for FFNs that mix tokens.
+        router: let a learned router choose the experts of each token instead of chance (a naive MoE). Eval
+            mode routes too: deploy the MoE itself, or after `collapse` the mean expert.
+        experts: "stacked" (one batched matmul), "separate" (N copies), or "auto": stacked if a trial computes
+            the same.
+        placement: "local": every process has all experts. "replicas": each data-parallel process has one, for
+            its own samples; N is the number of processes. `expand` is then a collective, and DDP must wrap
+            this same model.
+        process_group: the processes of the replicas, all by default.
 
     Raises:
-        EwavitError: nothing to expand, an unknown name, an FFN that cannot be dealt this way (with the table
-            of candidates and reasons), a model that is expanded, wrapped or compiled already.
+        EwavitError: an argument is wrong, no FFN can be expanded this way (with the table of candidates and
+            reasons), or the model is already expanded, wrapped or compiled.
     """
+    _check_choices(unit, experts, placement)
     peers = Peers(process_group) if placement == "replicas" else None
-    if num_experts is None:
-        num_experts = 4 if peers is None else peers.size
-    if num_experts < 1 or num_experts != int(num_experts):
-        raise EwavitError(f"num_experts={num_experts} is not a number of experts: choose 1 or more")
-    if peers is not None and num_experts != peers.size:
-        raise EwavitError(
-            f"num_experts={num_experts}, but {peers.size} processes hold one replica each: leave it out"
-        )
-    if peers is not None and experts != "auto":
-        raise EwavitError(f'replicas are copies of the FFN: leave out experts="{experts}"')
-    for option, value, choices in (
-        ("unit", unit, ("token", "image")),
-        ("experts", experts, ("auto", "stacked", "separate")),
-        ("placement", placement, ("local", "replicas")),
-    ):
-        if value not in choices:
-            raise EwavitError(f"{option}={value!r} is unknown: choose one of {', '.join(choices)}")
-    if router is not None and peers is not None:
-        raise EwavitError("replicas cannot be routed: each process has one expert for all of its tokens")
-    if router is not None and unit != "token":
-        raise EwavitError(f'unit="{unit}" cannot be routed: a router sends tokens, leave it out')
+    num_experts = _checked_number(num_experts, unit, experts, router, peers)
     _refuse_wrapped(model)
     if moe_layers(model):
         raise EwavitError("the model is expanded already: call ewavit.collapse(model) first")
@@ -100,19 +82,49 @@ def expand(
             )
     for ffn in chosen:
         if peers is not None:
-            replica = ReplicaExperts(ffn.module, peers)
-            _replace(
-                model, ffn.module, MoE(replica, "image", ffn.channels_first, DealtByProcess(num_experts))
-            )
-            continue
-        kind = SeparateExperts if experts == "separate" or not ffn.stackable else StackedExperts
-        made = kind(ffn.module, num_experts)
-        dispatcher = None if router is None else _router(router, num_experts, ffn)
-        _replace(model, ffn.module, MoE(made, unit, ffn.channels_first, dispatcher))
+            moe = MoE(ReplicaExperts(ffn.module, peers), "image", ffn.channels_first, DealtByProcess())
+        else:
+            kind = SeparateExperts if experts == "separate" or not ffn.stackable else StackedExperts
+            dispatcher = None if router is None else _router(router, num_experts, ffn)
+            moe = MoE(kind(ffn.module, num_experts), unit, ffn.channels_first, dispatcher)
+        _replace(model, ffn.module, moe)
     _exempt_norms_from_decay(model)
     if peers is not None:
         keep_from_ddp(model)
     return model
+
+
+def _check_choices(unit: str, experts: str, placement: str) -> None:
+    for option, value, choices in (
+        ("unit", unit, ("token", "image")),
+        ("experts", experts, ("auto", "stacked", "separate")),
+        ("placement", placement, ("local", "replicas")),
+    ):
+        if value not in choices:
+            raise EwavitError(f"{option}={value!r} is unknown: choose one of {', '.join(choices)}")
+
+
+def _checked_number(
+    num_experts: int | None, unit: Unit, experts: str, router: TopK | None, peers: Peers | None
+) -> int:
+    """N or its default; an error if the arguments contradict each other."""
+    if num_experts is None:
+        num_experts = 4 if peers is None else peers.size
+    if num_experts < 1 or num_experts != int(num_experts):
+        raise EwavitError(f"num_experts={num_experts} is not a number of experts: choose 1 or more")
+    if router is not None and unit != "token":
+        raise EwavitError(f'a router sends single tokens: leave out unit="{unit}"')
+    if peers is None:
+        return num_experts
+    if num_experts != peers.size:
+        raise EwavitError(
+            f"num_experts={num_experts}, but {peers.size} processes hold one replica each: leave it out"
+        )
+    if experts != "auto":
+        raise EwavitError(f'replicas are copies of the FFN: leave out experts="{experts}"')
+    if router is not None:
+        raise EwavitError("a router does not work with replicas (one expert per process): leave out router")
+    return num_experts
 
 
 def _router(config: TopK, num_experts: int, ffn: FFN) -> TopKRouter:
@@ -122,7 +134,7 @@ def _router(config: TopK, num_experts: int, ffn: FFN) -> TopKRouter:
 
 
 def select_ffns(model: nn.Module, select: Select = "alternate", unit: Unit = "token") -> list[FFN]:
-    """The FFNs that `expand` would take with these arguments; raises what it would."""
+    """The FFNs that `expand` would choose with these arguments; it raises the same errors."""
     if isinstance(select, str):
         if dict(model.named_modules()).get(select) is not None:
             select = [select]
@@ -141,7 +153,7 @@ def select_ffns(model: nn.Module, select: Select = "alternate", unit: Unit = "to
     found = find_ffns(model)
     usable = [ffn for ffn in found if _usable(ffn, unit)]
     if not usable:
-        problem = f'no FFN found that can be dealt by unit="{unit}"'
+        problem = f'no FFN works with unit="{unit}"'
         raise _nothing(problem, found, found[0] if found else None)
     if callable(select):
         chosen = [ffn for ffn in usable if select(ffn.name, ffn.module)]
@@ -171,7 +183,7 @@ def _usable(ffn: FFN, unit: Unit) -> bool:
 def _nothing(problem: str, found: list[FFN], refused: FFN | None = None) -> EwavitError:
     """The error with the table of candidates; its first line gives one reason, or names to choose from."""
     if not found:
-        return EwavitError(f"{problem}: no module looks like one; name yours in select=[...]")
+        return EwavitError(f"{problem}: no module looks like an FFN; name yours in select=[...]")
     names = [ffn.name for ffn in found if ffn.unit]
     hint = f"{refused.name}: {refused.reason}" if refused else f"choose from {', '.join(names[:3])}"
     more = f", {len(found)} candidates in all" if len(found) > 1 else ""
@@ -179,7 +191,7 @@ def _nothing(problem: str, found: list[FFN], refused: FFN | None = None) -> Ewav
 
 
 def candidate_table(found: list[FFN]) -> str:
-    """The candidates as text, one a line: name, class, unit or why it is refused."""
+    """The candidates as text, one per line: name, class, unit or the reason for refusing it."""
     rows = [(f.name, f.class_name, f.unit or "refused", f.reason) for f in found]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return "\n".join(
@@ -205,7 +217,7 @@ def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def _exempt_norms_from_decay(model: nn.Module) -> None:
-    """Let timm's `model.no_weight_decay()` name the stacked vectors, which it would take for matrices."""
+    """Let `model.no_weight_decay()` list stacked vectors; timm would take them for matrices."""
     vectors = _stacked_vectors(model)
     names = {name for name, parameter in model.named_parameters() if id(parameter) in vectors}
     model.no_weight_decay = _Names(names | _listed_without_decay(model))  # type: ignore[assignment]
@@ -217,23 +229,23 @@ def _listed_without_decay(model: nn.Module) -> set[str]:
 
 
 class _Names(set[str]):
-    """A set of names that is called like the method it stands in for; unlike a closure it can be copied."""
+    """A callable set of names, to replace the model's method; unlike a closure it can be copied."""
 
     def __call__(self) -> set[str]:
         return set(self)
 
 
 def _stacked_vectors(model: nn.Module) -> set[int]:
-    """Identities of the parameters that are one vector per expert: norm weights and biases."""
+    """Ids of the parameters with one vector per expert: norm weights and biases."""
     leaves = [module for module in model.modules() if isinstance(module, ExpertLeaf)]
     return {id(parameter) for leaf in leaves for parameter in leaf.parameters() if parameter.ndim == 2}
 
 
 def collapse(model: Model) -> Model:
-    """Put an FFN with the experts' mean where each mixture is, in place, and return the model.
+    """Replace each mixture by one FFN with the experts' mean, in place, and return the model.
 
-    Classes and state-dict keys are the original ones; `eval()` of the expanded model computed the same, but
-    for a routed one, which loses its router. Of replica experts every process must call it.
+    Classes and state-dict keys are the original ones. The output is that of the expanded model in eval mode;
+    only a routed model changes, because it loses its router. With replica experts this is a collective.
 
     Raises:
         EwavitError: the model is not expanded, or it is sharded (FSDP2).
@@ -243,8 +255,8 @@ def collapse(model: Model) -> Model:
         raise EwavitError("a single MoE cannot replace itself: use its collapse() method")
     if any(is_sharded(parameter) for parameter in model.parameters()):
         raise EwavitError(
-            "the model is sharded: call ewavit.dense_state_dict(model) on every process; process 0 gets what "
-            "the plain model loads"
+            "the model is sharded: call ewavit.dense_state_dict(model) in every process, and load the result "
+            "of process 0 into the plain model"
         )
     for moe in layers.values():
         _replace(model, moe, moe.collapse())
@@ -255,10 +267,10 @@ def collapse(model: Model) -> Model:
 
 @contextmanager
 def collapsed(model: nn.Module) -> Iterator[list[tuple[MoE, nn.Module]]]:
-    """Within, the model is dense: its mixtures are swapped for their collapse, and come back at the end.
+    """Context manager: the model is dense inside, and its mixtures come back at the end.
 
     Yields:
-        The mixtures, each with the FFN that stands in for it.
+        Pairs of a mixture and the FFN that replaces it.
     """
     swapped = [(moe, moe.collapse()) for moe in moe_layers(model).values()]
     for moe, ffn in swapped:
@@ -271,11 +283,11 @@ def collapsed(model: nn.Module) -> Iterator[list[tuple[MoE, nn.Module]]]:
 
 
 def dense_state_dict(model: nn.Module) -> dict[str, Any]:
-    """The state dict that the collapsed model would have, under the original keys; the model stays expanded.
+    """The state dict of the collapsed model, under the original keys; the model stays expanded.
 
-    Prefixes of wrappers (`module.`, `_orig_mod.`) are removed, those of EMA models too. Of replica experts
-    every process must ask, and each gets it. Of a sharded model (FSDP2) too: the experts are averaged where
-    they are, each mean is gathered once, and process 0 gets them all on the CPU, the others an empty dict.
+    Prefixes of wrappers and EMA models (`module.`, `_orig_mod.`) are removed. With replica experts or a
+    sharded model (FSDP2) this is a collective. A sharded model averages its shards and gathers each mean
+    once: process 0 gets the whole state on the CPU, the others get an empty dict.
     """
     with collapsed(model):
         state = model.state_dict()
@@ -290,7 +302,7 @@ def dense_state_dict(model: nn.Module) -> dict[str, Any]:
 
 
 def _gather_on_process_0(state: dict[str, Any]) -> None:
-    """Put the whole tensors into process 0's state, on the CPU; each is on a device for a moment only."""
+    """Gather whole tensors in the state of process 0, on the CPU; only one at a time is on the device."""
     for key in list(state):
         value = state.pop(key)
         if isinstance(value, Tensor):
@@ -309,9 +321,12 @@ def load_dense_state_dict(model: nn.Module, state_dict: dict[str, Any], strict: 
 
     Args:
         model: an expanded model, sharded or not.
-        state_dict: with the dense model's keys; where it lacks one (`strict=False`) experts stay as they are.
-            For a sharded model every process has it whole.
-        strict: as in `torch.nn.Module.load_state_dict`, whose result is returned.
+        state_dict: the dense model's, whole in every process. With `strict=False` experts without a key stay
+            as they are.
+        strict: as in `torch.nn.Module.load_state_dict`.
+
+    Returns:
+        The result of `torch.nn.Module.load_state_dict`.
     """
     names = {moe: f"{name}." for name, moe in moe_layers(model).items()}
     with collapsed(model) as swapped:
@@ -335,12 +350,13 @@ class LayerSummary:
     experts: str
     num_experts: int
     unit: str
+    dealt: str  # "by token", "by image" or "by top-1 router"
     dense_parameters: int
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What `expand` did to a model; printing it gives a table."""
+    """What `expand` did to a model; `print` shows a table."""
 
     layers: tuple[LayerSummary, ...]
     parameters: int
@@ -349,7 +365,7 @@ class Summary:
     def __str__(self) -> str:
         lines = [f"{len(self.layers)} mixtures of experts"]
         lines += [
-            f"  {layer.name}: {layer.num_experts} x {layer.ffn} ({layer.experts}, by {layer.unit}), "
+            f"  {layer.name}: {layer.num_experts} x {layer.ffn} ({layer.experts}, {layer.dealt}), "
             f"{layer.dense_parameters:,} parameters each"
             for layer in self.layers
         ]
@@ -358,16 +374,15 @@ class Summary:
 
 
 def summary(model: nn.Module) -> Summary:
-    """Which layers of a model are mixtures of experts, and how many parameters that takes."""
+    """The mixtures of experts in a model, and its number of parameters."""
     layers, extra = [], 0
     for name, moe in moe_layers(model).items():
         kind = type(moe.experts).__name__.removesuffix("Experts").lower()
         here = moe.num_experts if moe.experts.peers is None else 1
         each = sum(parameter.numel() for parameter in moe.experts.parameters()) // here
         ffn = type(moe.experts.ffns()[0]).__name__
-        router = moe.dispatcher if isinstance(moe.dispatcher, TopKRouter) else None
-        dealt = moe.unit if router is None else f"top-{router.config.k} router"
-        layers.append(LayerSummary(name, ffn, kind, moe.num_experts, dealt, each))
+        dealt = moe.dispatcher.describe(moe.unit)
+        layers.append(LayerSummary(name, ffn, kind, moe.num_experts, moe.unit, dealt, each))
         extra += (here - 1) * each + sum(parameter.numel() for parameter in moe.dispatcher.parameters())
     total = sum(parameter.numel() for parameter in model.parameters())
     return Summary(tuple(layers), total, total - extra)
@@ -376,20 +391,20 @@ def summary(model: nn.Module) -> Summary:
 def param_groups(
     model: nn.Module, weight_decay: float = 0.05, no_weight_decay: Iterable[str] = ()
 ) -> list[dict[str, Any]]:
-    """Optimizer groups by timm's rule: vectors, biases and names that the model lists are not decayed.
+    """Optimizer groups by timm's rule: no weight decay for vectors, biases and names that the model lists.
 
-    A stacked norm weight or bias of the experts counts as the vector that it is.
+    A stacked norm weight or bias of the experts counts as a vector.
 
     Args:
         model: a model, expanded or not.
         weight_decay: of all other parameters.
-        no_weight_decay: further names without decay, beside those of `model.no_weight_decay()`; as in timm
-            they may hold wildcards (`pos_embed.*`).
+        no_weight_decay: more names without decay, besides `model.no_weight_decay()`; wildcards work as in
+            timm (`pos_embed.*`).
 
     Returns:
-        Two groups for any torch optimizer, without decay first.
+        Two groups for any torch optimizer, the one without decay first.
     """
-    while type(model).__name__ in _WRAPPERS:  # the names that the model lists are those within
+    while type(model).__name__ in _WRAPPERS:  # the model's list has names without the wrappers' prefixes
         model = getattr(model, "module", None) or model._orig_mod  # type: ignore[assignment]
     listed = set(no_weight_decay) | _listed_without_decay(model)
     vectors = _stacked_vectors(model)

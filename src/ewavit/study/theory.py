@@ -1,7 +1,7 @@
-"""What the algebra of Experts Weights Averaging predicts, in closed form (derivations: docs/theory.md).
+"""Closed forms of Experts Weights Averaging (derivations: docs/theory.md).
 
 N experts, share rate beta, lerp weight D = beta N / (N - 1): averaging is `W_i <- W_i - D (W_i - mean)`, and
-d_i = W_i - mean is a deviation. `SpreadPrediction` follows a training and says how far apart its experts are.
+d_i = W_i - mean is a deviation. `training.prediction.SpreadPrediction` applies them during training.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from ewavit.core.averaging import lerp_weight
-from ewavit.core.prediction import deviations_from_mean, layers_with_all_experts, tensors_by_parameter
 from ewavit.errors import EwavitError
+from ewavit.training.prediction import deviations_from_mean, layers_with_all_experts, tensors_by_parameter
 
 
 def deviation_decay(share_rate: float, num_experts: int, steps: int, every: int = 1) -> float:
-    """(1 - D)^(steps // every): what averaging alone leaves of a deviation after `steps` optimizer steps."""
+    """(1 - D)^(steps // every): the rest of a deviation after `steps` optimizer steps of averaging alone."""
     return (1 - lerp_weight(share_rate, num_experts)) ** (steps // every)
 
 
 def interval_share_rate(share_rate: float, num_experts: int, every: int) -> float:
-    """The share rate that, used every k-th step, decays deviations as fast as `share_rate` at every step.
+    """The share rate for every k-th step with the same decay of deviations as `share_rate` at every step.
 
     Its lerp weight is 1 - (1 - D)^k.
     """
@@ -31,24 +31,24 @@ def interval_share_rate(share_rate: float, num_experts: int, every: int) -> floa
 
 
 def matched_sgd(lr: float, weight_decay: float, num_experts: int) -> dict[str, float]:
-    """Settings of the experts' parameter group under which full averaging is dense SGD, step for step.
+    """Settings of the experts' parameter group that make full averaging equal dense SGD, step by step.
 
-    An expert sees 1/N of the tokens, so the experts' mean gradient is 1/N of the dense one: the learning
-    rate is N-fold, and weight decay / N keeps their product. Momentum, Nesterov's too, stays as it is.
+    An expert sees 1/N of the tokens, so the experts' mean gradient is 1/N of the dense one. The learning rate
+    is N times as large, and weight decay / N keeps their product. Momentum stays the same, also Nesterov's.
 
     Args:
-        lr: of the dense SGD.
-        weight_decay: of the dense SGD.
+        lr: learning rate of dense SGD.
+        weight_decay: weight decay of dense SGD.
         num_experts: N.
 
     Returns:
-        `lr` and `weight_decay` for the group of the experts; all other parameters keep the dense settings.
+        `lr` and `weight_decay` for the experts; all other parameters keep the dense settings.
     """
     return {"lr": lr * num_experts, "weight_decay": weight_decay / num_experts}
 
 
 def history_weights(share_rates: Sequence[float], num_experts: int) -> tuple[Tensor, Tensor]:
-    """How much of each past update is in the weights of an expert at the end.
+    """The weight of each past update in an expert at the end of training.
 
     For updates u_1, ..., u_T and M_r = (1 - D_r) I + D_r / N 11^T the weights at the end are
     W_T = M_T ... M_1 W_0 + sum_s M_T ... M_s u_s. All M share their eigenvectors, so
@@ -59,9 +59,9 @@ def history_weights(share_rates: Sequence[float], num_experts: int) -> tuple[Ten
         num_experts: N.
 
     Returns:
-        Two float64 tensors (T,): the weight of an expert's own update of each step, and that of each other
-        expert's. Their sum over experts is 1, so that in the mean of the experts every update has weight 1/N,
-        whatever the schedule. The initial weights have the weights of the first update.
+        Two float64 tensors (T,): the weight of the expert's own update of each step, and the weight of each
+        other expert's update. Their sum over experts is 1, so in the mean of the experts every update has
+        weight 1/N for any schedule. The initial weights count like the first update.
 
     Raises:
         EwavitError: a share rate is out of range.
@@ -80,14 +80,14 @@ def stationary_variance(
     momentum: float = 0.0,
     dampening: float = 0.0,
 ) -> float:
-    """Variance of a deviation under white gradient noise, when averaging and noise balance.
+    """Variance of a deviation under white gradient noise when averaging and noise are in balance.
 
     With r = 1 - D and the momentum filter m <- momentum m + (1 - dampening) g it is
 
         (N - 1) / N  lr^2 variance(m)  r^2 / (1 - r^2)  (1 + r momentum) / (1 - r momentum)
 
     and variance(m) = (1 - dampening)^2 / (1 - momentum^2) noise_variance. Plain SGD has r^2 / (1 - r^2) lr^2
-    noise_variance times (N - 1) / N, for the mean of N experts takes part in the noise.
+    noise_variance times (N - 1) / N, because the mean of N experts is noisy too.
 
     Args:
         share_rate: beta, the same at every step.
@@ -98,7 +98,7 @@ def stationary_variance(
         dampening: of SGD; beta1 for Adam.
 
     Raises:
-        EwavitError: the share rate is out of range, or 0: without averaging deviations grow without end.
+        EwavitError: the share rate is out of range, or 0: without averaging deviations grow without bound.
     """
     r = 1 - lerp_weight(share_rate, num_experts)
     if r == 1:
@@ -111,13 +111,13 @@ def stationary_variance(
 
 
 def hessian_trace(loss: Tensor, parameters: Iterable[Tensor], samples: int = 16) -> float:
-    """Trace of a loss's Hessian, the mean of v^T H v over random signs v (Hutchinson 1989).
+    """Trace of the Hessian of a loss: the mean of v^T H v over random signs v (Hutchinson 1989).
 
     Args:
         loss: a scalar with its graph. torch's fused attention has no second derivative: compute the loss
             within `torch.nn.attention.sdpa_kernel(SDPBackend.MATH)`.
-        parameters: with respect to which the Hessian is taken; each requires a gradient.
-        samples: random vectors, each about as dear as two backward passes.
+        parameters: the variables of the Hessian; each requires a gradient.
+        samples: number of random vectors; each costs about two backward passes.
     """
     held = list(parameters)
     gradients = torch.autograd.grad(loss, held, create_graph=True, materialize_grads=True)
@@ -128,23 +128,22 @@ def hessian_trace(loss: Tensor, parameters: Iterable[Tensor], samples: int = 16)
 
 
 def flatness_penalty(model: nn.Module, loss: Tensor) -> float:
-    """1/2 tr(H Cov d): what the experts' deviations add to the loss in training, to second order.
+    """1/2 tr(H Cov d): the contribution of the experts' deviations to the training loss, to second order.
 
-    Layers draw their partitions independently, so only the Hessian's blocks within one MoE layer count. It
-    holds where the loss is a sum over the units that are dealt: by image, and for losses summed over tokens.
-    Where tokens of different experts meet in one loss, as in attention, cross terms between tokens are in H
-    but average out in training.
+    Layers draw their partitions independently, so only the blocks of the Hessian within one MoE layer count.
+    This holds if the loss is a sum over units: with unit="image", and for losses summed over tokens. If the
+    loss mixes tokens of different experts, as with attention, H has cross terms between tokens; they average
+    out in training.
 
     Args:
         model: an expanded model.
-        loss: of the model in `eval()` mode, where its FFNs are the mean experts, with its graph; about
-            attention see `hessian_trace`.
+        loss: the loss of the model in `eval()` mode, with its graph; for attention see `hessian_trace`.
 
     Returns:
         1/2 mean_i d_i^T H d_i, summed over MoE layers.
 
     Raises:
-        EwavitError: the model has no MoE layer.
+        EwavitError: the model has no MoE layer, or it has replica experts.
     """
     penalty = 0.0
     for moe in layers_with_all_experts(model).values():
@@ -164,6 +163,6 @@ def flatness_penalty(model: nn.Module, loss: Tensor) -> float:
 
 
 def _curvature(gradients: Sequence[Tensor], parameters: list[Tensor], vector: list[Tensor]) -> Tensor:
-    """v^T H v for the gradients of a loss, taken with their graph."""
+    """v^T H v, from the gradients of a loss with their graph."""
     products = torch.autograd.grad(gradients, parameters, vector, retain_graph=True, materialize_grads=True)
     return torch.stack([(v * product).sum() for v, product in zip(vector, products, strict=True)]).sum()

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ewavit.core.moe import moe_layers
-from ewavit.core.routing import TopK, TopKRouter
+from ewavit.core.routing import TopK, routers
 from ewavit.core.surgery import expand
 from ewavit.data.batches import Data, Inputs
 from ewavit.tasks.choice import task_for
@@ -29,9 +28,9 @@ class RoutedMixture:
     @classmethod
     def of(cls, model: nn.Module) -> RoutedMixture:
         """The mixture that an expanded model with routers is."""
-        layers = moe_layers(model)
-        router = next(module for module in model.modules() if isinstance(module, TopKRouter))
-        return cls(router.num_experts, tuple(layers), asdict(router.config))
+        found = routers(model)
+        router = next(iter(found.values()))
+        return cls(router.num_experts, tuple(found), asdict(router.config))
 
 
 @dataclass(frozen=True)

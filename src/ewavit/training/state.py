@@ -14,7 +14,6 @@ from ewavit.core.averaging import ExpertAveraging
 from ewavit.core.checkpoint_files import expert_metadata
 from ewavit.core.distributed import load_stacked_state_dict, stacked_state_dict
 from ewavit.core.moe import moe_layers
-from ewavit.core.prediction import SpreadPrediction
 from ewavit.data.batches import Data
 from ewavit.errors import EwavitError
 from ewavit.tasks.choice import task_for
@@ -28,6 +27,7 @@ from ewavit.training.building import (
 )
 from ewavit.training.card import ModelCard
 from ewavit.training.checkpoint import Checkpoint, save_checkpoint
+from ewavit.training.prediction import SpreadPrediction
 from ewavit.training.recipe import Recipe
 from ewavit.training.report import Row
 from ewavit.training.weight_average import WeightAverage, weight_average

@@ -1,4 +1,4 @@
-"""`SpreadPrediction` follows a training and predicts how far apart its experts are (docs/theory.md)."""
+"""`SpreadPrediction` predicts during training how far apart the experts are (docs/theory.md)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,21 @@ from ewavit.core.moe import MoE, require_moe_layers
 from ewavit.errors import EwavitError
 
 
+class StepSettings(NamedTuple):
+    """One optimizer step on deviations d with momentum m and gradients x, and the averaging after it.
+
+    m <- momentum m + gain x
+    d <- (1 - lerp) (decay d - lr (from_momentum m + from_gradient x))
+    """
+
+    lr: float
+    momentum: float = 0.0  # of SGD; beta1 of Adam
+    gain: float = 1.0  # 1 - dampening of SGD; 1 - beta1 of Adam
+    from_momentum: float = 1.0  # Adam's bias correction 1 / (1 - beta1^t); the momentum with Nesterov
+    from_gradient: float = 0.0  # 1 with Nesterov
+    decay: float = 1.0  # 1 - lr times decoupled weight decay
+
+
 class DeviationMoments(NamedTuple):
     """Second moments of deviations d and of their momentum m: mean over experts, sum over weights."""
 
@@ -21,39 +36,20 @@ class DeviationMoments(NamedTuple):
     d_m: float = 0.0
     m_m: float = 0.0
 
-    def advance(
-        self,
-        noise: float,
-        lr: float,
-        lerp: float,
-        *,
-        momentum: float = 0.0,
-        gain: float = 1.0,
-        from_momentum: float = 1.0,
-        from_gradient: float = 0.0,
-        pull: float = 0.0,
-        decay: float = 1.0,
-    ) -> DeviationMoments:
-        """One optimizer step and averaging: exact for gradients x = g + pull d with white noise g.
-
-            m <- momentum m + gain x
-            d <- (1 - lerp) (decay d - lr (from_momentum m + from_gradient x))
+    def advance(self, noise: float, step: StepSettings, lerp: float, slope: float = 0.0) -> DeviationMoments:
+        """One optimizer step and averaging; exact for gradients x = g + slope d with white noise g.
 
         Args:
             noise: second moment of g, mean over experts, sum over weights.
-            lr: learning rate.
+            step: settings of the optimizer.
             lerp: D of this step, 0 without averaging.
-            momentum: of SGD, or Adam's beta1.
-            gain: 1 - dampening of SGD, or 1 - beta1.
-            from_momentum: Adam's bias correction 1 / (1 - beta1^t); the momentum with Nesterov.
-            from_gradient: 1 with Nesterov.
-            pull: slope of the gradient along the deviations: curvature and coupled weight decay.
-            decay: 1 - lr times decoupled weight decay.
+            slope: of the gradient along the deviations, from curvature and coupled weight decay.
         """
+        lr, momentum, gain, from_momentum, from_gradient, decay = step
         kept, total = 1 - lerp, from_momentum * gain + from_gradient
-        a, b = kept * (decay - lr * total * pull), -kept * lr * from_momentum * momentum
+        a, b = kept * (decay - lr * total * slope), -kept * lr * from_momentum * momentum
         e = -kept * lr * total
-        c, f = gain * pull, momentum
+        c, f = gain * slope, momentum
         return DeviationMoments(
             a * a * self.d_d + 2 * a * b * self.d_m + b * b * self.m_m + e * e * noise,
             a * c * self.d_d + (a * f + b * c) * self.d_m + b * f * self.m_m + e * gain * noise,
@@ -62,7 +58,7 @@ class DeviationMoments(NamedTuple):
 
 
 class _Part:
-    """The expert parameters of one MoE layer in one optimizer group, and what is known of them."""
+    """The expert parameters of one MoE layer in one optimizer group, with their statistics."""
 
     def __init__(self, layer: str, group: int | None, num_experts: int) -> None:
         self.layer, self.group, self.num_experts = layer, group, num_experts
@@ -76,20 +72,20 @@ class _Part:
 
 
 class SpreadPrediction:
-    """Predicts `ewavit.expert_spread` during a training from its gradients, learning rates and share rates.
+    """Predicts `ewavit.expert_spread` during training from gradients, learning rates and share rates.
 
-    `observe` measures in the preconditioned gradients how much the experts differ (the noise) and how that
-    depends on their deviations (the slope); `step` advances `DeviationMoments` with the settings of the step
-    just done. The spread itself is measured once, at the start.
+    `observe` measures how much the experts' preconditioned gradients differ (the noise) and how that depends
+    on the deviations (the slope). `step` advances `DeviationMoments` with the settings of the latest step.
+    The spread itself is measured only at the start.
 
     Args:
-        model: an expanded model, with the weights it starts from.
-        optimizer: torch's SGD, Adam or AdamW with any of their settings but amsgrad; wrappers that hold it as
-            `.optimizer` are looked through.
-        averaging: of the model's experts; its latest share rate and its interval are read at each step.
+        model: an expanded model with its starting weights.
+        optimizer: torch's SGD, Adam or AdamW without amsgrad, also inside wrappers that hold it as
+            `.optimizer`.
+        averaging: averages the model's experts.
 
     Raises:
-        EwavitError: another optimizer (ask `supports` before), or a model without MoE.
+        EwavitError: another optimizer (see `supports`), or a model without MoE.
 
     Example:
         >>> prediction = SpreadPrediction(model, optimizer, averaging)
@@ -101,7 +97,7 @@ class SpreadPrediction:
         >>> prediction.relative(), expert_spread(model)
     """
 
-    # Weight of the latest observation: the noise drifts with the training, the slope scatters more.
+    # Weight of the latest observation: the noise drifts during training, the slope scatters more.
     NOISE_WEIGHT = 0.5
     SLOPE_WEIGHT = 0.1
 
@@ -109,7 +105,7 @@ class SpreadPrediction:
         self.optimizer, self.averaging = unwrapped_optimizer(optimizer), averaging
         if not self.supports(optimizer):
             raise EwavitError(
-                f"the spread under {type(self.optimizer).__name__} is not predicted: use torch's SGD, "
+                f"the spread under {type(self.optimizer).__name__} cannot be predicted: use torch's SGD, "
                 "Adam or AdamW without amsgrad, or leave the prediction out"
             )
         self._steps = self._observations = 0
@@ -135,13 +131,14 @@ class SpreadPrediction:
 
     @torch.no_grad()
     def observe(self, scale: float = 1.0) -> None:
-        """Measure the gradient noise; call it with the gradients that the next `optimizer.step()` will see.
+        """Measure the gradient noise, from the gradients of the next `optimizer.step()`.
 
-        Before the first step, then every tenth or so, or at least once per epoch: it takes two to three times
-        as long as a fused optimizer step and waits for the device. Gradients that are not finite are ignored.
+        Call it before the first step and then about every tenth, at least once per epoch. It takes two to
+        three times as long as a fused optimizer step and waits for the device. Infinite or nan gradients are
+        ignored.
 
         Args:
-            scale: by which the gradients are still multiplied, `scaler.get_scale()` if not unscaled.
+            scale: factor that the gradients still contain: `scaler.get_scale()` before `unscale_`, else 1.
         """
         rows = torch.stack([self._measure(part, scale) for part in self._parts]).tolist()
         if not torch.tensor(rows).isfinite().all():
@@ -154,7 +151,7 @@ class SpreadPrediction:
             part.apart += of_slope * (apart - part.apart)
 
     def _measure(self, part: _Part, scale: float) -> Tensor:
-        """|x|^2, d x and |d|^2 of a part, mean over experts, sum over weights."""
+        """|x|^2, d x and |d|^2 of a part: mean over experts, sum over weights."""
         total = torch.zeros(3, device=part.families[0][0].device)
         for family in part.families:
             if part.group is None or any(parameter.grad is None for parameter in family):
@@ -165,7 +162,7 @@ class SpreadPrediction:
         return total
 
     def _direction(self, parameter: Tensor, index: int, scale: float) -> Tensor:
-        """What this gradient adds to the optimizer's momentum: preconditioned, with coupled weight decay."""
+        """The gradient as the optimizer's momentum sees it: preconditioned, with coupled weight decay."""
         group = self.optimizer.param_groups[index]
         gradient = cast(Tensor, parameter.grad).float() / scale
         if not group.get("decoupled_weight_decay", False):
@@ -174,16 +171,16 @@ class SpreadPrediction:
             return gradient
         state = self.optimizer.state.get(parameter, {})
         beta2, done = float(group["betas"][1]), state.get("step", 0)
-        second = (1 - beta2) * gradient.square()  # of the step to come, as the optimizer will have it
+        second = (1 - beta2) * gradient.square()  # Adam's second moment at the coming step
         if "exp_avg_sq" in state:
             second += beta2 * state["exp_avg_sq"]
         denominator: Tensor = (second / (1 - beta2 ** (done + 1))).sqrt() + group["eps"]
         return gradient / denominator
 
     def step(self) -> None:
-        """Advance by one step; call it after `optimizer.step()`, before the learning rate changes.
+        """Advance by one step; call it after `optimizer.step()` and before the learning rate changes.
 
-        Does nothing if the averaging has not counted a step since: the GradScaler skipped it.
+        It does nothing after a step that a GradScaler skipped, since the averaging did not count it.
         """
         if self.averaging.steps_done == self._averaging_steps:
             return
@@ -192,28 +189,27 @@ class SpreadPrediction:
         averaged = self._averaging_steps % self.averaging.every == 0
         for part in self._parts:
             lerp = lerp_weight(self.averaging.share_rate, part.num_experts) if averaged else 0.0
-            # A negative slope is mostly scatter, and would let the prediction grow without end.
+            # A negative slope is mostly scatter, and would let the prediction grow without bound.
             slope = max(0.0, part.along / part.apart) if part.apart else 0.0
             noise = max(0.0, part.noise - slope * part.along)
-            settings = {"lr": 0.0} if part.group is None else self._settings(part.group)
-            part.moments = part.moments.advance(noise, lerp=lerp, pull=slope, **settings)
+            settings = StepSettings(0.0) if part.group is None else self._settings(part.group)
+            part.moments = part.moments.advance(noise, settings, lerp, slope)
 
-    def _settings(self, index: int) -> dict[str, float]:
+    def _settings(self, index: int) -> StepSettings:
         group = self.optimizer.param_groups[index]
         lr = float(group["lr"])
         if isinstance(self.optimizer, SGD):
             momentum = group["momentum"]
             gain = 1 - group["dampening"] if self._steps > 1 else 1.0  # torch's buffer starts as the gradient
-            nesterov = {"from_momentum": momentum, "from_gradient": 1.0} if group["nesterov"] else {}
-            return {"lr": lr, "momentum": momentum, "gain": gain, **nesterov}
+            return StepSettings(lr, momentum, gain, *((momentum, 1.0) if group["nesterov"] else ()))
         beta1 = float(group["betas"][0])
         correction = 1 / (1 - beta1**self._steps)
         decay = 1 - lr * group["weight_decay"] if group.get("decoupled_weight_decay", False) else 1.0
-        return {"lr": lr, "momentum": beta1, "gain": 1 - beta1, "from_momentum": correction, "decay": decay}
+        return StepSettings(lr, beta1, 1 - beta1, correction, decay=decay)
 
     @torch.no_grad()
     def relative(self) -> dict[str, float]:
-        """The predicted sqrt(mean_i |W_i - Wm|^2) / |Wm| by layer, to put beside `expert_spread(model)`."""
+        """The predicted sqrt(mean_i |W_i - Wm|^2) / |Wm| by layer, to compare with `expert_spread(model)`."""
         squares: dict[str, list[float]] = {}
         for part in self._parts:
             apart_and_norm = squares.setdefault(part.layer, [0.0, 0.0])
@@ -224,12 +220,12 @@ class SpreadPrediction:
         return {layer: (d / w) ** 0.5 if w else 0.0 for layer, (d, w) in squares.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers from which a resumed run predicts the same."""
+        """The numbers that a resumed run needs to predict the same."""
         numbers = [part.floats for part in self._parts]
         return {"steps": self._steps, "observations": self._observations, "parts": numbers}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from saved numbers, of the same model and optimizer groups.
+        """Continue from saved numbers of the same model and optimizer groups.
 
         Raises:
             EwavitError: the numbers belong to another model.
@@ -250,19 +246,20 @@ def layers_with_all_experts(model: nn.Module) -> dict[str, MoE]:
     layers = require_moe_layers(model)
     if any(moe.experts.peers is not None for moe in layers.values()):
         raise EwavitError(
-            "the spread of replica experts is not predicted: each process knows one expert only"
+            "the spread of replica experts cannot be predicted, because each process has only one expert: "
+            "leave the prediction out"
         )
     return layers
 
 
 def tensors_by_parameter(experts: Experts) -> list[list[Tensor]]:
-    """Per parameter of the FFN the tensors that an optimizer holds: one with N on dimension 0, or N."""
+    """For each parameter of the FFN the tensors in the optimizer: one (E, ...), or one per expert."""
     if isinstance(experts, SeparateExperts):
         return [list(family) for family in zip(*(copy.parameters() for copy in experts.copies), strict=True)]
     return [[parameter] for parameter in experts.parameters()]
 
 
 def deviations_from_mean(family: list[Tensor]) -> Tensor:
-    """(experts, ...) minus its mean over experts, for one tensor that holds all experts or one for each."""
+    """(E, ...) minus its mean over experts, from one tensor (E, ...) or one tensor per expert."""
     stacked = family[0] if len(family) == 1 else torch.stack(family)
     return stacked - stacked.mean(0)
