@@ -268,7 +268,7 @@ def test_wrong_names_settings_and_shapes_are_named():
         (lambda: model(dims=3), "unexpected keyword argument 'dims'"),
         (lambda: model(num_heads=3), "dim=16 is not a multiple of num_heads=3"),
         (lambda: model(head="linear"), "head='linear' is unknown"),
-        (lambda: model("point_transformer_seg", fetch=(0, 3)), r"fetch=\(0, 3\) names blocks that a depth of 3 lacks"),
+        (lambda: model("point_transformer_seg", fetch=(0, 3)), "names blocks that a depth of 3 lacks"),
         (lambda: model()(torch.randn(2, 5, 3)), "5 points per cloud are too few for 6 groups"),
         (lambda: model()(torch.randn(2, 3, 20)), r"points have the shape \(2, 3, 20\)"),
         (lambda: model("point_transformer_seg")(points()), "the category as a one-hot vector"),

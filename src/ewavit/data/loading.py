@@ -205,12 +205,6 @@ def normalize(images: Tensor, statistics: Statistics) -> Tensor:
     return images.to(torch.float32).sub_(mean * 255).div_(std * 255)
 
 
-def _read(spec: str, options: DataOptions) -> tuple[ImageSource, ImageSource]:
-    if is_timm(spec):
-        return read_timm(spec, options.data_dir, options.train_split, options.val_split)
-    return read_folder(Path(spec).expanduser(), options.train_split, options.val_split)
-
-
 class LoaderData(Data):
     """A set of image files; worker processes decode and transform them one by one with timm's transforms.
 
@@ -277,9 +271,15 @@ class LoaderData(Data):
         Raises:
             EwavitError: a split or a class is missing, or an option does not work for the set.
         """
-        name, train, val = spec, *_read(spec, options)
-        if not is_timm(spec):
-            name = Path(spec).expanduser().resolve().name
+        train: ImageSource
+        val: ImageSource
+        if is_timm(spec):
+            name = spec
+            train, val = read_timm(spec, options.data_dir, options.train_split, options.val_split)
+        else:
+            path = Path(spec).expanduser()
+            name = path.resolve().name
+            train, val = read_folder(path, options.train_split, options.val_split)
         limit = options.limit
         indices = np.arange(len(train)) if limit is None else take_first(train.labels(), limit)
         indices, held = hold_out(indices, options.holdout)

@@ -274,7 +274,7 @@ class TimmImages(ImageSource):
         targets = getattr(self.dataset, "targets", None)
         if targets is None:
             raise EwavitError(
-                f"{self.spec} has no list of labels, so --limit cannot be used: unpack the set to a folder"
+                f"{self.spec} has no list of labels: unpack the set to a folder of class folders"
             )
         return np.array(targets, dtype=np.int64)
 
