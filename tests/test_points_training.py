@@ -162,7 +162,7 @@ def test_solids_get_a_small_point_transformer_unless_told_otherwise(capsys):
     [
         ({"model": "vit_tiny_patch16_224"}, "unknown point model 'vit_tiny_patch16_224'"),
         ({"mixup": 0.8}, "--mixup and --cutmix mix images"),
-        ({"batch_size": 1}, "--batch-size 1 leaves"),
+        ({"batch_size": 1}, "--batch-size 1 is too small for the point transformer"),
         ({"pretrained": True}, "--pretrained loads timm's weights"),
         ({"num_points": 41}, "has 40 points: remove it, or choose --num-points 40"),
         ({"model_kwargs": "num_group=33"}, "32 points per cloud are too few for 33 groups"),
