@@ -36,12 +36,13 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torchvision.transforms import v2
 
-from ewavit.data.augmentation import Mix, TensorAugmentation, tensor_auto_augment
-from ewavit.data.batches import Batch, BatchPlan, Data
+from ewavit.data.augmentation import Augmentation, Mix, TensorAugmentation, tensor_auto_augment
+from ewavit.data.batches import Batch, Data
 from ewavit.data.in_memory import TensorData
+from ewavit.data.options import DataOptions
 from ewavit.data.sources import Arrays
 from ewavit.study.bench import Trainee, interval_of_median
-from ewavit.training.opening import Augmentation, open_data
+from ewavit.training.opening import open_data
 from ewavit.training.processes import keep_freed_memory
 from records import write_record
 from step_time import ON_CPU, ON_GPU, trainee
@@ -146,9 +147,9 @@ def augmented_batches(batch_size: int, device: torch.device) -> Iterator[Batch]:
     images = rng.integers(0, 256, (50 * batch_size, 3, 32, 32), dtype=np.uint8)
     labels = rng.integers(0, CLASSES, len(images))
     arrays = Arrays("random", tuple(map(str, range(CLASSES))), images, labels, images[:1], labels[:1])
-    plan = BatchPlan(len(images), 1, batch_size)
-    options = Augmentation(aa="rand-m9-mstd0.5", reprob=0.25)
-    data = TensorData(arrays, np.arange(len(images)), plan, options, None, None, device)
+    augmentation = Augmentation(aa="rand-m9-mstd0.5", reprob=0.25)
+    options = DataOptions(batch_size=batch_size, augmentation=augmentation, device=device)
+    data = TensorData(arrays, np.arange(len(images)), options)
     mix = Mix(0.8, 1.0, CLASSES)
     return (mix(*batch) for epoch in range(10**6) for batch in data.train_batches(epoch))
 
@@ -231,7 +232,10 @@ def main() -> None:
     def opened(spec: str, aa: str | None, workers: int) -> Batches:
         options = Augmentation(aa=aa)
         return epochs_of(
-            open_data(spec, batch_size=args.batch_size, augmentation=options, workers=workers, device=device)
+            open_data(
+                spec,
+                DataOptions(batch_size=args.batch_size, augmentation=options, workers=workers, device=device),
+            )
         )
 
     with tempfile.TemporaryDirectory() as folder:

@@ -27,8 +27,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import ewavit as ewa
 from ewavit.core import MoE, StackedExperts, moe_layers
 from ewavit.core.moe import dispatching
+from ewavit.data.batches import Data
+from ewavit.data.options import DataOptions
 from ewavit.study import theory
-from ewavit.training.opening import Data, open_data
+from ewavit.training.opening import open_data
 from ewavit.training.prediction import SpreadPrediction
 from records import write_record
 
@@ -205,7 +207,7 @@ def cosine(optimizer: torch.optim.Optimizer, share: float) -> None:
 
 def against_dense() -> dict[str, Any]:
     """Distance of the collapsed weights to dense SGD, with N times its learning rate for the experts."""
-    data = open_data("fashion-mnist-mini", batch_size=32, limit=2000)
+    data = open_data("fashion-mnist-mini", DataOptions(batch_size=32, limit=2000))
     torch.manual_seed(0)
     start = small_vit(2, 32).double()
     settings = {"lr": 0.02, "weight_decay": 1e-3}
@@ -258,7 +260,7 @@ def against_dense() -> dict[str, Any]:
 
 def spread(steps: int) -> dict[str, Any]:
     """Predicted and measured expert spread of real trainings."""
-    data = open_data("fashion-mnist-mini", batch_size=32, limit=4000)
+    data = open_data("fashion-mnist-mini", DataOptions(batch_size=32, limit=4000))
     settings = {
         "AdamW, ramp to 0.3": ("adamw", 1e-3, 0.3, True),
         "AdamW, β = 0.03": ("adamw", 1e-3, 0.03, False),
@@ -330,7 +332,7 @@ def flatness(steps: int, seeds: int) -> dict[str, Any]:
     traces: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
     penalties: dict[str, list[dict[str, float]]] = {"image": [], "token": []}
     for seed in range(seeds):
-        data = open_data("fashion-mnist-mini", batch_size=50, limit=1000, seed=seed)
+        data = open_data("fashion-mnist-mini", DataOptions(batch_size=50, limit=1000, seed=seed))
         kept = list(data.eval_batches())
         probe, truth = (torch.cat(parts) for parts in zip(*kept, strict=True))
         own, own_truth = (torch.cat(parts) for parts in zip(*list(data.train_batches(0))[:4], strict=True))

@@ -9,6 +9,7 @@ import struct
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,12 +21,20 @@ from timm.data.dataset import IterableImageDataset
 from torchvision.transforms import v2
 
 from ewavit.data import rand_augment
-from ewavit.data.augmentation import Mix, TensorAugmentation, random_crop, random_flip, tensor_auto_augment
+from ewavit.data.augmentation import (
+    Augmentation,
+    Mix,
+    TensorAugmentation,
+    random_crop,
+    random_flip,
+    tensor_auto_augment,
+)
 from ewavit.data.batches import BatchPlan, Data
 from ewavit.data.loading import LoaderData
+from ewavit.data.options import DataOptions
 from ewavit.data.sources import read_bundled
 from ewavit.errors import EwavitError
-from ewavit.training.opening import Augmentation, open_data
+from ewavit.training.opening import open_data
 
 PLAIN = Augmentation(hflip=0, crop_padding=0, scale=(1, 1), color_jitter=0)
 
@@ -119,6 +128,10 @@ def error_of(call: object, *args: object, **kwargs: object) -> str:
     return message
 
 
+def opened(spec: str, **options: Any) -> Data:
+    return open_data(spec, DataOptions(**options))
+
+
 def seeded_batches(data: Data, epoch: int, start: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Training batches, with the generators seeded before each as the training loop does."""
     batches = data.train_batches(epoch, start)
@@ -158,8 +171,8 @@ def test_ranks_share_every_global_batch_without_overlap(plan: BatchPlan, epoch: 
         BatchPlan(plan.num_train, plan.num_eval, plan.batch_size, plan.seed, rank, world_size)
         for rank in range(world_size)
     ]
-    shares = [list(rank.train(epoch)) for rank in ranks]
-    batches = list(alone.train(epoch))
+    shares = [list(rank.train_indices(epoch)) for rank in ranks]
+    batches = list(alone.train_indices(epoch))
     assert len(batches) == alone.batches_per_epoch == ranks[0].batches_per_epoch
     for batch, *parts in zip(batches, *shares, strict=True):
         assert sorted(batch) == sorted(np.concatenate(parts))
@@ -170,7 +183,8 @@ def test_ranks_share_every_global_batch_without_overlap(plan: BatchPlan, epoch: 
 @given(plan=plans, world_size=st.integers(1, 5))
 def test_evaluation_takes_every_image_once_over_all_ranks(plan: BatchPlan, world_size: int) -> None:
     shares = [
-        BatchPlan(1, plan.num_eval, plan.batch_size, 0, rank, world_size).eval() for rank in range(world_size)
+        BatchPlan(1, plan.num_eval, plan.batch_size, 0, rank, world_size).eval_indices()
+        for rank in range(world_size)
     ]
     indices = [int(i) for share in shares for batch in share for i in batch]
     assert sorted(indices) == list(range(plan.num_eval))
@@ -178,7 +192,9 @@ def test_evaluation_takes_every_image_once_over_all_ranks(plan: BatchPlan, world
 
 def test_epochs_and_seeds_differ_in_order() -> None:
     orders = {
-        tuple(next(BatchPlan(100, 1, 100, seed).train(epoch))) for seed in range(3) for epoch in range(3)
+        tuple(next(BatchPlan(100, 1, 100, seed).train_indices(epoch)))
+        for seed in range(3)
+        for epoch in range(3)
     }
     assert len(orders) == 9
 
@@ -193,7 +209,7 @@ def test_every_prefix_of_the_bundled_set_is_class_balanced(limit: int) -> None:
 
 
 def test_the_bundled_set_is_what_it_says() -> None:
-    data = open_data("fashion-mnist-mini", batch_size=100)
+    data = open_data("fashion-mnist-mini", DataOptions(batch_size=100))
     assert (data.num_train, data.num_eval, data.num_classes) == (10_000, 2000, 10)
     assert (data.in_chans, data.img_size, data.batches_per_epoch) == (1, 28, 100)
     assert data.classes[9] == "Ankle boot"
@@ -202,7 +218,7 @@ def test_the_bundled_set_is_what_it_says() -> None:
 
 
 def test_training_images_are_normalised_to_mean_zero_and_deviation_one() -> None:
-    data = open_data("fashion-mnist-mini", batch_size=500, limit=500, augmentation=PLAIN)
+    data = open_data("fashion-mnist-mini", DataOptions(batch_size=500, limit=500, augmentation=PLAIN))
     images, labels = next(data.train_batches(0))
     assert (images.shape, images.dtype, labels.dtype) == ((500, 1, 28, 28), torch.float32, torch.int64)
     assert abs(images.mean().item()) < 1e-5
@@ -211,9 +227,9 @@ def test_training_images_are_normalised_to_mean_zero_and_deviation_one() -> None
 
 def test_without_augmentation_batches_are_the_stored_images_in_planned_order() -> None:
     stored = read_bundled()
-    data = open_data("fashion-mnist-mini", batch_size=50, limit=100, augmentation=PLAIN, seed=3)
+    data = open_data("fashion-mnist-mini", DataOptions(batch_size=50, limit=100, augmentation=PLAIN, seed=3))
     for (images, labels), chosen in zip(
-        data.train_batches(2), BatchPlan(100, 1, 50, 3).train(2), strict=True
+        data.train_batches(2), BatchPlan(100, 1, 50, 3).train_indices(2), strict=True
     ):
         pixels = (images * data.std[0] + data.mean[0]) * 255
         torch.testing.assert_close(
@@ -226,7 +242,8 @@ def test_without_augmentation_batches_are_the_stored_images_in_planned_order() -
 def test_a_resumed_epoch_in_memory_goes_on_bitwise(aa: str | None) -> None:
     augmentation = Augmentation(aa=aa, reprob=0.5)
     whole, resumed = (
-        open_data("fashion-mnist-mini", batch_size=32, limit=200, augmentation=augmentation) for _ in range(2)
+        open_data("fashion-mnist-mini", DataOptions(batch_size=32, limit=200, augmentation=augmentation))
+        for _ in range(2)
     )
     assert same(seeded_batches(whole, 1)[2:], seeded_batches(resumed, 1, start=2))
 
@@ -368,9 +385,9 @@ def test_rand_augment_of_probability_or_operations_zero_changes_nothing() -> Non
 def test_random_erasing_changes_every_image_where_it_is_certain() -> None:
     plain, erased = (
         next(
-            open_data("fashion-mnist-mini", batch_size=64, limit=64, augmentation=augmentation).train_batches(
-                0
-            )
+            open_data(
+                "fashion-mnist-mini", DataOptions(batch_size=64, limit=64, augmentation=augmentation)
+            ).train_batches(0)
         )[0]
         for augmentation in (PLAIN, Augmentation(hflip=0, crop_padding=0, reprob=1.0))
     )
@@ -378,7 +395,7 @@ def test_random_erasing_changes_every_image_where_it_is_certain() -> None:
 
 
 def test_img_size_resizes_a_set_in_memory_once() -> None:
-    data = open_data("fashion-mnist-mini", batch_size=10, limit=100, img_size=20)
+    data = open_data("fashion-mnist-mini", DataOptions(batch_size=10, limit=100, img_size=20))
     assert data.img_size == 20
     assert next(data.train_batches(0))[0].shape == (10, 1, 20, 20)
     assert next(data.eval_batches())[0].shape == (10, 1, 20, 20)
@@ -388,7 +405,7 @@ def test_a_given_mean_and_deviation_replace_those_of_the_data(tmp_path: Path) ->
     folder = str(write_folder(tmp_path, mode="L"))
     for spec in ("fashion-mnist-mini", folder):
         usual, given = (
-            open_data(spec, batch_size=4, workers=0, **options)  # type: ignore[arg-type]
+            open_data(spec, DataOptions(batch_size=4, workers=0, **options))  # type: ignore[arg-type]
             for options in ({}, {"mean": (0.25,), "std": (0.125,)})
         )
         assert (given.mean, given.std) == ((0.25,), (0.125,))
@@ -400,7 +417,7 @@ def test_a_given_mean_and_deviation_replace_those_of_the_data(tmp_path: Path) ->
 @pytest.mark.parametrize("inside", [True, False])
 def test_cifar_10_is_read_as_published(tmp_path: Path, protocol: int, inside: bool) -> None:
     folder = write_cifar(tmp_path, protocol=protocol)
-    data = open_data(str(folder if inside else tmp_path), batch_size=30, augmentation=PLAIN)
+    data = open_data(str(folder if inside else tmp_path), DataOptions(batch_size=30, augmentation=PLAIN))
     assert (data.name, data.num_train, data.num_eval) == ("cifar-10-batches-py", 30, 6)
     assert (data.in_chans, data.img_size, data.classes[:2]) == (3, 32, ("name0", "name1"))
     images, labels = next(data.eval_batches())
@@ -414,7 +431,7 @@ def test_cifar_10_is_read_as_published(tmp_path: Path, protocol: int, inside: bo
 
 def test_cifar_100_uses_the_fine_labels(tmp_path: Path) -> None:
     write_cifar(tmp_path, coarse=True)
-    data = open_data(str(tmp_path), batch_size=6)
+    data = open_data(str(tmp_path), DataOptions(batch_size=6))
     assert data.num_classes == 100
     assert next(data.eval_batches())[1].tolist() == [0, 1, 2, 2, 1, 0]
 
@@ -424,7 +441,7 @@ def test_cifar_100_uses_the_fine_labels(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("val", ["val", "validation", "test"])
 def test_a_folder_of_class_folders_is_read(tmp_path: Path, val: str) -> None:
-    data = open_data(str(write_folder(tmp_path, val=val)), batch_size=5, workers=0)
+    data = open_data(str(write_folder(tmp_path, val=val)), DataOptions(batch_size=5, workers=0))
     assert (data.classes, data.num_train, data.num_eval) == (("cat", "dog", "eel"), 12, 12)
     assert (data.in_chans, data.img_size, data.batches_per_epoch) == (3, 16, 2)
     images, labels = next(data.train_batches(0))
@@ -433,7 +450,7 @@ def test_a_folder_of_class_folders_is_read(tmp_path: Path, val: str) -> None:
 
 
 def test_images_of_the_right_size_are_evaluated_as_stored(tmp_path: Path) -> None:
-    data = open_data(str(write_folder(tmp_path, mode="L")), batch_size=12, workers=0)
+    data = open_data(str(write_folder(tmp_path, mode="L")), DataOptions(batch_size=12, workers=0))
     stored = np.asarray(Image.open(tmp_path / "val" / "cat" / "0.png"))
     pixels = (next(data.eval_batches())[0][0, 0] * 0.5 + 0.5) * 255
     torch.testing.assert_close(pixels, torch.from_numpy(stored.copy()).float(), atol=1e-3, rtol=0)
@@ -441,28 +458,28 @@ def test_images_of_the_right_size_are_evaluated_as_stored(tmp_path: Path) -> Non
 
 def test_grey_folders_have_one_channel_and_mixed_ones_three(tmp_path: Path) -> None:
     grey = write_folder(tmp_path / "grey", mode="L")
-    data = open_data(str(grey), batch_size=4, workers=0, augmentation=Augmentation(aa="rand-m9"))
+    data = open_data(str(grey), DataOptions(batch_size=4, workers=0, augmentation=Augmentation(aa="rand-m9")))
     assert (data.in_chans, data.mean, data.std) == (1, (0.5,), (0.5,))
     assert next(data.train_batches(0))[0].shape == (4, 1, 16, 16)
     mixed = write_folder(tmp_path / "mixed")
     Image.new("L", (16, 16)).save(mixed / "train" / "cat" / "0.png")
-    data = open_data(str(mixed), batch_size=12, workers=0)
+    data = open_data(str(mixed), DataOptions(batch_size=12, workers=0))
     assert data.in_chans == 3
     assert next(data.train_batches(0))[0].shape == (12, 3, 16, 16)
 
 
 def test_folders_of_other_than_small_squares_are_brought_to_224(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, size=(20, 16), per_class=1)
-    data = open_data(str(folder), batch_size=2, workers=0)
+    data = open_data(str(folder), DataOptions(batch_size=2, workers=0))
     assert data.img_size == 224
     assert next(data.eval_batches())[0].shape == (2, 3, 224, 224)
-    assert open_data(str(folder), batch_size=2, workers=0, img_size=48).img_size == 48
+    assert open_data(str(folder), DataOptions(batch_size=2, workers=0, img_size=48)).img_size == 48
 
 
 def test_tiny_imagenet_is_read_as_published(tmp_path: Path) -> None:
     root = write_tiny_imagenet(tmp_path)
     for spec in (root, tmp_path):
-        data = open_data(str(spec), batch_size=6, workers=0)
+        data = open_data(str(spec), DataOptions(batch_size=6, workers=0))
         assert (data.classes, data.in_chans, data.img_size) == (("n01", "n02", "n03"), 3, 64)
         assert (data.num_train, data.num_eval) == (6, 3)
         assert next(data.eval_batches())[1].tolist() == [2, 0, 1]
@@ -470,8 +487,10 @@ def test_tiny_imagenet_is_read_as_published(tmp_path: Path) -> None:
 
 def test_held_out_images_are_evaluated_and_never_trained_on() -> None:
     options = {"batch_size": 30, "limit": 200, "augmentation": PLAIN, "mean": (0.0,), "std": (1.0,)}
-    whole = open_data("fashion-mnist-mini", **options)
-    sets = [open_data("fashion-mnist-mini", **options, holdout=0.25, seed=seed) for seed in (0, 1)]
+    whole = open_data("fashion-mnist-mini", DataOptions(**options))
+    sets = [
+        open_data("fashion-mnist-mini", DataOptions(**options, holdout=0.25, seed=seed)) for seed in (0, 1)
+    ]
     data = sets[0]
     assert (data.num_train, data.num_eval) == (150, 50)
 
@@ -488,7 +507,7 @@ def test_held_out_images_are_evaluated_and_never_trained_on() -> None:
 
 def test_held_out_files_come_from_the_training_folder(tmp_path: Path) -> None:
     write_folder(tmp_path, classes=("cat", "dog"), per_class=10)
-    data = open_data(str(tmp_path), batch_size=4, holdout=0.3, workers=0, augmentation=PLAIN)
+    data = open_data(str(tmp_path), DataOptions(batch_size=4, holdout=0.3, workers=0, augmentation=PLAIN))
     assert (data.num_train, data.num_eval) == (14, 6)
     assert sum(len(labels) for _, labels in data.eval_batches()) == 6
 
@@ -496,12 +515,12 @@ def test_held_out_files_come_from_the_training_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("share", [-0.1, 1.0, 0.001])
 def test_a_holdout_that_leaves_one_side_empty_is_refused(share: float) -> None:
     with pytest.raises(EwavitError, match="holdout"):
-        open_data("fashion-mnist-mini", batch_size=8, limit=100, holdout=share)
+        open_data("fashion-mnist-mini", DataOptions(batch_size=8, limit=100, holdout=share))
 
 
 @pytest.mark.parametrize("limit", [6, 7, 11])
 def test_a_limit_takes_the_classes_of_a_folder_in_turn(tmp_path: Path, limit: int) -> None:
-    data = open_data(str(write_folder(tmp_path)), batch_size=limit, limit=limit, workers=0)
+    data = open_data(str(write_folder(tmp_path)), DataOptions(batch_size=limit, limit=limit, workers=0))
     counts = Counter(next(data.train_batches(0))[1].tolist())
     assert data.num_train == limit
     assert set(counts.values()) <= {limit // 3, limit // 3 + 1}
@@ -514,7 +533,9 @@ def test_file_batches_depend_on_neither_start_nor_workers_nor_the_global_generat
 
     def batches(workers: int, seed: int, epoch: int, start: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         torch.manual_seed(torch.seed())
-        data = open_data(folder, batch_size=3, seed=seed, workers=workers, augmentation=augmentation)
+        data = open_data(
+            folder, DataOptions(batch_size=3, seed=seed, workers=workers, augmentation=augmentation)
+        )
         first = list(data.train_batches(epoch, start))
         assert same(first, list(data.train_batches(epoch, start)))
         return first
@@ -528,7 +549,7 @@ def test_file_batches_depend_on_neither_start_nor_workers_nor_the_global_generat
 
 
 def test_an_epoch_left_early_does_not_disturb_the_next(tmp_path: Path) -> None:
-    data = open_data(str(write_folder(tmp_path)), batch_size=2, workers=2)
+    data = open_data(str(write_folder(tmp_path)), DataOptions(batch_size=2, workers=2))
     reference = list(data.train_batches(1))
     left = data.train_batches(0)
     again = data.train_batches(1)
@@ -537,7 +558,7 @@ def test_an_epoch_left_early_does_not_disturb_the_next(tmp_path: Path) -> None:
 
 
 def test_reading_files_leaves_the_global_generators_alone(tmp_path: Path) -> None:
-    data = open_data(str(write_folder(tmp_path)), batch_size=4, workers=0)
+    data = open_data(str(write_folder(tmp_path)), DataOptions(batch_size=4, workers=0))
     before = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
     list(data.train_batches(0))
     list(data.eval_batches())
@@ -546,12 +567,14 @@ def test_reading_files_leaves_the_global_generators_alone(tmp_path: Path) -> Non
 
 def test_torchvision_sets_open_through_timm(tmp_path: Path) -> None:
     write_fashion_mnist(tmp_path)
-    data = open_data("torch/fashion_mnist", data_dir=str(tmp_path), batch_size=10, workers=0)
+    data = open_data("torch/fashion_mnist", DataOptions(data_dir=str(tmp_path), batch_size=10, workers=0))
     assert (data.num_train, data.num_classes, data.in_chans, data.img_size) == (20, 10, 1, 28)
     assert torch.cat([labels for _, labels in data.eval_batches()]).tolist() == list(range(10)) * 2
 
     folder = write_folder(tmp_path / "folder")
-    data = open_data("torch/image_folder", data_dir=str(folder), batch_size=6, limit=6, workers=0)
+    data = open_data(
+        "torch/image_folder", DataOptions(data_dir=str(folder), batch_size=6, limit=6, workers=0)
+    )
     assert data.classes == ("cat", "dog", "eel")
     assert sorted(next(data.train_batches(0))[1].tolist()) == [0, 0, 1, 1, 2, 2]
 
@@ -586,14 +609,14 @@ def test_a_streamed_set_repeats_its_epochs_and_skips_by_drawing(monkeypatch: pyt
         return IterableImageDataset("", reader=_Reader(is_training))
 
     monkeypatch.setattr("ewavit.data.loading.open_timm", open_timm)
-    data = open_data("wds/set", batch_size=8, workers=0)
+    data = open_data("wds/set", DataOptions(batch_size=8, workers=0))
     assert (data.classes, data.img_size, data.in_chans, data.batches_per_epoch) == (("0", "1", "2"), 16, 3, 2)
     whole = list(data.train_batches(1))
     assert [len(images) for images, _ in whole] == [8, 8]
     assert same(whole[1:], list(data.train_batches(1, start=1)))
     assert not same(whole, list(data.train_batches(2)))
     assert torch.cat([labels for _, labels in data.eval_batches()]).tolist() == [i % 3 for i in range(20)]
-    assert "limit" in error_of(open_data, "wds/set", batch_size=8, limit=4)
+    assert "limit" in error_of(opened, "wds/set", batch_size=8, limit=4)
 
 
 # --- unreadable images ---
@@ -604,7 +627,7 @@ def test_a_streamed_set_repeats_its_epochs_and_skips_by_drawing(monkeypatch: pyt
 def test_an_unreadable_image_is_named_in_one_line(tmp_path: Path, workers: int, damage: str) -> None:
     folder = write_folder(tmp_path)
     image = folder / "train" / "dog" / "2.png"
-    data = open_data(str(folder), batch_size=3, workers=workers)
+    data = open_data(str(folder), DataOptions(batch_size=3, workers=workers))
     if damage == "missing":
         image.unlink()
     else:
@@ -622,21 +645,21 @@ def test_skipped_images_are_replaced_in_training_left_out_in_evaluation_counted_
     folder = write_folder(tmp_path)
     for name in ("train/cat/0.png", "train/cat/1.png", "val/dog/0.png"):
         (folder / name).write_bytes(b"no image")
-    data = open_data(str(folder), batch_size=6, workers=workers, skip_bad_images=True)
+    data = open_data(str(folder), DataOptions(batch_size=6, workers=workers, skip_bad_images=True))
     for epoch in range(2):
         batches = list(data.train_batches(epoch))
         assert [len(images) for images, _ in batches] == [6, 6]
         assert torch.bincount(torch.cat([labels for _, labels in batches])).tolist() == [4, 4, 4]
-    assert data.bad_images == 2
+    assert data.num_skipped == 2
     assert torch.cat([labels for _, labels in data.eval_batches()]).tolist() == [0] * 4 + [1] * 3 + [2] * 4
-    assert data.bad_images == 3
+    assert data.num_skipped == 3
 
 
 def test_a_set_without_any_readable_image_is_an_error_even_when_skipping(tmp_path: Path) -> None:
     folder = write_folder(tmp_path)
     for image in (*folder.glob("train/*/*"), *folder.glob("val/*/*")):
         image.write_bytes(b"no image")
-    data = open_data(str(folder), batch_size=2, workers=0, skip_bad_images=True)
+    data = open_data(str(folder), DataOptions(batch_size=2, workers=0, skip_bad_images=True))
     assert "no image" in error_of(list, data.train_batches(0))
     assert "no image" in error_of(list, data.eval_batches())
 
@@ -654,6 +677,9 @@ def test_a_set_without_any_readable_image_is_an_error_even_when_skipping(tmp_pat
         ("fashion-mnist-mini", {"limit": 1, "batch_size": 1}, ["limit 1", "one class", "raise"]),
         ("fashion-mnist-mini", {"img_size": 0}, ["img_size 0"]),
         ("fashion-mnist-mini", {"workers": -1}, ["workers -1"]),
+        ("fashion-mnist-mini", {"mean": (0.5,)}, ["std is missing", "give both"]),
+        ("solids", {"num_points": 0}, ["num_points 0"]),
+        ("solids", {"votes": 0}, ["votes 0"]),
         ("torch/fashion_mnist", {"data_dir": "/no/such"}, ["torch/fashion_mnist", "/no/such", "--data-dir"]),
         ("torch/no_such_set", {}, ["torch/no_such_set", "check the name"]),
         ("torch/image_folder", {"data_dir": "/no/such"}, ["torch/image_folder", "/no/such"]),
@@ -669,7 +695,7 @@ def test_a_set_without_any_readable_image_is_an_error_even_when_skipping(tmp_pat
 def test_a_wrong_option_is_named_with_its_remedy(
     spec: str, options: dict[str, object], words: list[str]
 ) -> None:
-    message = error_of(open_data, spec, **{"batch_size": 8, **options})
+    message = error_of(opened, spec, **{"batch_size": 8, **options})
     for word in words:
         assert word in message
 
@@ -692,7 +718,7 @@ def test_an_impossible_augmentation_is_named(options: dict[str, object], word: s
 def test_an_augmentation_unknown_to_timm_is_named(tmp_path: Path) -> None:
     folder = str(write_folder(tmp_path))
     for aa in ("nonsense", "rand-x3"):
-        message = error_of(open_data, folder, batch_size=2, augmentation=Augmentation(aa=aa))
+        message = error_of(opened, folder, batch_size=2, augmentation=Augmentation(aa=aa))
         assert aa in message
         assert "rand-m9" in message
 
@@ -703,7 +729,7 @@ def test_wrong_folders_are_named_with_their_remedy(tmp_path: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         write_folder(folder, per_class=1)
         change(folder)  # type: ignore[operator]
-        return error_of(open_data, str(folder), batch_size=2)
+        return error_of(opened, str(folder), batch_size=2)
 
     def remove(*names: str) -> object:
         return lambda folder: [shutil.rmtree(folder / name) for name in names]
@@ -720,26 +746,26 @@ def test_wrong_folders_are_named_with_their_remedy(tmp_path: Path) -> None:
         assert f"{split}/dog has no images" in message(lambda f, s=split: os.remove(f / s / "dog" / "0.png"))
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert "empty has no train/" in error_of(open_data, str(empty), batch_size=2)
+    assert "empty has no train/" in error_of(opened, str(empty), batch_size=2)
 
 
 def test_wrong_tiny_imagenet_annotations_are_named(tmp_path: Path) -> None:
     annotations = write_tiny_imagenet(tmp_path) / "val" / "val_annotations.txt"
     annotations.write_text("val_0.JPEG\tn03\nval_1.JPEG\tn99\n")
-    assert "val_annotations.txt line 2" in error_of(open_data, str(tmp_path), batch_size=2)
+    assert "val_annotations.txt line 2" in error_of(opened, str(tmp_path), batch_size=2)
     annotations.write_text("")
-    assert "val_annotations.txt is empty" in error_of(open_data, str(tmp_path), batch_size=2)
+    assert "val_annotations.txt is empty" in error_of(opened, str(tmp_path), batch_size=2)
 
 
 def test_classes_of_timm_sets_must_agree_and_be_several(tmp_path: Path) -> None:
     folder = write_folder(tmp_path)
     shutil.rmtree(folder / "val" / "eel")
     options = {"data_dir": str(folder), "batch_size": 2}
-    assert "only in train: eel" in error_of(open_data, "torch/image_folder", **options)
+    assert "only in train: eel" in error_of(opened, "torch/image_folder", **options)
     shutil.rmtree(folder / "train" / "eel")
     for split in ("train", "val"):
         shutil.rmtree(folder / split / "dog")
-    assert "one class" in error_of(open_data, "torch/image_folder", **options)
+    assert "one class" in error_of(opened, "torch/image_folder", **options)
 
 
 def test_damaged_cifar_files_are_named(tmp_path: Path) -> None:
@@ -748,7 +774,7 @@ def test_damaged_cifar_files_are_named(tmp_path: Path) -> None:
     whole = file.read_bytes()
 
     def message() -> str:
-        text = error_of(open_data, str(folder), batch_size=2)
+        text = error_of(opened, str(folder), batch_size=2)
         assert str(file) in text
         return text
 
@@ -769,7 +795,7 @@ def test_damaged_cifar_files_are_named(tmp_path: Path) -> None:
     file.unlink()
     assert "missing" in message()
     write_cifar(tmp_path, coarse=True)
-    assert "cifar-10-batches-py and cifar-100-python" in error_of(open_data, str(tmp_path), batch_size=2)
+    assert "cifar-10-batches-py and cifar-100-python" in error_of(opened, str(tmp_path), batch_size=2)
 
 
 class _Malicious:
@@ -786,13 +812,13 @@ def test_a_malicious_cifar_file_is_refused_and_nothing_runs(tmp_path: Path, func
     trace = tmp_path / "trace"
     payload = _Malicious(function, f"touch {trace}")
     (folder / "data_batch_1").write_bytes(pickle.dumps({b"data": payload, b"labels": [0]}))
-    message = error_of(open_data, str(folder), batch_size=2)
+    message = error_of(opened, str(folder), batch_size=2)
     assert "data_batch_1" in message
-    assert "asks for" in message
+    assert "it imports" in message
     assert not trace.exists()
 
 
 def test_opened_folders_are_loader_data_with_names_and_counts(tmp_path: Path) -> None:
-    data = open_data(str(write_folder(tmp_path / "pets")), batch_size=2, workers=0)
+    data = open_data(str(write_folder(tmp_path / "pets")), DataOptions(batch_size=2, workers=0))
     assert isinstance(data, LoaderData)
-    assert (data.name, data.bad_images, data.num_classes) == ("pets", 0, 3)
+    assert (data.name, data.num_skipped, data.num_classes) == ("pets", 0, 3)

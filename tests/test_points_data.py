@@ -6,12 +6,14 @@ import torch
 
 import point_sets
 from ewavit import EwavitError
+from ewavit.data.augmentation import Augmentation
+from ewavit.data.options import DataOptions
 from ewavit.points.augmentation import PointAugmentation
 from ewavit.points.files import checked, load_file
 from ewavit.points.metrics import part_ious
 from ewavit.points.solids import SOLIDS, make_solids
 from ewavit.points.sources import SCANOBJECTNN, PointSet, read_points, save_points
-from ewavit.training.opening import Augmentation, open_data
+from ewavit.training.opening import open_data
 from point_sets import CLASSES, POINTS, cloud
 
 NUM_POINTS = 32
@@ -144,7 +146,7 @@ def test_reading_again_gives_the_same_points(tmp_path):
         (np.full((5, 3), np.nan), "coordinates that are not finite"),
         (np.array([[0, 0, np.inf]] * 5), "coordinates that are not finite"),
         (np.eye(3), "has 3 points: remove it, or choose --num-points 3"),
-        (np.ones((5, 3)), "all points at one place"),
+        (np.ones((5, 3)), "all its points in one place"),
     ],
 )
 def test_a_bad_cloud_is_named(points, message):
@@ -207,16 +209,16 @@ def test_what_a_set_lacks_is_named(tmp_path):
     for spec, message in (
         (f"modelnet40:{text}", "chair_0003.txt cannot be read"),
         (f"modelnet40:{h5}", "ply_data_test0.h5 cannot be read as an h5 file"),
-        (f"modelnet40:{wrong}", "cloud 2 of .*train0.h5 has none of the 2 classes"),
+        (f"modelnet40:{wrong}", "cloud 2 of .*train0.h5 belongs to none of the 2 classes"),
         (f"modelnet40:{tmp_path / 'nowhere'}", "no folder or file"),
-        (f"modelnet40:{folder}", "holds no ModelNet"),
+        (f"modelnet40:{folder}", "does not hold ModelNet"),
         (f"modelnet10:{tmp_path / 'foreign.npz'}", "cannot be read as an .npz file of clouds"),
         (f"obj_bg:{folder}", "has no main_split/training_objectdataset.h5"),
         (f"points:{folder}", r"differ \(bed, desk\)"),
         (f"points:{empty}", "test/bed has no clouds"),
         (f"points:{text}", "must hold train/ and val/ or test/"),
         (f"shapenetpart:{folder}", "synsetoffset2category.txt is missing"),
-        (f"shapenetpart:{parts}", "t1.txt has parts that its category has not"),
+        (f"shapenetpart:{parts}", "t1.txt has parts of another category"),
         ("modelnet10", "no folder or file ''"),
         (f"teapots:{text}", "unknown point data"),
     ):
@@ -323,7 +325,8 @@ def test_unknown_policies_are_named():
 
 def test_batches_are_clouds_of_the_asked_size(tmp_path):
     data = open_data(
-        f"modelnet40:{point_sets.write_modelnet_h5(tmp_path)}", batch_size=2, num_points=NUM_POINTS
+        f"modelnet40:{point_sets.write_modelnet_h5(tmp_path)}",
+        DataOptions(batch_size=2, num_points=NUM_POINTS),
     )
     (points, labels), *more = data.train_batches(0)
     assert len(more) == 1
@@ -336,9 +339,9 @@ def test_batches_are_clouds_of_the_asked_size(tmp_path):
 
 def test_training_draws_other_points_each_time_and_without_repetition(tmp_path):
     data = open_data(
-        f"modelnet40:{point_sets.write_modelnet_h5(tmp_path)}", batch_size=1, num_points=NUM_POINTS,
-        augmentation=Augmentation(aa="none"),
-    )  # fmt: skip
+        f"modelnet40:{point_sets.write_modelnet_h5(tmp_path)}",
+        DataOptions(batch_size=1, num_points=NUM_POINTS, augmentation=Augmentation(aa="none")),
+    )
     first, again = (next(data.train_batches(0))[0][0] for _ in range(2))
     assert len(first.unique(dim=0)) == NUM_POINTS
     assert not torch.equal(first.sort(0)[0], again.sort(0)[0])
@@ -346,9 +349,9 @@ def test_training_draws_other_points_each_time_and_without_repetition(tmp_path):
 
 def test_limit_and_holdout_choose_training_clouds(tmp_path):
     spec = f"modelnet40:{point_sets.write_modelnet_h5(tmp_path)}"
-    limited = open_data(spec, batch_size=1, num_points=NUM_POINTS, limit=2)
+    limited = open_data(spec, DataOptions(batch_size=1, num_points=NUM_POINTS, limit=2))
     assert (limited.num_train, limited.num_eval) == (2, 2)
-    held = open_data(spec, batch_size=1, num_points=NUM_POINTS, holdout=0.25)
+    held = open_data(spec, DataOptions(batch_size=1, num_points=NUM_POINTS, holdout=0.25))
     assert (held.num_train, held.num_eval) == (3, 1)
     points, _ = next(held.eval_batches())
     everything = read(spec).train_points[:, :NUM_POINTS]
@@ -357,7 +360,9 @@ def test_limit_and_holdout_choose_training_clouds(tmp_path):
 
 def test_part_batches_carry_category_and_labels(tmp_path):
     spec = f"shapenetpart:{point_sets.write_shapenetpart(tmp_path)}"
-    data = open_data(spec, batch_size=3, num_points=NUM_POINTS, augmentation=Augmentation(aa="none"))
+    data = open_data(
+        spec, DataOptions(batch_size=3, num_points=NUM_POINTS, augmentation=Augmentation(aa="none"))
+    )
     points, labels = next(data.train_batches(0))
     assert (points.shape, labels.shape) == ((3, NUM_POINTS, 19), (3, NUM_POINTS))
     assert (points[..., 3:].sum(-1) == 1).all()
@@ -368,7 +373,8 @@ def test_part_batches_carry_category_and_labels(tmp_path):
 
 def test_votes_are_the_mean_of_the_cloud_and_of_the_same_views_every_time(tmp_path):
     data = open_data(
-        f"modelnet40:{point_sets.write_modelnet_h5(tmp_path)}", batch_size=2, num_points=NUM_POINTS, votes=3
+        f"modelnet40:{point_sets.write_modelnet_h5(tmp_path)}",
+        DataOptions(batch_size=2, num_points=NUM_POINTS, votes=3),
     )
     points, _ = next(data.eval_batches())
     seen = []
@@ -392,7 +398,7 @@ def test_options_of_images_are_refused_for_clouds():
         ({"augmentation": Augmentation(reprob=0.1)}, "reprob is for images"),
     ):
         with pytest.raises(EwavitError, match=message):
-            open_data("solids", batch_size=2, **options)
+            open_data("solids", DataOptions(batch_size=2, **options))
 
 
 # --- part segmentation ---

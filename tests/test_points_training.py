@@ -13,6 +13,7 @@ import point_sets
 from ewavit import EwavitError
 from ewavit.cli import main
 from ewavit.compare.results import read_run
+from ewavit.data.options import DataOptions
 from ewavit.points.transformer import create_point_model, load_point_checkpoint
 from ewavit.tasks.choice import task_for
 from ewavit.tasks.judge import INSTANCE_IOU
@@ -159,12 +160,12 @@ def test_solids_get_a_small_point_transformer_unless_told_otherwise(capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model": "vit_tiny_patch16_224"}, "there is no point model 'vit_tiny_patch16_224'"),
+        ({"model": "vit_tiny_patch16_224"}, "unknown point model 'vit_tiny_patch16_224'"),
         ({"mixup": 0.8}, "--mixup and --cutmix mix images"),
-        ({"batch_size": 1}, "--batch-size 1 leaves"),
+        ({"batch_size": 1}, "--batch-size 1 is too small for the point transformer"),
         ({"pretrained": True}, "--pretrained loads timm's weights"),
         ({"num_points": 41}, "has 40 points: remove it, or choose --num-points 40"),
-        ({"model_kwargs": "num_group=33"}, "32 points a cloud are fewer than the 33 groups"),
+        ({"model_kwargs": "num_group=33"}, "32 points per cloud are too few for 33 groups"),
         (
             {"model": "point_transformer_s", "data": "fashion-mnist-mini"},
             "point_transformer_s is for point clouds",
@@ -181,4 +182,4 @@ def test_a_missing_library_is_named(tmp_path, monkeypatch):
     spec = f"modelnet40:{point_sets.write_modelnet_h5(tmp_path)}"
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(EwavitError, match=r"h5py: pip install 'ewavit\[points\]'"):
-        open_data(spec, batch_size=1)
+        open_data(spec, DataOptions(batch_size=1))

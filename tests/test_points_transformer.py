@@ -231,7 +231,7 @@ def test_foreign_and_damaged_checkpoints_are_named(tmp_path):
         (
             "deeper.pth",
             {**trained(), "blocks.blocks.3.norm1.weight": torch.ones(16)},
-            "which the model lacks",
+            "the model lacks blocks.blocks.3.norm1.weight",
         ),
         ("wider.pth", {**trained(), "norm.weight": torch.ones(17)}, r"norm.weight is \(17,\)"),
         ("list.pth", [torch.ones(1)], "holds a list"),
@@ -268,9 +268,9 @@ def test_wrong_names_settings_and_shapes_are_named():
         (lambda: model(dims=3), "unexpected keyword argument 'dims'"),
         (lambda: model(num_heads=3), "dim=16 is not a multiple of num_heads=3"),
         (lambda: model(head="linear"), "head='linear' is unknown"),
-        (lambda: model("point_transformer_seg", fetch=(0, 3)), "no blocks of a depth of 3"),
-        (lambda: model()(torch.randn(2, 5, 3)), "5 points a cloud are fewer than the 6 groups"),
-        (lambda: model()(torch.randn(2, 3, 20)), r"points are \(2, 3, 20\)"),
+        (lambda: model("point_transformer_seg", fetch=(0, 3)), "names blocks that a depth of 3 lacks"),
+        (lambda: model()(torch.randn(2, 5, 3)), "5 points per cloud are too few for 6 groups"),
+        (lambda: model()(torch.randn(2, 3, 20)), r"points have the shape \(2, 3, 20\)"),
         (lambda: model("point_transformer_seg")(points()), "the category as a one-hot vector"),
     ):
         with pytest.raises(EwavitError, match=message):

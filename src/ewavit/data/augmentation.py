@@ -1,7 +1,7 @@
-"""What happens to training images: the options, and their application to whole batches of uint8 tensors.
+"""Augmentation of training images: the options, and their application to whole batches of uint8 tensors.
 
-Images read from files are augmented one by one by timm's own transforms (see `sources.py`); what is here
-does the same work for a set that lies in memory as one tensor, on the tensor's device.
+timm's own transforms augment images read from files, one by one (see `loading.py`). This file does the same
+for a set in memory as one tensor, on the tensor's device.
 """
 
 import re
@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 from ewavit.data.rand_augment import RandAugment
 from ewavit.errors import EwavitError
 
-# Images that share the drawn operations of AutoAugment and AugMix; smaller groups vary more, and take longer.
+# Images that share the drawn operations of AutoAugment and AugMix; smaller groups vary more and are slower.
 GROUP = 8
 
 AA_HELP = (
@@ -28,16 +28,21 @@ AA_HELP = (
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Augmentation of training images; names and meaning follow timm's train.py.
+    """Augmentation of training images; names and meanings follow timm's train.py.
 
     Args:
         aa: RandAugment, AutoAugment or AugMix as a timm string, e.g. "rand-m9-mstd0.5-inc1".
         hflip: probability of a horizontal flip.
         reprob: probability of random erasing.
-        remode: what an erased rectangle is filled with: "const" (zero), "rand" (one colour) or "pixel".
-        crop_padding: sets in memory: random crop after zero padding of so many pixels; -1 is img_size // 8.
-        scale: sets read from files: range of the area of the random resized crop.
-        color_jitter: sets read from files: strength of colour jitter; not used next to `aa`, as in timm.
+        remode: filling of an erased rectangle: "const" (zero), "rand" (one colour) or "pixel" (noise).
+        crop_padding: for sets in memory, random crop after zero padding by so many pixels on each side; -1
+            pads by img_size // 8.
+        scale: for sets read from files, range of the random resized crop's share of the area.
+        color_jitter: for sets read from files, strength of colour jitter; ignored if `aa` is given, as in
+            timm.
+
+    Raises:
+        EwavitError: an option is out of range.
     """
 
     aa: str | None = None
@@ -51,21 +56,23 @@ class Augmentation:
     def __post_init__(self) -> None:
         for name in ("hflip", "reprob"):
             if not 0 <= getattr(self, name) <= 1:
-                raise EwavitError(f"{name} is a probability: {getattr(self, name)} is not between 0 and 1")
+                raise EwavitError(f"{name} {getattr(self, name)} is not a probability: give 0 to 1")
         if self.remode not in ("const", "rand", "pixel"):
             raise EwavitError(f"unknown remode {self.remode!r}: give const, rand or pixel")
         if self.crop_padding < -1:
             raise EwavitError(
-                f"crop_padding {self.crop_padding} is negative: give pixels, or -1 for img_size // 8"
+                f"crop_padding {self.crop_padding} is too small: give pixels, or -1 for img_size // 8"
             )
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise EwavitError(f"scale {self.scale} is no range of areas: give 0 < smallest <= largest <= 1")
+            raise EwavitError(
+                f"scale {self.scale} is not a range of areas: give 0 < smallest <= largest <= 1"
+            )
         if self.color_jitter < 0:
-            raise EwavitError(f"color_jitter {self.color_jitter} is negative: give 0 to switch it off")
+            raise EwavitError(f"color_jitter {self.color_jitter} is negative: give 0 or more")
 
 
 def random_crop(images: Tensor, padding: int) -> Tensor:
-    """Shift every image by up to `padding` pixels each way, its own draw each; what comes in is zero.
+    """Shift each image by a random number of pixels, at most `padding` each way, and fill with zeros.
 
     Args:
         images: (batch, channels, height, width), any dtype.
@@ -84,20 +91,18 @@ def random_crop(images: Tensor, padding: int) -> Tensor:
 
 
 def random_flip(images: Tensor, probability: float) -> Tensor:
-    """Mirror each image left to right with `probability`. Shape (batch, channels, height, width) is kept."""
+    """Mirror each image (batch, channels, height, width) left to right with `probability`."""
     chosen = torch.rand(len(images), 1, 1, 1, device=images.device) < probability
     return torch.where(chosen, images.flip(-1), images)
 
 
 def _numbers(config: str, keys: tuple[str, ...]) -> dict[str, float]:
-    """Read "name-m9-mstd0.5" into {"m": 9.0, "mstd": 0.5}; only `keys` may occur."""
+    """Parse "name-m9-mstd0.5" into {"m": 9.0, "mstd": 0.5}; only `keys` may occur."""
     values = {}
     for part in config.split("-")[1:]:
         match = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", part)
         if match is None or match[1] not in keys:
-            raise EwavitError(
-                f"aa {config!r}: {part!r} is unknown for a set in memory; what works: {AA_HELP}"
-            )
+            raise EwavitError(f"aa {config!r}: {part!r} is unknown for a set in memory: give {AA_HELP}")
         values[match[1]] = float(match[2])
     return values
 
@@ -105,8 +110,8 @@ def _numbers(config: str, keys: tuple[str, ...]) -> dict[str, float]:
 def tensor_auto_augment(config: str) -> Callable[[Tensor], Tensor]:
     """Make the batch version of a timm augmentation string.
 
-    RandAugment is drawn for each image, the others per group of `GROUP` consecutive images of the batch,
-    which are a random group because the batch is. Draws come from torch's global CPU generator.
+    RandAugment draws for each image, AutoAugment and AugMix once for every `GROUP` consecutive images of the
+    batch; these are a random group because the batch is random. Draws come from torch's global CPU generator.
 
     Args:
         config: "rand-...", "original" or "augmix-...", see `AA_HELP`.
@@ -115,11 +120,11 @@ def tensor_auto_augment(config: str) -> Callable[[Tensor], Tensor]:
         A function on uint8 images (batch, 1 or 3, height, width).
 
     Raises:
-        EwavitError: the string is none of these; the message lists what works.
+        EwavitError: the string is none of these.
     """
     name = config.split("-")[0]
     if name == "rand":
-        # timm's scale: 10 is strongest. Operations are torchvision's, which all grow with it as timm's inc1.
+        # On timm's scale 10 is the strongest. torchvision's operations all grow with it, as with timm's inc1.
         values = {"n": 2.0, **_numbers(config, ("m", "n", "p", "mstd", "inc"))}
         num_ops = int(values.pop("n"))
         values.pop("inc", None)
@@ -131,7 +136,7 @@ def tensor_auto_augment(config: str) -> Callable[[Tensor], Tensor]:
         severity = min(max(int(values["m"]), 1), 10)
         transform = v2.AugMix(severity, int(values["w"]), int(values["d"]), values["a"])
     else:
-        raise EwavitError(f"aa {config!r} is unknown for a set in memory; what works: {AA_HELP}")
+        raise EwavitError(f"aa {config!r} is unknown for a set in memory: give {AA_HELP}")
     return lambda images: torch.cat([transform(group) for group in torch.split(images, GROUP)])
 
 
@@ -141,11 +146,14 @@ class TensorAugmentation:
     All draws come from the global generators of torch (CPU and the device) and, for erasing, of `random`.
 
     Args:
-        options: what to do.
-        img_size: height and width of the images, pixels.
-        mean: mean of each channel, of values in 0..1.
+        options: the augmentation.
+        img_size: height and width of the images, in pixels.
+        mean: mean of each channel, values in 0..1.
         std: standard deviation of each channel.
-        device: where the images lie.
+        device: device of the images.
+
+    Raises:
+        EwavitError: the padding exceeds the images, or `options.aa` is unknown.
     """
 
     def __init__(
@@ -160,7 +168,7 @@ class TensorAugmentation:
         self.padding = options.crop_padding if options.crop_padding >= 0 else img_size // 8
         if self.padding > img_size:
             raise EwavitError(
-                f"crop_padding {self.padding} exceeds the images' {img_size} pixels: choose less"
+                f"crop_padding {self.padding} exceeds the image side of {img_size} pixels: choose less"
             )
         self.auto_augment = tensor_auto_augment(options.aa) if options.aa else None
         self.erase = (
@@ -189,14 +197,15 @@ class TensorAugmentation:
 
 @dataclass(frozen=True)
 class Mix:
-    """Mixup (arXiv 1710.09412) and CutMix (1905.04899) of a batch on its device, each image drawn by itself.
+    """Mixup (arXiv 1710.09412) and CutMix (1905.04899) of a batch on its device, with a draw for each image.
 
-    An image is mixed with the one in its place from the batch's end, as by timm's `Mixup` in the mode "elem".
+    Image i of a batch is mixed with image i from the end, as in the mode "elem" of timm's `Mixup`.
 
     Args:
-        mixup: alpha; the image's share is drawn from Beta(alpha, alpha). 0: no mixup.
-        cutmix: alpha of the same for the area that is kept. 0: no cutmix; if neither is 0, half the images.
-        num_classes: of the targets.
+        mixup: alpha; the image's share is drawn from Beta(alpha, alpha). 0 switches mixup off.
+        cutmix: alpha; the share of the area that the image keeps is drawn from Beta(alpha, alpha). 0 switches
+            CutMix off. If both are on, each image gets one of the two with probability 0.5.
+        num_classes: number of classes of the targets.
     """
 
     mixup: float
@@ -204,14 +213,14 @@ class Mix:
     num_classes: int
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mix; draws come from torch's CPU generator.
+        """Mix a batch; draws come from torch's CPU generator.
 
         Args:
             images: float (batch, channels, height, width).
             labels: int64 (batch,).
 
         Returns:
-            The mixed images, and targets (batch, classes): the shares of the image and of its partner.
+            The mixed images, and targets (batch, classes) with the shares of both classes.
         """
         batch, _, height, width = images.shape
         cut = torch.rand(batch) < (0.5 if self.mixup and self.cutmix else float(self.cutmix > 0))

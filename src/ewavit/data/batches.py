@@ -1,4 +1,4 @@
-"""`Data`, what a training loop sees of a data set; the order of its images; and sets that lie in memory."""
+"""`Data`, which a training loop reads; `BatchPlan`, the order of its samples; `Inputs`, a model's inputs."""
 
 import random
 from abc import ABC, abstractmethod
@@ -18,12 +18,12 @@ Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard de
 
 
 def entropy(seed: int, *more: int) -> np.random.SeedSequence:
-    """Hash a seed and further numbers >= 0 into the state of a generator."""
+    """Hash a seed and further numbers, 0 or more, into a seed sequence for numpy's generators."""
     return np.random.SeedSequence([seed % 2**64, *more])
 
 
 def seed_all(seed: int, *more: int) -> None:
-    """Seed torch, numpy and random from (seed, ...), the same on every machine."""
+    """Seed torch, numpy and `random` from some numbers, alike on every machine."""
     state = int(entropy(seed, *more).generate_state(1)[0])
     random.seed(state)
     np.random.seed(state)
@@ -32,11 +32,19 @@ def seed_all(seed: int, *more: int) -> None:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Which images make up which batch, for every epoch and rank.
+    """Which samples make up which batch, for every epoch and rank.
 
-    An epoch is one permutation drawn from (seed, epoch), of which rank r takes every `world_size`-th image
-    from the r-th on; every rank has the same number of full batches. Evaluation takes the images in order,
-    each on one rank.
+    An epoch is one permutation, drawn from (seed, epoch). Rank r takes every `world_size`-th sample from the
+    r-th on, so every rank has the same number of full batches. Evaluation takes the samples in order, each
+    on one rank.
+
+    Args:
+        num_train: training samples.
+        num_eval: evaluation samples.
+        batch_size: samples per batch and rank.
+        seed: seed of the permutations.
+        rank: number of this process.
+        world_size: number of processes.
     """
 
     num_train: int
@@ -51,15 +59,15 @@ class BatchPlan:
         """Full training batches per rank."""
         return self.num_train // (self.batch_size * self.world_size)
 
-    def train(self, epoch: int, start: int = 0) -> Iterator[Ints]:
+    def train_indices(self, epoch: int, start: int = 0) -> Iterator[Ints]:
         """Yield the indices (batch,) of each training batch of this rank, from batch `start` on."""
         order = np.random.default_rng(entropy(self.seed, epoch)).permutation(self.num_train)
         mine = order[self.rank :: self.world_size]
         for batch in range(start, self.batches_per_epoch):
             yield mine[batch * self.batch_size : (batch + 1) * self.batch_size]
 
-    def eval(self) -> Iterator[Ints]:
-        """Yield the indices of each evaluation batch of this rank; the last may be smaller."""
+    def eval_indices(self) -> Iterator[Ints]:
+        """Yield the indices (batch,) of each evaluation batch of this rank; the last may be smaller."""
         mine = np.arange(self.rank, self.num_eval, self.world_size)
         for first in range(0, len(mine), self.batch_size):
             yield mine[first : first + self.batch_size]
@@ -67,12 +75,18 @@ class BatchPlan:
 
 @dataclass(frozen=True)
 class Inputs(ABC):
-    """Shape of a model's inputs, and the number of classes that it tells apart."""
+    """Shape of a model's inputs, and the number of classes.
+
+    Attributes:
+        num_classes: number of classes.
+        in_chans: channels of an image or of a point.
+        kind: the inputs in messages, "images" or "clouds".
+    """
 
     num_classes: int
     in_chans: int
 
-    kind: ClassVar[str]  # in messages: "images" or "clouds"
+    kind: ClassVar[str]
 
     @property
     @abstractmethod
@@ -81,7 +95,7 @@ class Inputs(ABC):
 
     @abstractmethod
     def sample(self, batch: int = 1) -> Tensor:
-        """Zeros in the shape of a batch."""
+        """Zeros in the shape of a batch of `batch` inputs, float32."""
 
     def __str__(self) -> str:
         return f"{self.size} {self.kind}, {self.num_classes} classes"
@@ -89,7 +103,7 @@ class Inputs(ABC):
 
 @dataclass(frozen=True)
 class ImageInputs(Inputs):
-    """Images (batch, in_chans, img_size, img_size)."""
+    """Images (batch, in_chans, img_size, img_size); `img_size` in pixels."""
 
     img_size: int
 
@@ -104,19 +118,19 @@ class ImageInputs(Inputs):
 
 
 class Data(ABC):
-    """A training and an evaluation set, as batches.
+    """A training and an evaluation set, as batches. A sample is one image or point cloud with its label.
 
     Attributes:
         name: short name for logs.
         classes: class names, in the order of the labels.
         in_chans: channels of the images, 1 or 3, or of the points.
-        img_size: height and width, pixels; 0 for clouds.
+        img_size: height and width in pixels; 0 for clouds.
         num_points: points per cloud; None for images.
-        categories: of clouds with labelled parts, the parts of each category; else empty.
-        mean: mean of each channel that was subtracted, of values in 0..1.
-        std: standard deviation of each channel that was divided by.
-        num_train: training images (after `limit`).
-        num_eval: evaluation images, over all ranks.
+        categories: the parts of each category, for clouds with labelled parts; else empty.
+        mean: mean of each channel, values in 0..1, subtracted from the images; empty for clouds.
+        std: standard deviation of each channel, by which the images are divided; empty for clouds.
+        num_train: training samples, after `limit` and `holdout`, over all ranks.
+        num_eval: evaluation samples, over all ranks.
         batches_per_epoch: full training batches per rank.
     """
 
@@ -143,28 +157,36 @@ class Data(ABC):
         return ImageInputs(len(self.classes), self.in_chans, self.img_size)
 
     def voting(self, predict: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """What evaluation asks for logits: `predict` itself, or its mean over several views of an input."""
+        """The function that evaluation predicts with.
+
+        Args:
+            predict: maps a batch of inputs to logits.
+
+        Returns:
+            `predict` itself, or its mean over several views of each input.
+        """
         return predict
 
     @property
-    def bad_images(self) -> int:
-        """Distinct unreadable images skipped so far, on this rank."""
+    def num_skipped(self) -> int:
+        """Number of distinct unreadable samples skipped so far on this rank."""
         return 0
 
     @abstractmethod
     def train_batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Yield the training batches of this rank in one epoch; finish or drop one epoch before the next.
+        """Yield the training batches of this rank in one epoch. Finish or drop one epoch before the next.
 
         Args:
-            epoch: decides the order of the images, with the seed.
+            epoch: number of the epoch, from 0; with the seed it fixes the order of the samples.
             start: number of the first batch, to resume within an epoch.
 
         Returns:
-            An iterator of images (batch, channels, height, width), float32, normalised, or clouds (batch,
-            points, channels), and labels (batch,), int64, all on the device. All batches are full.
+            An iterator of inputs and labels on the device. Inputs are normalised float32 images (batch,
+            channels, height, width) or float32 clouds (batch, points, channels). Labels are int64 (batch,),
+            or (batch, points) for labelled parts. All batches are full.
 
         Raises:
-            EwavitError: an image cannot be read and bad images are not skipped.
+            EwavitError: a sample cannot be read and unreadable samples are not skipped.
         """
 
     @abstractmethod
@@ -172,21 +194,42 @@ class Data(ABC):
         """Yield this rank's share of the evaluation set in order, unaugmented; shapes as in training.
 
         Raises:
-            EwavitError: an image cannot be read and bad images are not skipped.
+            EwavitError: a sample cannot be read and unreadable samples are not skipped.
         """
 
 
-def _hold_out(indices: Ints, share: float) -> tuple[Ints, Ints]:
-    """Deal images into those that stay and those held out, at random but always alike."""
+def hold_out(indices: Ints, share: float) -> tuple[Ints, Ints]:
+    """Split training samples at random, the same way every time.
+
+    Args:
+        indices: numbers of the training samples, (samples,).
+        share: share of them to hold out.
+
+    Returns:
+        The indices to train on and those held out, both in the given order.
+
+    Raises:
+        EwavitError: one of the two would be empty although `share` is not 0.
+    """
     count = round(share * len(indices))
     if share and not 0 < count < len(indices):
-        raise EwavitError(f"holdout {share} of {len(indices)} images leaves one side empty: change it")
+        raise EwavitError(
+            f"holdout {share} of {len(indices)} training samples leaves one side empty: change it"
+        )
     order = np.random.default_rng(0).permutation(len(indices))
     return indices[np.sort(order[count:])], indices[np.sort(order[:count])]
 
 
-def _first(labels: Ints, limit: int | None) -> Ints:
-    """Indices of the first `limit` images; what is stored class by class is taken from each class in turn."""
+def take_first(labels: Ints, limit: int | None) -> Ints:
+    """Indices of the first `limit` samples; of a set stored class by class, from each class in turn.
+
+    Args:
+        labels: classes of all samples, (samples,).
+        limit: number of samples; None takes all.
+
+    Raises:
+        EwavitError: they are all of one class.
+    """
     order = np.arange(len(labels))
     if limit is None:
         return order
@@ -195,5 +238,5 @@ def _first(labels: Ints, limit: int | None) -> Ints:
         order = np.lexsort((labels, order - starts[inverse]))
     chosen = order[:limit]
     if len(np.unique(labels[chosen])) < 2:
-        raise EwavitError(f"limit {limit} leaves images of one class only: raise it")
+        raise EwavitError(f"limit {limit} leaves one class only: raise it")
     return chosen

@@ -1,66 +1,87 @@
-"""`TensorData`: a set that lies in memory as one tensor."""
+"""`TensorData`: a set in memory as one tensor."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from ewavit.data.augmentation import Augmentation, TensorAugmentation
-from ewavit.data.batches import Batch, BatchPlan, Data, Statistics
-from ewavit.data.sources import Arrays, Ints
+from ewavit.data.augmentation import TensorAugmentation
+from ewavit.data.batches import Batch, Data, Statistics, hold_out, take_first
+from ewavit.data.options import DataOptions
+from ewavit.data.sources import Arrays, Ints, find_cifar, read_bundled, read_cifar
+
+BUNDLED = "fashion-mnist-mini"
+
+
+def is_in_memory(spec: str) -> bool:
+    """Whether a data spec names the bundled images or a folder of CIFAR.
+
+    Raises:
+        EwavitError: the folder holds both CIFAR-10 and CIFAR-100.
+    """
+    return spec == BUNDLED or find_cifar(Path(spec).expanduser()) is not None
 
 
 class TensorData(Data):
-    """A set that lies on the device as one uint8 tensor and is augmented there in batches.
+    """A set on the device as one uint8 tensor, augmented there in batches.
 
-    Augmentation draws from the global generators of torch and `random`: who seeds them before each batch
-    gets the same batch again.
+    Augmentation draws from the global generators of torch and `random`; the same seeds before a batch give
+    the same batch.
     Images per second: benchmarks/data_rate.py.
 
     Args:
-        arrays: the images; resized once if `img_size` differs.
-        indices: which training images are used, in the order that `plan` counts, (plan.num_train,).
-        plan: the order of the images.
-        augmentation: what happens to training images.
-        img_size: height and width in pixels; None keeps the stored size.
-        statistics: to normalise with; None takes those of the training images.
-        device: where the tensor lies and the batches are made.
+        arrays: the images; resized once if `options.img_size` differs.
+        indices: the training images that are used, (images,).
+        options: batch size, seed, ranks, augmentation, image size, statistics and device; without statistics
+            the images are normalised with those of the training images.
+
+    Raises:
+        EwavitError: the augmentation does not work for these images.
     """
 
-    def __init__(
-        self,
-        arrays: Arrays,
-        indices: Ints,
-        plan: BatchPlan,
-        augmentation: Augmentation,
-        img_size: int | None,
-        statistics: Statistics | None,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, arrays: Arrays, indices: Ints, options: DataOptions) -> None:
+        device, plan = options.device, options.plan(len(indices), len(arrays.eval_labels))
         self._plan = plan
-        self._train_images = _resized(arrays.train_images[indices], img_size, device)
+        self._train_images = _resized(arrays.train_images[indices], options.img_size, device)
         self._train_labels = torch.from_numpy(arrays.train_labels[indices]).to(device)
-        self._eval_images = _resized(arrays.eval_images, img_size, device)
+        self._eval_images = _resized(arrays.eval_images, options.img_size, device)
         self._eval_labels = torch.from_numpy(arrays.eval_labels).to(device)
         self.name = arrays.name
         self.classes = arrays.classes
         self.num_train, self.num_eval = plan.num_train, plan.num_eval
         self.batches_per_epoch = plan.batches_per_epoch
         self.in_chans, self.img_size = self._train_images.shape[1:3]
-        self.mean, self.std = statistics or _channel_statistics(self._train_images)
-        self._augment = TensorAugmentation(augmentation, self.img_size, self.mean, self.std, device)
+        self.mean, self.std = options.statistics or _channel_statistics(self._train_images)
+        self._augment = TensorAugmentation(options.augmentation, self.img_size, self.mean, self.std, device)
+
+    @classmethod
+    def open(cls, spec: str, options: DataOptions) -> TensorData:
+        """Open a spec of the kind `is_in_memory`.
+
+        Raises:
+            EwavitError: files are missing or damaged, or an option does not work for the set.
+        """
+        folder = find_cifar(Path(spec).expanduser()) if spec != BUNDLED else None
+        arrays = read_bundled() if folder is None else read_cifar(folder)
+        indices, held = hold_out(take_first(arrays.train_labels, options.limit), options.holdout)
+        if options.holdout:
+            images, labels = arrays.train_images[held], arrays.train_labels[held]
+            arrays = replace(arrays, eval_images=images, eval_labels=labels)
+        return cls(arrays, indices, options)
 
     def train_batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        for indices in self._plan.train(epoch, start):
+        for indices in self._plan.train_indices(epoch, start):
             chosen = torch.from_numpy(indices).to(self._train_images.device)
             yield self._augment(self._train_images[chosen]), self._train_labels[chosen]
 
     def eval_batches(self) -> Iterator[Batch]:
-        for indices in self._plan.eval():
+        for indices in self._plan.eval_indices():
             chosen = torch.from_numpy(indices).to(self._eval_images.device)
             yield self._augment.normalize(self._eval_images[chosen]), self._eval_labels[chosen]
 
@@ -74,7 +95,7 @@ def _resized(images: Any, img_size: int | None, device: torch.device) -> Tensor:
 
 
 def _channel_statistics(images: Tensor) -> Statistics:
-    """Mean and standard deviation per channel of uint8 (images, channels, h, w), of values scaled to 0..1."""
+    """Mean and standard deviation per channel of uint8 images (N, channels, h, w), values scaled to 0..1."""
     values = torch.arange(256, dtype=torch.float64) / 255
     means, stds = [], []
     for channel in range(images.shape[1]):

@@ -1,12 +1,15 @@
-"""Sets whose images are decoded when their turn comes, in worker processes: `LoaderData` and `StreamData`.
+"""`LoaderData` and `StreamData`: worker processes decode each image when a batch needs it.
 
-The first half is what happens to single images, in a worker; the second half makes batches of them.
+The first half handles single images, in a worker; the second half makes batches of them.
 """
+
+from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,11 +20,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ewavit.data.augmentation import Augmentation
-from ewavit.data.batches import Batch, BatchPlan, Data, Statistics, entropy
-from ewavit.data.sources import ImageSource, Ints, UnreadableImage, class_names, open_timm
+from ewavit.data.batches import Batch, Data, Statistics, entropy, hold_out, take_first
+from ewavit.data.options import DataOptions
+from ewavit.data.sources import (
+    ImageSource,
+    Ints,
+    UnreadableImage,
+    class_names,
+    is_timm,
+    open_timm,
+    read_folder,
+    read_timm,
+)
 from ewavit.errors import EwavitError
 
-PROBED = 64  # images whose size and mode are looked at
+PROBED = 64  # images inspected for their size and mode
 
 BadImages = list[tuple[str, str]]  # (where, reason)
 Sample = tuple[Tensor | None, int, BadImages]  # no image: none was readable
@@ -29,7 +42,7 @@ Key = tuple[int, int]  # (epoch, index)
 
 
 def seed_generators(*numbers: int) -> None:
-    """Seed `random`, numpy and torch's CPU generator from some numbers; for each image it has to be quick."""
+    """Seed `random`, numpy and torch's CPU generator from some numbers; quick, as it runs for every image."""
     random.seed(repr(numbers))  # by its SHA-512
     np.random.seed(random.getrandbits(32))
     torch.default_generator.manual_seed(random.getrandbits(32))  # not the accelerators, as torch.manual_seed
@@ -37,7 +50,7 @@ def seed_generators(*numbers: int) -> None:
 
 @contextmanager
 def restored_generators() -> Iterator[None]:
-    """Give `random`, numpy and torch's CPU generator their states back afterwards."""
+    """A context manager that restores the states of `random`, numpy and torch's CPU generator."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
@@ -50,15 +63,15 @@ def restored_generators() -> Iterator[None]:
 class Samples(Dataset[Sample]):
     """Loads and transforms single images, each with generators seeded from (seed, epoch, index).
 
-    So a sample depends neither on the worker that makes it nor on the samples before it. Nothing is raised
-    for an unreadable image, as torch would wrap it in a worker's traceback: it is reported in the sample.
+    So a sample depends neither on the worker that makes it nor on the samples before it. An unreadable image
+    raises nothing, as torch would wrap the error in a worker's traceback; the sample reports it instead.
 
     Args:
-        source: where images come from.
-        indices: the images of `source` that are used, (images,); keys count in them.
+        source: the images.
+        indices: the images of `source` that are used, (images,); keys are positions in this array.
         transform: PIL image to array or tensor (channels, height, width).
         mode: PIL mode, "L" or "RGB".
-        seed: of the random transforms.
+        seed: seed of the random transforms.
         replace_bad: return the next readable image in place of an unreadable one.
     """
 
@@ -73,7 +86,7 @@ class Samples(Dataset[Sample]):
         self.replace_bad = replace_bad
 
     def __getitems__(self, keys: list[Key]) -> list[Sample]:
-        """The samples of a batch."""
+        """The samples of a batch, one for each (epoch, index)."""
         with restored_generators():  # once for all: for each image it would take 0.1 ms
             return [self._sample(*key) for key in keys]
 
@@ -92,7 +105,7 @@ class Samples(Dataset[Sample]):
 
 
 class BatchKeys(Sampler[list[Key]]):
-    """The keys of the batches of one pass; set `epoch` and `batches` before each."""
+    """The keys of each batch of one pass; set `epoch` and `batches` before each pass."""
 
     def __init__(self) -> None:
         self.epoch = 0
@@ -104,7 +117,7 @@ class BatchKeys(Sampler[list[Key]]):
 
 
 def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, BadImages]:
-    """Join samples into images (batch, channels, height, width), labels (batch,) and what was unreadable."""
+    """Join samples into images (batch, channels, height, width), labels (batch,) and unreadable images."""
     images = [image for image, _, _ in samples if image is not None]
     labels = [label for image, label, _ in samples if image is not None]
     bad = [entry for _, _, entries in samples for entry in entries]
@@ -112,18 +125,18 @@ def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, BadImages]:
 
 
 def common_size(sizes: set[tuple[int, int]]) -> int | None:
-    """The side, in pixels, of images that are all square, of one size and at most 224; else None."""
+    """The side in pixels if all images are squares of one size, at most 224 pixels; else None."""
     width, height = min(sizes, default=(0, 0))
     return width if len(sizes) == 1 and width == height <= 224 else None
 
 
 def look_at(source: ImageSource) -> tuple[int | None, int]:
-    """Find the common size (see `common_size`) and the channels, 1 or 3, from images spread over a set."""
+    """Find the common size (see `common_size`) and the channels, 1 or 3, from 64 images spread over a set."""
     sizes, modes = set(), set()
     for index in np.unique(np.linspace(0, len(source) - 1, PROBED).astype(int)):
         try:
             image, _ = source.open(int(index))
-        except Exception:  # it is named when its turn to be read comes
+        except Exception:  # a batch that needs the image will name it
             continue
         sizes.add(image.size)
         modes.add(image.mode)
@@ -138,17 +151,21 @@ def usual_statistics(in_chans: int) -> Statistics:
 def transforms(
     augmentation: Augmentation, img_size: int, native_size: int | None, statistics: Statistics
 ) -> tuple[Any, Any]:
-    """Make timm's transforms to train and to evaluate.
+    """Make timm's transforms for training and for evaluation.
 
-    They leave bytes, a quarter of the floats to send from a worker, and `normalize` does the rest for whole
-    batches; but erasing fills normalised images, so with it the training images are that already.
+    They return bytes, a quarter of what floats would take to send from a worker; `normalize` turns whole
+    batches into floats. Random erasing fills normalised images, so with it the training transform
+    normalises as well.
 
     Args:
-        augmentation: what happens to training images.
-        img_size: height and width of the result, pixels.
-        native_size: size of the stored images where they have one; equal to `img_size`, they are evaluated
-            as stored, without the usual resize and centre crop.
-        statistics: mean and standard deviation per channel.
+        augmentation: augmentation of training images.
+        img_size: height and width of the result, in pixels.
+        native_size: side of the stored images in pixels, if they have a common one. Images of `img_size` are
+            evaluated as stored, without the usual resize and centre crop.
+        statistics: mean and standard deviation per channel, of values in 0..1.
+
+    Returns:
+        The training and the evaluation transform, from PIL image to array or tensor.
 
     Raises:
         EwavitError: timm does not know the string `augmentation.aa`.
@@ -189,25 +206,24 @@ def normalize(images: Tensor, statistics: Statistics) -> Tensor:
 
 
 class LoaderData(Data):
-    """A set of image files, decoded and transformed one by one by timm's transforms in worker processes.
+    """A set of image files; worker processes decode and transform them one by one with timm's transforms.
 
-    A batch depends on the seed, the epoch and its number only: not on the number of workers, on where the
-    epoch was begun, or on the global generators, which are left as they are. With `skip_bad_images` an
-    unreadable image is replaced by the next readable one in training and left out in evaluation.
+    A batch depends only on the seed, the epoch and its number. It does not depend on the number of workers,
+    on the batch at which an epoch was resumed, or on the global generators, and it leaves those unchanged.
+    With `skip_bad_images` the next readable image replaces an unreadable one in training; evaluation leaves
+    it out.
 
     Args:
         name: short name for logs.
         train: training images.
-        indices: which of them are used, in the order that `plan` counts, (plan.num_train,).
+        indices: the images of `train` that are used, (images,).
         val: evaluation images.
-        eval_indices: which of them are used, (plan.num_eval,).
-        plan: the order of the images.
-        augmentation: what happens to training images.
-        img_size: height and width in pixels; None follows the images.
-        statistics: to normalise with; None takes the usual ones.
-        device: where batches are put.
-        workers: processes for training and as many for evaluation; 0 works in this process.
-        skip_bad_images: go on where an image cannot be read, and count it.
+        eval_indices: the images of `val` that are used, (images,).
+        options: batch size, seed, ranks, augmentation, image size, statistics, device, workers and
+            `skip_bad_images`; without statistics ImageNet's, or 0.5 for one channel.
+
+    Raises:
+        EwavitError: timm does not know the augmentation.
     """
 
     def __init__(
@@ -217,51 +233,71 @@ class LoaderData(Data):
         indices: Ints,
         val: ImageSource,
         eval_indices: Ints,
-        plan: BatchPlan,
-        augmentation: Augmentation,
-        img_size: int | None,
-        statistics: Statistics | None,
-        device: torch.device,
-        workers: int,
-        skip_bad_images: bool,
+        options: DataOptions,
     ) -> None:
+        plan = options.plan(len(indices), len(eval_indices))
         native_size, self.in_chans = look_at(train)
         self.name = name
         self.classes = train.classes
-        self.img_size = img_size or native_size or 224
+        self.img_size = options.img_size or native_size or 224
         self.num_train, self.num_eval = plan.num_train, plan.num_eval
         self.batches_per_epoch = plan.batches_per_epoch
-        self.mean, self.std = statistics or usual_statistics(self.in_chans)
+        self.mean, self.std = options.statistics or usual_statistics(self.in_chans)
         self._plan = plan
-        self._device = device
-        self._skip = skip_bad_images
+        self._device = options.device
+        self._skip = options.skip_bad_images
         self._bad: set[str] = set()
 
         mode = "L" if self.in_chans == 1 else "RGB"
-        to_train, to_eval = transforms(augmentation, self.img_size, native_size, (self.mean, self.std))
+        to_train, to_eval = transforms(
+            options.augmentation, self.img_size, native_size, (self.mean, self.std)
+        )
         self._train_keys, self._eval_keys = BatchKeys(), BatchKeys()
         self._train_loader = _loader(
-            Samples(train, indices, to_train, mode, plan.seed, replace_bad=skip_bad_images),
+            Samples(train, indices, to_train, mode, options.seed, replace_bad=self._skip),
             self._train_keys,
-            workers,
-            device,
+            options,
         )
         self._eval_loader = _loader(
-            Samples(val, eval_indices, to_eval, mode, plan.seed, replace_bad=False),
+            Samples(val, eval_indices, to_eval, mode, options.seed, replace_bad=False),
             self._eval_keys,
-            workers,
-            device,
+            options,
         )
 
+    @classmethod
+    def open(cls, spec: str, options: DataOptions) -> LoaderData:
+        """Open a map-style set of timm's, or a folder of class folders or of Tiny-ImageNet.
+
+        Raises:
+            EwavitError: a split or a class is missing, or an option does not work for the set.
+        """
+        train: ImageSource
+        val: ImageSource
+        if is_timm(spec):
+            name = spec
+            train, val = read_timm(spec, options.data_dir, options.train_split, options.val_split)
+        else:
+            path = Path(spec).expanduser()
+            name = path.resolve().name
+            train, val = read_folder(path, options.train_split, options.val_split)
+        limit = options.limit
+        indices = np.arange(len(train)) if limit is None else take_first(train.labels(), limit)
+        indices, held = hold_out(indices, options.holdout)
+        if options.holdout:
+            return cls(name, train, indices, train, held, options)
+        return cls(name, train, indices, val, np.arange(len(val)), options)
+
     @property
-    def bad_images(self) -> int:
+    def num_skipped(self) -> int:
         return len(self._bad)
 
     def train_batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        return self._batches(self._train_loader, self._train_keys, epoch, self._plan.train(epoch, start))
+        return self._batches(
+            self._train_loader, self._train_keys, epoch, self._plan.train_indices(epoch, start)
+        )
 
     def eval_batches(self) -> Iterator[Batch]:
-        return self._batches(self._eval_loader, self._eval_keys, 0, self._plan.eval())
+        return self._batches(self._eval_loader, self._eval_keys, 0, self._plan.eval_indices())
 
     def _batches(
         self, loader: DataLoader[Any], keys: BatchKeys, epoch: int, batches: Iterable[Ints]
@@ -273,8 +309,8 @@ class LoaderData(Data):
                 if not self._skip:
                     loader._iterator = None  # stops the workers now; as garbage they would take seconds each
                     raise EwavitError(
-                        f"cannot read {where} ({reason}): repair or remove it, or skip such images with "
-                        "--skip-bad-images"
+                        f"cannot read {where} ({reason}): repair or remove it, or skip unreadable images "
+                        "with --skip-bad-images"
                     )
                 self._bad.add(where)
                 any_bad = True
@@ -286,71 +322,58 @@ class LoaderData(Data):
             raise EwavitError(f"no image of {self.name} can be read: give another set")
 
 
-def _loader(samples: Samples, keys: BatchKeys, workers: int, device: torch.device) -> DataLoader[Sample]:
+def _loader(samples: Samples, keys: BatchKeys, options: DataOptions) -> DataLoader[Sample]:
     return DataLoader(
         samples,
         batch_sampler=keys,
-        num_workers=workers,
+        num_workers=options.workers,
         collate_fn=collate,
-        persistent_workers=workers > 0,
-        pin_memory=device.type == "cuda",
+        persistent_workers=options.workers > 0,
+        pin_memory=options.device.type == "cuda",
         generator=torch.Generator(),  # else each pass would draw from the global one
     )
 
 
 class StreamData(Data):
-    """One of timm's streamed sets (wds/, tfds/, hfids/), which cannot seek: `start` skips by drawing.
+    """One of timm's streamed sets (wds/, tfds/, hfids/). They cannot seek: `start` reads and drops batches.
 
-    An epoch is the same again for the same seed, number of workers and ranks; at least one worker process
-    works, a new one each epoch, so that nothing of an epoch leaks into the next. timm shares the shards
-    among ranks and workers: with several ranks an evaluation may miss or repeat a few images. Unreadable
-    images are skipped with timm's own warning. Where the set does not name its classes, they are counted
-    by reading the evaluation split once.
+    An epoch repeats with the same seed, number of workers and ranks. There is at least one worker process,
+    a new one each epoch, so that nothing of an epoch leaks into the next. timm shares the shards among ranks
+    and workers; with several ranks an evaluation may miss or repeat a few images. timm skips unreadable
+    images with a warning of its own. If the set does not name its classes, they are counted by reading the
+    evaluation split once.
 
     Args:
         spec: timm's name of the set.
-        data_dir: timm's root.
-        splits: names of the training and of the evaluation split.
-        batch_size: images per batch and rank.
-        seed: decides the order, with the epoch.
-        augmentation: what happens to training images.
-        img_size: height and width in pixels; None follows the images.
-        statistics: to normalise with; None takes the usual ones.
-        device: where batches are put.
-        workers: processes that read.
-        world_size: processes that share each epoch.
+        options: everything but `limit`, `holdout` and `skip_bad_images`.
+
+    Raises:
+        EwavitError: the set cannot be opened, has fewer than two classes, or timm does not know the
+            augmentation.
     """
 
-    def __init__(
-        self,
-        spec: str,
-        data_dir: str | None,
-        splits: tuple[str, str],
-        batch_size: int,
-        seed: int,
-        augmentation: Augmentation,
-        img_size: int | None,
-        statistics: Statistics | None,
-        device: torch.device,
-        workers: int,
-        world_size: int,
-    ) -> None:
+    def __init__(self, spec: str, options: DataOptions) -> None:
         def stream(split: str, is_training: bool) -> Any:
-            options = {"is_training": is_training, "batch_size": batch_size, "seed": seed % 2**31}
-            return open_timm(spec, data_dir, split, **options)
+            given = {
+                "is_training": is_training,
+                "batch_size": options.batch_size,
+                "seed": options.seed % 2**31,
+            }
+            return open_timm(spec, options.data_dir, split, **given)
 
-        self._train, self._eval = stream(splits[0], True), stream(splits[1], False)
-        self._batch_size, self._seed, self._device, self._workers = batch_size, seed, device, max(1, workers)
+        self._train, self._eval = stream(options.train_split, True), stream(options.val_split, False)
+        self._options, self._workers = options, max(1, options.workers)
         self.name = spec
-        # timm tells the share of a rank
-        self.num_train, self.num_eval = len(self._train) * world_size, len(self._eval) * world_size
+        # The lengths are those of one rank.
+        self.num_train = len(self._train) * options.world_size
+        self.num_eval = len(self._eval) * options.world_size
         self.in_chans = 3  # timm's readers convert to RGB
-        self.mean, self.std = statistics or usual_statistics(self.in_chans)
+        self.mean, self.std = options.statistics or usual_statistics(self.in_chans)
 
         self.classes = class_names(self._train.reader)
         sizes: set[tuple[int, int]] = set()
         highest = -1
-        for number, (image, label) in enumerate(stream(splits[1], False)):
+        for number, (image, label) in enumerate(stream(options.val_split, False)):
             if number < PROBED:
                 sizes.add(image.size)
             elif self.classes:
@@ -358,14 +381,30 @@ class StreamData(Data):
             highest = max(highest, int(label))
         self.classes = self.classes or tuple(str(label) for label in range(highest + 1))
         if len(self.classes) < 2:
-            raise EwavitError(f"{spec} has fewer than two classes in {splits[1]}: give another set or split")
-        self.img_size = img_size or common_size(sizes) or 224
+            raise EwavitError(
+                f"{spec} has fewer than two classes in {options.val_split}: give another set or split"
+            )
+        self.img_size = options.img_size or common_size(sizes) or 224
         self._train.transform, self._eval.transform = transforms(
-            augmentation, self.img_size, common_size(sizes), (self.mean, self.std)
+            options.augmentation, self.img_size, common_size(sizes), (self.mean, self.std)
         )
         self._train.set_loader_cfg(num_workers=self._workers)
         self._eval.set_loader_cfg(num_workers=self._workers)
-        self.batches_per_epoch = len(self._train) // batch_size
+        self.batches_per_epoch = len(self._train) // options.batch_size
+
+    @classmethod
+    def open(cls, spec: str, options: DataOptions) -> StreamData:
+        """Open a streamed set of timm's.
+
+        Raises:
+            EwavitError: as the constructor, or `limit` or `holdout` is given.
+        """
+        if options.limit is not None or options.holdout:
+            option = "holdout" if options.limit is None else "limit"
+            raise EwavitError(
+                f"{option} does not work for {spec}, a streamed set: name a smaller --train-split"
+            )
+        return cls(spec, options)
 
     def train_batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         self._train.set_epoch(epoch)
@@ -375,15 +414,18 @@ class StreamData(Data):
         return self._batches(self._eval, 0)
 
     def _batches(self, dataset: Any, epoch: int) -> Iterator[Batch]:
-        generator = torch.Generator().manual_seed(int(entropy(self._seed, epoch).generate_state(1)[0]))
+        device = self._options.device
+        generator = torch.Generator().manual_seed(
+            int(entropy(self._options.seed, epoch).generate_state(1)[0])
+        )
         loader: DataLoader[Any] = DataLoader(
             dataset,
-            self._batch_size,
+            self._options.batch_size,
             num_workers=self._workers,
             drop_last=dataset is self._train,
-            pin_memory=self._device.type == "cuda",
+            pin_memory=device.type == "cuda",
             generator=generator,
         )
         for images, labels in loader:
-            images = images.to(self._device, non_blocking=True)
-            yield normalize(images, (self.mean, self.std)), labels.to(self._device, non_blocking=True)
+            images = images.to(device, non_blocking=True)
+            yield normalize(images, (self.mean, self.std)), labels.to(device, non_blocking=True)

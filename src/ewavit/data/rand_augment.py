@@ -1,8 +1,8 @@
-"""RandAugment (arXiv 1909.13719) of a batch of uint8 tensors on its device, each image with draws of its own.
+"""RandAugment (arXiv 1909.13719) of a batch of uint8 images on its device, with draws for each image.
 
-The draws are made on the CPU. So it is known there how many images each operation gets, an operation computes
-those alone, and nothing waits for the device. Operations and magnitudes are those of torchvision, which is
-the slow twin that the tests hold them to.
+The draws are made on the CPU. The number of images for each operation is therefore known there: an operation
+computes its own images only, and nothing waits for the device. Operations and magnitudes are those of
+torchvision, the slow twin in the tests.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2 import functional as vision
 
-OPERATIONS = {  # by name: the amount at full strength; whether it may be negative too
+OPERATIONS = {  # name: amount at full strength, and whether it may be negative
     "ShearX": (0.3, True),
     "ShearY": (0.3, True),
     "TranslateX": (150 / 331, True),  # of the width
@@ -24,14 +24,14 @@ OPERATIONS = {  # by name: the amount at full strength; whether it may be negati
     "Color": (0.9, True),
     "Contrast": (0.9, True),
     "Sharpness": (0.9, True),
-    "Posterize": (4.0, False),  # bits that are lost
-    "Solarize": (1.0, False),  # of the range, from above
+    "Posterize": (4.0, False),  # bits removed
+    "Solarize": (1.0, False),  # share of the range, from above
     "AutoContrast": (0.0, False),
     "Equalize": (0.0, False),
     "Identity": (0.0, False),
 }
 NAMES = tuple(OPERATIONS)
-GEOMETRIC = 5  # the first so many are one affine map each, and are done together
+GEOMETRIC = 5  # the first five are one affine map each and are computed together
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class RandAugment:
 
     Args:
         m: magnitude, 0 to 10.
-        n: operations, one after the other.
-        p: probability of each of them.
-        mstd: standard deviation of the noise on the magnitude, which stays within 0 to 10.
+        n: number of operations, one after the other.
+        p: probability of each operation.
+        mstd: standard deviation of the noise on the magnitude; the sum is clamped to 0..10.
     """
 
     m: float = 10.0
@@ -69,8 +69,11 @@ def apply(images: Tensor, operation: Tensor, amount: Tensor) -> Tensor:
 
     Args:
         images: uint8 (batch, 1 or 3, height, width).
-        operation: (batch,) int64 numbers in `NAMES`, on the CPU.
-        amount: (batch,) of the operation, in its unit, on the CPU.
+        operation: (batch,) int64 indices into `NAMES`, on the CPU.
+        amount: (batch,) amount of the operation, in its unit, on the CPU.
+
+    Returns:
+        The changed images, of the same shape and dtype.
     """
     group = (operation - GEOMETRIC + 1).clamp(min=0)
     order = group.argsort(stable=True)
@@ -89,13 +92,13 @@ def apply(images: Tensor, operation: Tensor, amount: Tensor) -> Tensor:
 
 
 def _affine_maps(operation: Tensor, amount: Tensor, height: int, width: int) -> Tensor:
-    """From a place in the output to that in the input, (batch, 2, 3), as `affine_grid` wants it."""
+    """Affine maps (batch, 2, 3) for `affine_grid`, from a place in the output to the place in the input."""
     shear_x, shear_y, shift_x, shift_y, degrees = (
         torch.where(operation == number, amount, 0.0) for number in range(GEOMETRIC)
     )
     shift_x, shift_y = (shift_x * width).trunc(), (shift_y * height).trunc()
     sine, cosine = degrees.deg2rad().sin(), degrees.deg2rad().cos()
-    # In pixels around the centre; the shears hold the first row or column.
+    # In pixels around the centre; a shear leaves the first row or column in place.
     maps = torch.stack(
         [
             torch.stack([cosine, shear_x - sine, shear_x * height / 2 - shift_x], 1),
@@ -126,7 +129,7 @@ def _recoloured(name: str, images: Tensor, amount: Tensor) -> Tensor:
         changed: Tensor = vision.autocontrast(images) if name == "AutoContrast" else vision.equalize(images)
         return changed
     pixels = images.to(torch.float32)
-    other = _degenerate(name, pixels)  # what the amount -1 gives; 0 gives the image itself
+    other = _degenerate(name, pixels)  # the result of amount -1; amount 0 is the image itself
     return other.lerp(pixels, 1 + amount).clamp_(0, 255).to(torch.uint8)
 
 
@@ -136,7 +139,7 @@ def _degenerate(name: str, pixels: Tensor) -> Tensor:
     if name == "Sharpness":
         if min(pixels.shape[-2:]) < 3:
             return pixels
-        blurred = pixels.clone()  # the kernel is of 1s with a 5 in the middle; the edge stays
+        blurred = pixels.clone()  # a kernel of 1s with a 5 in the middle; the edge is kept
         rows = pixels[..., :-2] + pixels[..., 1:-1] + pixels[..., 2:]
         box = rows[..., :-2, :] + rows[..., 1:-1, :] + rows[..., 2:, :]
         blurred[..., 1:-1, 1:-1].mul_(4).add_(box).div_(13).round_()

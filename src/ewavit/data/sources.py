@@ -1,7 +1,7 @@
-"""Where images come from: readers of the published formats, each checked when it is opened.
+"""Readers of image sets in their published formats; each checks a set when it opens it.
 
-In-memory formats end as `Arrays`, everything else as an `ImageSource` per split. Whatever a user can get
-wrong about files is an EwavitError from here.
+Sets in memory become `Arrays`, all others one `ImageSource` per split. Missing, damaged and wrong files raise
+an EwavitError here.
 """
 
 import importlib.resources
@@ -26,7 +26,7 @@ from ewavit.errors import EwavitError, first_line
 
 Ints = npt.NDArray[np.int64]
 
-# timm prefix -> the package that reads it
+# timm prefix -> the package that timm reads it with
 TIMM_PREFIXES = {
     "torch": "torchvision",
     "hfds": "datasets",
@@ -49,7 +49,7 @@ class Arrays:
 
 
 def read_bundled() -> Arrays:
-    """Read the subset of Fashion-MNIST inside the package: 10,000 + 2,000 images of 1x28x28, 10 classes."""
+    """Read the bundled subset of Fashion-MNIST: 10,000 training and 2,000 evaluation images, 1x28x28."""
     file = importlib.resources.files("ewavit.data").joinpath("fashion_mnist_mini.npz")
     with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
         return Arrays(
@@ -77,20 +77,22 @@ _CIFAR = {  # folder: (training files, evaluation file, file of names, key of na
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickles numpy arrays, numbers, strings and containers; refuses every other class and function."""
+    """Unpickles numpy arrays, numbers, strings and containers; any other class or function is an error."""
 
     _allowed = {  # noqa: RUF012 (constant)
         ("multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
         ("numpy", "ndarray"): np.ndarray,
         ("numpy", "dtype"): np.dtype,
-        # how Python 3 writes bytes in the old protocols; this stand-in reaches no other codec
+        # Python 3 writes bytes so in the old protocols; this replacement knows no other codec
         ("_codecs", "encode"): lambda text, _encoding: text.encode("latin1"),
     }
 
     def find_class(self, module: str, name: str) -> Any:
         key = (module.removeprefix("numpy.core.").removeprefix("numpy._core."), name)
         if key not in self._allowed:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no image set needs")
+            raise pickle.UnpicklingError(
+                f"it imports {module}.{name}; image sets hold only arrays and values"
+            )
         return self._allowed[key]
 
 
@@ -105,7 +107,7 @@ def _unpickle(path: Path) -> dict[bytes, Any]:
             f"cannot read CIFAR file {path} ({first_line(error)}): download it again"
         ) from error
     if not isinstance(content, dict):
-        raise EwavitError(f"{path} is no CIFAR file (no dictionary in it): download it again")
+        raise EwavitError(f"{path} is not a CIFAR file (it holds no dictionary): download it again")
     # Python 2 wrote byte keys; a copy rewritten by Python 3 may hold strings
     return {key.encode() if isinstance(key, str) else key: value for key, value in content.items()}
 
@@ -130,18 +132,28 @@ def _is_cifar(folder: Path, kind: str) -> bool:
 
 
 def find_cifar(path: Path) -> Path | None:
-    """Find the folder of CIFAR files that `path` is or contains; two of them are an error."""
+    """Find the CIFAR files in a folder or in its subfolder.
+
+    Args:
+        path: a folder; anything else has no CIFAR files.
+
+    Returns:
+        The folder with the files, or None.
+
+    Raises:
+        EwavitError: there are both CIFAR-10 and CIFAR-100.
+    """
     found = [folder for kind in _CIFAR for folder in (path, path / kind) if _is_cifar(folder, kind)]
     if len(found) > 1:
-        raise EwavitError(f"{path} holds {' and '.join(f.name for f in found)}: give the one to train on")
+        raise EwavitError(f"{path} holds {' and '.join(f.name for f in found)}: give one of them")
     return found[0] if found else None
 
 
 def read_cifar(folder: Path) -> Arrays:
-    """Read CIFAR-10 or CIFAR-100 (fine labels), 3x32x32, from the folder `find_cifar` found.
+    """Read CIFAR-10 or CIFAR-100 (fine labels), 3x32x32, from a folder that `find_cifar` returned.
 
     Raises:
-        EwavitError: a file is missing, damaged, or holds anything but arrays and plain values.
+        EwavitError: a file is missing, damaged, or holds something other than arrays and plain values.
     """
     kind = next(kind for kind in _CIFAR if _is_cifar(folder, kind))
     train_files, eval_file, meta, names_key, label_key = _CIFAR[kind]
@@ -161,11 +173,11 @@ def read_cifar(folder: Path) -> Arrays:
     )
 
 
-# --- images read one by one ---
+# --- images decoded one by one ---
 
 
 class UnreadableImage(Exception):
-    """An image that cannot be decoded: where it is and why."""
+    """An image cannot be decoded; `where` names it and `reason` says why."""
 
     def __init__(self, where: str, reason: str) -> None:
         super().__init__(where, reason)
@@ -174,7 +186,7 @@ class UnreadableImage(Exception):
 
 
 class ImageSource(ABC):
-    """One split of a set whose images are decoded when they are asked for."""
+    """One split of an image set; images are decoded one by one, on request."""
 
     classes: tuple[str, ...]
 
@@ -183,7 +195,7 @@ class ImageSource(ABC):
 
     @abstractmethod
     def open(self, index: int) -> tuple[Image.Image, int]:
-        """Open image `index`, with its label; pixels may still be undecoded."""
+        """Open image `index`, with its label; PIL may decode its pixels later."""
 
     @abstractmethod
     def where(self, index: int) -> str:
@@ -230,9 +242,9 @@ class FileImages(ImageSource):
 
 
 class TimmImages(ImageSource):
-    """A map-style set that timm's create_dataset made: its own ImageDataset or one of torchvision's.
+    """A map-style set from timm's create_dataset: timm's ImageDataset or one of torchvision's.
 
-    `classes` is empty where the set does not name them.
+    `classes` is empty if the set does not name them.
     """
 
     def __init__(self, dataset: Any, spec: str) -> None:
@@ -262,13 +274,13 @@ class TimmImages(ImageSource):
         targets = getattr(self.dataset, "targets", None)
         if targets is None:
             raise EwavitError(
-                f"{self.spec} does not tell its labels: it cannot be used here, unpack it to a folder"
+                f"{self.spec} has no list of labels: unpack the set to a folder of class folders"
             )
         return np.array(targets, dtype=np.int64)
 
 
 def class_names(holder: Any) -> tuple[str, ...]:
-    """Class names of a timm reader or a torchvision set; empty where it has none."""
+    """Class names of a timm reader or a torchvision set; empty if it has none."""
     names = getattr(holder, "classes", None)
     if names is None:
         mapping = getattr(holder, "class_to_idx", None) or {}
@@ -321,16 +333,17 @@ def _read_tiny_imagenet_val(folder: Path, classes: tuple[str, ...]) -> FileImage
 
 
 def read_folder(path: Path, train_split: str, val_split: str) -> tuple[FileImages, FileImages]:
-    """Find the training and the evaluation images of a folder of class folders, or of Tiny-ImageNet.
+    """Find the training and the evaluation images of a folder of class folders or of Tiny-ImageNet.
 
     Args:
-        path: holds train/ and val/ (or `val_split`, validation/, test/), each with one folder per class; or
-            is or contains Tiny-ImageNet, whose val/ has one folder of images and val_annotations.txt.
+        path: a folder with train/ and val/ (or `val_split`, validation/, test/), each with one folder per
+            class. Or Tiny-ImageNet or the folder that contains it; there val/ has one folder of images and
+            val_annotations.txt.
         train_split: name of the training folder.
-        val_split: name of the evaluation folder that is tried first.
+        val_split: name of the evaluation folder, tried before the usual names.
 
     Raises:
-        EwavitError: a split is missing, has fewer than two classes or an empty one, or the classes differ.
+        EwavitError: a split is missing, has fewer than two classes or an empty class, or the classes differ.
     """
     tiny = path / "tiny-imagenet-200"
     path = tiny if tiny.is_dir() else path
@@ -351,7 +364,11 @@ def read_folder(path: Path, train_split: str, val_split: str) -> tuple[FileImage
 
 
 def check_same_classes(train: tuple[str, ...], val: tuple[str, ...], where: str) -> None:
-    """Raise an EwavitError that names what differs unless both splits have the same classes."""
+    """Compare the class names of both splits.
+
+    Raises:
+        EwavitError: they differ; the message names the classes that only one split has.
+    """
     if train == val:
         return
     parts = []
@@ -366,16 +383,16 @@ def check_same_classes(train: tuple[str, ...], val: tuple[str, ...], where: str)
 
 
 def open_timm(spec: str, data_dir: str | None, split: str, **options: Any) -> Any:
-    """Call timm's create_dataset; nothing is downloaded for torch/, hfds/ resolves as `datasets` does.
+    """Call timm's create_dataset without downloading torch/ sets; hfds/ sets follow the rules of `datasets`.
 
     Args:
         spec: "torch/...", "hfds/...", "hfids/...", "wds/..." or "tfds/...".
-        data_dir: timm's root.
-        split: name of the split in the set's own terms.
+        data_dir: root folder of timm's sets.
+        split: name of the split, as the set names it.
         options: further arguments of create_dataset.
 
     Raises:
-        EwavitError: the package that reads it is not installed, or the set cannot be opened.
+        EwavitError: the package for this kind of set is not installed, or the set cannot be opened.
     """
     package = TIMM_PREFIXES[spec.split("/")[0].lower()]
     if importlib.util.find_spec(package) is None:
@@ -389,9 +406,19 @@ def open_timm(spec: str, data_dir: str | None, split: str, **options: Any) -> An
         ) from error
 
 
+def is_timm(spec: str) -> bool:
+    """Whether a data spec names a set that timm opens."""
+    return "/" in spec and spec.split("/")[0].lower() in TIMM_PREFIXES
+
+
 def is_streamed(spec: str) -> bool:
-    """Whether timm reads `spec` as a stream, without random access."""
-    return spec.split("/")[0].lower() in ("hfids", "wds", "tfds")
+    """Whether a data spec names a set that timm reads as a stream, without random access."""
+    return is_timm(spec) and spec.split("/")[0].lower() in ("hfids", "wds", "tfds")
+
+
+def is_folder(spec: str) -> bool:
+    """Whether a data spec is the path of a folder."""
+    return Path(spec).expanduser().is_dir()
 
 
 def read_timm(
@@ -400,10 +427,10 @@ def read_timm(
     """Open both splits of a map-style set of timm's.
 
     Raises:
-        EwavitError: it cannot be opened, has one class only, or other classes in the evaluation split.
+        EwavitError: the set cannot be opened, has one class only, or its splits have different classes.
     """
     train, val = (TimmImages(open_timm(spec, data_dir, split), spec) for split in (train_split, val_split))
-    if not train.classes:  # unnamed: count them
+    if not train.classes:  # without names: count them
         train.classes = val.classes = tuple(str(i) for i in range(int(train.labels().max()) + 1))
     if len(train.classes) < 2:
         raise EwavitError(f"{spec} has one class only: give a set with at least two")

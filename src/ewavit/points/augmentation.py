@@ -1,4 +1,4 @@
-"""What happens to training clouds, to whole batches on their device, from torch's global generators."""
+"""Augmentation of training clouds, whole batches on their device, with torch's global generators."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ from ewavit.errors import EwavitError
 
 @dataclass(frozen=True)
 class PointAugmentation:
-    """Random scale, shift, rotation, jitter and dropout of points, its own draw for every cloud.
+    """Random scale, shift, rotation, jitter and dropout of points, with draws for each cloud.
 
     Args:
-        scale: each axis is multiplied by a factor between 1/scale and scale; 1 is off.
-        shift: each axis is moved by up to so much; clouds have radius 1.
-        rotx, roty, rotz: rotation about this axis by up to so many degrees, either way.
-        jitter: standard deviation of the noise of each coordinate, cut off at five of them.
-        drop: up to this share of a cloud's points are dropped, that is put where another point is.
+        scale: largest factor on an axis; each axis has its own, from 1/scale to scale. 1 switches it off.
+        shift: largest shift of an axis, either way; clouds have radius 1.
+        rotx, roty, rotz: largest rotation about this axis in degrees, either way.
+        jitter: standard deviation of the noise on each coordinate, clamped at five standard deviations.
+        drop: largest share of a cloud's points to drop; a dropped point is moved onto the cloud's first.
+
+    Raises:
+        EwavitError: `scale` or `drop` is out of range.
     """
 
     scale: float = 1.5
@@ -34,16 +37,19 @@ class PointAugmentation:
 
     def __post_init__(self) -> None:
         if self.scale < 1:
-            raise EwavitError(f"scale {self.scale} is less than 1: give the largest factor")
+            raise EwavitError(f"scale {self.scale} is less than 1: give the largest factor, 1 or more")
         if not 0 <= self.drop < 1:
             raise EwavitError(f"drop {self.drop} is not a share: give 0 or more and less than 1")
 
     @classmethod
     def parse(cls, policy: str | None) -> PointAugmentation:
-        """Read "scale1.5-shift0.2-rotz180-jitter0.01-drop0.5"; what is not named is off, None is the default.
+        """Parse a policy such as "scale1.5-shift0.2-rotz180-jitter0.01-drop0.5".
+
+        Args:
+            policy: parts that it does not name are off; None gives the defaults, "none" nothing.
 
         Raises:
-            EwavitError: an unknown part, or a value out of range.
+            EwavitError: a part is unknown or out of range.
         """
         if policy is None:
             return cls()
@@ -53,7 +59,7 @@ class PointAugmentation:
             match = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", part)
             if part != "none" and (match is None or match[1] not in known):
                 raise EwavitError(
-                    f"aa {policy!r}: {part!r} is unknown for point clouds; what works: "
+                    f"aa {policy!r}: {part!r} is unknown for point clouds: give "
                     "scale1.5-shift0.2-rotz180-jitter0.01-drop0.5 (any of these and rotx, roty), or none"
                 )
             if match is not None:

@@ -1,4 +1,4 @@
-"""`PointData`: point clouds in memory behind the same seam as images."""
+"""`PointData`: point clouds in memory, with the interface of `Data`."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ewavit.data.batches import Batch, BatchPlan, Data, Inputs
+from ewavit.data.batches import Batch, Data, Inputs, hold_out, take_first
+from ewavit.data.options import DataOptions
 from ewavit.data.sources import Ints
+from ewavit.errors import EwavitError
 from ewavit.points.augmentation import PointAugmentation
 from ewavit.points.ops import gather_points
-from ewavit.points.sources import PointSet
+from ewavit.points.sources import PointSet, has_parts, read_points
 from ewavit.points.transformer import NUM_CATEGORIES
 
 
 @dataclass(frozen=True)
 class CloudInputs(Inputs):
-    """Clouds (batch, num_points, in_chans); with `parts` not clouds but their points are classified."""
+    """Clouds (batch, num_points, in_chans); with `parts` the model classifies points, not clouds."""
 
     num_points: int
     parts: bool = False
@@ -37,32 +39,25 @@ class CloudInputs(Inputs):
 
 
 class PointData(Data):
-    """Clouds that lie on the device and are augmented there; draws come from the global generators.
+    """Clouds on the device, augmented there; draws come from torch's global generators.
 
-    Inputs are (batch, num_points, 3), labels (batch,). For part segmentation the category follows each point
-    as a one-hot vector, and labels are (batch, num_points).
+    Inputs are (batch, num_points, 3), labels (batch,). For part segmentation the category follows the
+    coordinates of each point as a one-hot vector, and labels are (batch, num_points).
 
     Args:
         points: the clouds.
-        indices: which training clouds are used, in the order that `plan` counts, (plan.num_train,).
-        plan: the order of the clouds.
-        augmentation: what happens to training clouds.
+        indices: the training clouds that are used, (clouds,).
         num_points: points per cloud; a random choice in training, the first ones in evaluation.
-        votes: passes over each evaluation cloud, the first as it is, the others augmented, that are averaged.
-        device: where all this happens.
+        options: batch size, seed, ranks, device, votes and `augmentation.aa`, a `PointAugmentation` policy.
+
+    Raises:
+        EwavitError: the augmentation policy is unknown.
     """
 
-    def __init__(
-        self,
-        points: PointSet,
-        indices: Ints,
-        plan: BatchPlan,
-        augmentation: PointAugmentation,
-        num_points: int,
-        votes: int,
-        device: torch.device,
-    ) -> None:
-        self._plan, self._augment, self._votes = plan, augmentation, votes
+    def __init__(self, points: PointSet, indices: Ints, num_points: int, options: DataOptions) -> None:
+        device, plan = options.device, options.plan(len(indices), len(points.eval_labels))
+        self._augment = PointAugmentation.parse(options.augmentation.aa)
+        self._plan, self._votes = plan, options.votes
         self._train_points = torch.from_numpy(points.train_points[indices]).to(device)
         self._train_labels = torch.from_numpy(points.train_labels[indices]).to(device)
         self._eval_points = torch.from_numpy(points.eval_points[:, :num_points]).to(device)
@@ -86,16 +81,34 @@ class PointData(Data):
         self.img_size, self.mean, self.std = 0, (), ()
         self._bad = points.bad
 
+    @classmethod
+    def open(cls, spec: str, options: DataOptions) -> PointData:
+        """Open a set of point clouds, see `ewavit.points.sources.read_points`.
+
+        Raises:
+            EwavitError: the set cannot be read, or an option is for images or does not work for the set.
+        """
+        of_images = {"img_size": options.img_size, "reprob": options.augmentation.reprob}
+        if given := [name for name, value in of_images.items() if value]:
+            raise EwavitError(f"{given[0]} is for images: leave it out for the point clouds of {spec}")
+        num_points = options.num_points or (2048 if has_parts(spec) else 1024)
+        points = read_points(spec, num_points, options.skip_bad_images)
+        by = points.train_labels if points.train_category is None else points.train_category
+        indices, held = hold_out(take_first(by, options.limit), options.holdout)
+        if options.holdout:
+            points = points.holding_out(held)
+        return cls(points, indices, num_points, options)
+
     @property
     def inputs(self) -> CloudInputs:
         return CloudInputs(self.num_classes, self.in_chans, self._size, bool(self.categories))
 
     @property
-    def bad_images(self) -> int:
+    def num_skipped(self) -> int:
         return self._bad
 
     def train_batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        for indices in self._plan.train(epoch, start):
+        for indices in self._plan.train_indices(epoch, start):
             chosen = torch.from_numpy(indices).to(self._train_points.device)
             points, labels = self._train_points[chosen], self._train_labels[chosen]
             if points.shape[1] > self._size:
@@ -106,7 +119,7 @@ class PointData(Data):
             yield self._with_category(self._augment(points), self._categories[0], chosen), labels
 
     def eval_batches(self) -> Iterator[Batch]:
-        for indices in self._plan.eval():
+        for indices in self._plan.eval_indices():
             chosen = torch.from_numpy(indices).to(self._eval_points.device)
             points = self._with_category(self._eval_points[chosen], self._categories[1], chosen)
             yield points, self._eval_labels[chosen]
@@ -117,7 +130,7 @@ class PointData(Data):
         return torch.cat([points, categories[chosen].unsqueeze(1).expand(-1, points.shape[1], -1)], -1)
 
     def voting(self, predict: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """The mean prediction for each cloud and for views of it, the same views in every evaluation."""
+        """`predict`, or its mean over each cloud and augmented views, the same views in every evaluation."""
         if self._votes == 1:
             return predict
 
@@ -134,6 +147,6 @@ class PointData(Data):
         return vote
 
     def evaluation_clouds(self, indices: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Some evaluation clouds (clouds, points, 3), on the CPU."""
+        """The evaluation clouds of these indices, (clouds, num_points, 3), on the CPU."""
         clouds: npt.NDArray[np.float32] = self._eval_points[list(indices)].cpu().numpy()
         return clouds

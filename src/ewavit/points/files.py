@@ -1,4 +1,4 @@
-"""Files of single point clouds, and what every cloud must fulfil."""
+"""Readers of files with one point cloud, and the check of every cloud."""
 
 from __future__ import annotations
 
@@ -15,10 +15,18 @@ Floats = npt.NDArray[np.float32]
 
 
 def checked(points: npt.NDArray[Any], where: str, least: int) -> Floats:
-    """Coordinates (points, 3), float32, centred and scaled into the unit sphere.
+    """Check a cloud and normalise it.
+
+    Args:
+        points: (points, 3 or more); the first three columns are x, y, z.
+        where: name of the cloud in messages.
+        least: points that it must have.
+
+    Returns:
+        Coordinates (points, 3), float32, centred and scaled to radius 1.
 
     Raises:
-        EwavitError: no coordinates, too few, not finite, or all the same; `where` is named.
+        EwavitError: the array is no cloud, has too few points, or they are not finite or all the same.
     """
     if points.ndim != 2 or points.shape[1] < 3 or not len(points):
         what = "is empty" if points.ndim == 2 and not len(points) else f"has the shape {points.shape}"
@@ -33,14 +41,25 @@ def checked(points: npt.NDArray[Any], where: str, least: int) -> Floats:
     points = points - points.mean(0)
     radius = np.sqrt((points**2).sum(1).max())
     if not radius > 0:
-        raise EwavitError(f"{where} has all points at one place: remove it")
+        raise EwavitError(f"{where} has all its points in one place: remove it")
     return np.asarray(points / radius, np.float32)
 
 
 def load_file(path: Path, wanted: int, rng: np.random.Generator) -> npt.NDArray[Any]:
-    """Points (points, 3 or more) of a file; a mesh is sampled by area into `wanted` points.
+    """Read the points of a file.
 
-    A .npz file holds one array, or one called `points`; text has a point per line.
+    Args:
+        path: .npy, .npz (one array, or one called `points`), .pcd, .txt (one point per line), or a mesh or
+            cloud that trimesh reads, such as .ply and .off.
+        wanted: number of points to sample from a mesh, uniformly by area.
+        rng: random numbers for the sampling.
+
+    Returns:
+        Points (points, 3 or more).
+
+    Raises:
+        EwavitError: trimesh is not installed.
+        ValueError: an .npz file holds several arrays, none of them called `points`.
     """
     suffix = path.suffix.lower()
     if suffix == ".npy":
@@ -49,7 +68,7 @@ def load_file(path: Path, wanted: int, rng: np.random.Generator) -> npt.NDArray[
         with np.load(path, allow_pickle=False) as stored:
             names = list(stored)
             if "points" not in names and len(names) != 1:
-                raise ValueError(f"arrays {', '.join(names)}, none called points")
+                raise ValueError(f"it holds {', '.join(names)} and no array called points")
             return np.asarray(stored["points" if "points" in names else names[0]])
     if suffix == ".pcd":
         return read_pcd(path)
@@ -67,10 +86,10 @@ _PCD_TYPES = {"F": "f", "I": "i", "U": "u"}
 
 
 def read_pcd(path: Path) -> npt.NDArray[np.float64]:
-    """x, y, z (points, 3) of a .pcd file, ascii or binary; points that are NaN by convention stay NaN.
+    """Read x, y, z (points, 3) of a .pcd file, ascii or binary; missing points, NaN by convention, stay NaN.
 
     Raises:
-        ValueError: not such a file.
+        ValueError: the data is neither ascii nor binary. Damaged files raise other errors as well.
     """
     header: dict[str, list[str]] = {}
     with path.open("rb") as stream:
@@ -88,7 +107,7 @@ def read_pcd(path: Path) -> npt.NDArray[np.float64]:
         table = np.array([text.split() for text in body.decode("ascii").splitlines()[:count]], np.float64)
         return table.reshape(count, sum(repeats))[:, columns]
     if kind != "binary":
-        raise ValueError(f"DATA {kind}; write it as ascii or binary")
+        raise ValueError(f"its DATA is {kind}; write it as ascii or binary")
     types = [f"<{_PCD_TYPES[t]}{size}" for t, size in zip(header["TYPE"], header["SIZE"], strict=True)]
     fields = [(f"{i}", t, (r,)) for i, (t, r) in enumerate(zip(types, repeats, strict=True))]
     rows = np.frombuffer(body, np.dtype(fields), count)
@@ -96,8 +115,12 @@ def read_pcd(path: Path) -> npt.NDArray[np.float64]:
 
 
 def library(name: str) -> Any:
-    """Import a package of the extra `points`."""
+    """Import a package of the extra `points`.
+
+    Raises:
+        EwavitError: the package is not installed.
+    """
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError:
-        raise EwavitError(f"this needs the package {name}: pip install 'ewavit[points]'") from None
+        raise EwavitError(f"point clouds need the package {name}: pip install 'ewavit[points]'") from None

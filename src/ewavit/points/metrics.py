@@ -11,19 +11,20 @@ Categories = Sequence[Sequence[int]]  # the parts of each category
 
 
 def part_ious(logits: Tensor, labels: Tensor, category: Tensor, categories: Categories) -> Tensor:
-    """The IoU of every cloud: the mean over its category's parts, as ShapeNetPart defines it.
+    """The IoU of each cloud, the mean over the parts of its category, as ShapeNetPart defines it.
 
-    A point's prediction is the best of the category's own parts; a part that is neither there nor predicted
-    counts as 1. Instance mIoU is the mean over clouds, class mIoU the mean over the categories' means.
+    The prediction of a point is the best of the category's own parts. A part that is neither present nor
+    predicted counts as 1. Instance mIoU is the mean over clouds, class mIoU the mean over the categories'
+    means.
 
     Args:
         logits: (B, parts, N).
-        labels: (B, N), parts.
-        category: (B,).
+        labels: (B, N), the part of each point.
+        category: (B,), the category of each cloud.
         categories: the parts of each category.
 
     Returns:
-        (B,).
+        (B,), 0 to 1.
     """
     own = torch.zeros(len(categories), logits.shape[1], dtype=torch.bool, device=logits.device)
     for number, members in enumerate(categories):

@@ -1,7 +1,7 @@
 """Sampling and grouping of point clouds in batched torch, on any device and without compiled extensions.
 
-Shapes: B clouds of N points, M queries, k neighbours, C channels. Indices are int64 and count within a cloud.
-Every function has a slow twin in tests/test_points_ops.py that it equals exactly; points per second:
+Shapes: B clouds of N points, M queries, k neighbours, C channels. Indices are int64, within a cloud.
+Every function equals its slow twin in tests/test_points_ops.py exactly. Points per second:
 benchmarks/point_ops.py.
 """
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ewavit.errors import EwavitError
 
-CHUNK = 2**24  # distances that are held at a time; larger clouds are done in slices of their queries
+CHUNK = 2**24  # distances in memory at a time; for larger clouds the queries are sliced
 
 
 def gather_points(points: Tensor, index: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ def gather_points(points: Tensor, index: Tensor) -> Tensor:
         index: (B, ...), int64.
 
     Returns:
-        (B, ..., C).
+        The points, (B, ..., C).
     """
     rows = index.flatten(1).unsqueeze(-1).expand(-1, -1, points.shape[-1])
     return points.gather(1, rows).view(*index.shape, points.shape[-1])
@@ -33,18 +33,18 @@ def gather_points(points: Tensor, index: Tensor) -> Tensor:
 def farthest_point_sample(points: Tensor, count: int) -> Tensor:
     """Choose points one by one, each the farthest from those chosen before; the first is point 0.
 
-    The public models were trained with an extension that passes over points within 0.03 of the origin; here
-    every point counts.
+    The public models were trained with an extension that skips points within 0.03 of the origin; here every
+    point counts.
 
     Args:
         points: (B, N, 3).
-        count: points to choose, at most N.
+        count: number of points to choose, at most N.
 
     Returns:
-        Indices (B, count), in the order of choice; once all distinct points are chosen, repetitions.
+        Indices (B, count), in the order of choice. They repeat once all distinct points are chosen.
 
     Raises:
-        EwavitError: a cloud has fewer points.
+        EwavitError: a cloud has fewer than `count` points.
     """
     _check_count(points, count)
     planes = points.movedim(-1, 0).contiguous()  # (3, B, N): each pass runs over contiguous memory
@@ -62,15 +62,15 @@ def farthest_point_sample(points: Tensor, count: int) -> Tensor:
 
 @torch.no_grad()
 def knn(queries: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k nearest points of each query.
+    """Find the k nearest points of each query.
 
     Args:
         queries: (B, M, 3).
         points: (B, N, 3).
-        k: neighbours, at most N.
+        k: number of neighbours, at most N.
 
     Returns:
-        Squared distances (B, M, k), rising, and indices (B, M, k).
+        Squared distances (B, M, k), ascending, and indices (B, M, k).
 
     Raises:
         EwavitError: a cloud has fewer than k points.
@@ -82,17 +82,17 @@ def knn(queries: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def ball_query(queries: Tensor, points: Tensor, radius: float, k: int) -> Tensor:
-    """The first k points, in the cloud's order, within a radius of each query, as PointNet++ groups them.
+    """Find the first k points, in the cloud's order, within a radius of each query, as PointNet++ does.
 
     Args:
         queries: (B, M, 3).
         points: (B, N, 3).
-        radius: a point at exactly this distance is inside.
+        radius: of the ball; a point at exactly this distance is inside.
         k: points per ball, at most N.
 
     Returns:
-        Indices (B, M, k); a ball with fewer points is filled up with its first, an empty one with the point
-        nearest to the query.
+        Indices (B, M, k). A ball with fewer points repeats its first; an empty ball repeats the point nearest
+        to the query.
 
     Raises:
         EwavitError: a cloud has fewer than k points.
@@ -110,16 +110,16 @@ def ball_query(queries: Tensor, points: Tensor, radius: float, k: int) -> Tensor
 
 
 def interpolate(queries: Tensor, points: Tensor, features: Tensor, k: int = 3) -> Tensor:
-    """Features at the queries: those of the k nearest points, weighted by 1 / (squared distance + 1e-8).
+    """Interpolate features: the mean over the k nearest points, weighted by 1 / (squared distance + 1e-8).
 
     Args:
         queries: (B, M, 3).
         points: (B, N, 3).
         features: (B, N, C), of the points; gradients flow to them.
-        k: neighbours; N where a cloud has fewer.
+        k: number of neighbours; N if a cloud has fewer.
 
     Returns:
-        (B, M, C).
+        Features at the queries, (B, M, C).
     """
     distances, index = knn(queries, points, min(k, points.shape[1]))
     weights = 1 / (distances + 1e-8)
@@ -128,7 +128,7 @@ def interpolate(queries: Tensor, points: Tensor, features: Tensor, k: int = 3) -
 
 
 def _squared_distances(queries: Tensor, points: Tensor) -> Tensor:
-    """(B, M, N), from differences: the expansion into a matrix product would lose small distances."""
+    """(B, M, N), from differences: expanding the square into a matrix product would lose small distances."""
     total: Tensor | None = None
     for axis in range(queries.shape[-1]):
         difference = queries[:, :, None, axis] - points[:, None, :, axis]
@@ -138,7 +138,7 @@ def _squared_distances(queries: Tensor, points: Tensor) -> Tensor:
 
 
 def _slices(queries: Tensor, points: Tensor) -> tuple[Tensor, ...]:
-    if torch.compiler.is_compiling():  # or exporting: the number of clouds may not be known
+    if torch.compiler.is_compiling():  # or exporting: the number of clouds may be unknown
         return (queries,)
     size = max(1, CHUNK // (points.shape[0] * points.shape[1]))
     return tuple(queries[:, first : first + size] for first in range(0, queries.shape[1], size))
@@ -147,5 +147,5 @@ def _slices(queries: Tensor, points: Tensor) -> tuple[Tensor, ...]:
 def _check_count(points: Tensor, count: int) -> None:
     if not 1 <= count <= points.shape[1]:
         raise EwavitError(
-            f"cannot choose {count} of {points.shape[1]} points: choose fewer or give more points"
+            f"cannot choose {count} of {points.shape[1]} points: choose fewer, or give more points"
         )

@@ -1,7 +1,7 @@
-"""`solids`: ten classes of generated solids, so that point clouds can be trained on without a download.
+"""`solids`: ten classes of generated solids, for training on point clouds without a download.
 
-Every solid is a surface of revolution of a profile, with few segments for those with edges. Each cloud has
-its own proportions, pose, cut and noise; all come from one seed, the same on every machine.
+Every solid is the surface of revolution of a profile; solids with edges have few segments. Each cloud has its
+own proportions, pose, cut and noise. All come from one seed and are the same on every machine.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy.typing as npt
 TRAIN, EVAL = 200, 50  # clouds per class
 NOISE = 0.02  # largest standard deviation, of the radius
 TILT = np.pi / 4  # largest angle between a solid's axis and the vertical
-ROUND = 24  # segments of what is round
+ROUND = 24  # segments of a round solid
 
 
 def _arc(
@@ -45,11 +45,11 @@ def make_solids(num_points: int, seed: int = 0) -> tuple[tuple[str, ...], Floats
 
     Args:
         num_points: points per cloud.
-        seed: of everything that is drawn.
+        seed: seed of all random draws.
 
     Returns:
-        Class names; points (clouds, num_points, 3), in the unit sphere but for noise, and labels (clouds,)
-        to train on; the same to evaluate. Classes take turns.
+        Class names; training points (clouds, num_points, 3), in the unit sphere except for noise, and labels
+        (clouds,); evaluation points and labels. Classes alternate.
     """
     rng = np.random.default_rng(seed)
     surfaces = [_triangles(*solid) for solid in SOLIDS.values()]
@@ -73,7 +73,7 @@ def _triangles(segments: int, profile: list[tuple[float, float]]) -> npt.NDArray
 
 
 def _cloud(triangles: npt.NDArray[np.float64], count: int, rng: np.random.Generator) -> Floats:
-    """Points of one solid: its proportions, then samples by area, a cut, a pose and noise."""
+    """Points (count, 3) of one solid: random proportions, samples by area, a cut, a pose and noise."""
     triangles = triangles * rng.uniform(0.6, 1.4, 3)
     points = _sample(triangles, 2 * count, rng)
     direction = rng.normal(size=3)
@@ -102,7 +102,7 @@ def _sample(
 
 
 def _pose(rng: np.random.Generator) -> npt.NDArray[np.float64]:
-    """A rotation matrix: any turn about the vertical axis, then a tilt towards any side."""
+    """A rotation matrix (3, 3): any turn about the vertical axis, then a tilt in any direction."""
     turn, side, tilt = rng.uniform(0, 2 * np.pi), rng.uniform(0, 2 * np.pi), rng.uniform(0, TILT)
     return _about_vertical(turn) @ _about_vertical(-side) @ _about_first(tilt) @ _about_vertical(side)
 

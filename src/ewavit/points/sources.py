@@ -1,7 +1,7 @@
-"""Where point clouds come from: readers of the published formats, a folder of clouds, and generated solids.
+"""Readers of point clouds: the published formats, a folder of clouds, and generated solids.
 
-All end as a `PointSet`: clouds of one size in memory, each centred and scaled into the unit sphere. A cloud
-that is corrupt, empty, not finite or too small is an EwavitError that names it.
+Each returns a `PointSet`: clouds of one size in memory, centred and scaled into the unit sphere. A cloud that
+is corrupt, empty, not finite or too small raises an EwavitError that names it.
 """
 
 from __future__ import annotations
@@ -43,10 +43,19 @@ SUFFIXES = (".ply", ".pcd", ".off", ".npy", ".npz")
 
 @dataclass(frozen=True)
 class PointSet:
-    """A set in memory: points (clouds, points, 3) and labels, classes (clouds,) or parts (clouds, points).
+    """A set of clouds in memory.
 
-    Of a set of parts, `classes` are the parts, `categories` says which parts each category has, and
-    `train_category`, `eval_category` (clouds,) are the clouds' categories. `bad` counts clouds left out.
+    Attributes:
+        name: short name for logs.
+        classes: names of the classes, or of the parts.
+        train_points: (clouds, points, 3), each cloud in the unit sphere.
+        train_labels: classes (clouds,), or parts (clouds, points).
+        eval_points: as `train_points`.
+        eval_labels: as `train_labels`.
+        bad: number of clouds that could not be read and were skipped.
+        categories: the parts of each category; empty for a set without parts.
+        train_category: category of each cloud, (clouds,); None for a set without parts.
+        eval_category: as `train_category`.
     """
 
     name: str
@@ -61,7 +70,7 @@ class PointSet:
     eval_category: Ints | None = None
 
     def holding_out(self, indices: Ints) -> PointSet:
-        """The set with these training clouds in the place of the evaluation clouds."""
+        """The set with the training clouds of these indices in place of the evaluation clouds."""
         category = None if self.train_category is None else self.train_category[indices]
         return replace(
             self, eval_points=self.train_points[indices], eval_labels=self.train_labels[indices],
@@ -71,7 +80,7 @@ class PointSet:
 
 @dataclass(frozen=True)
 class _Cloud:
-    """One cloud before it is read: where it is, for messages, how it is loaded, and its class or category."""
+    """One cloud before it is read: its place, for messages, its loader, and its class or category."""
 
     where: str
     load: Load
@@ -83,22 +92,23 @@ def read_points(spec: str, num_points: int, skip_bad: bool = False) -> PointSet:
 
     Args:
         spec: "solids" (generated); "modelnet10:PATH" or "modelnet40:PATH" (a folder of .off meshes, of the
-            resampled text files or of the h5 files, or an .npz file as `save_points` writes it);
+            resampled text files or of the h5 files, or an .npz file that `save_points` wrote);
             "obj_bg:PATH", "obj_only:PATH" or "pb_t50_rs:PATH" (ScanObjectNN's h5 files); "shapenetpart:PATH";
             or "points:PATH" (train/ and val/ or test/, each with a folder of files per class: .ply, .pcd,
             .off, .npy or .npz).
-        num_points: points that a cloud must have; up to twice as many are kept.
-        skip_bad: leave bad clouds out and count them, instead of an error.
+        num_points: points that a cloud must have; up to twice as many are kept. Clouds with labelled parts
+            may have fewer and are filled up by repetition.
+        skip_bad: skip and count bad clouds instead of raising an error.
 
     Raises:
-        EwavitError: an unknown format, missing files, or a bad cloud.
+        EwavitError: the format is unknown, files are missing, or a cloud is bad.
     """
     kind, _, place = spec.partition(":")
     if kind == "solids":
         return PointSet("solids", *make_solids(num_points))
     path = Path(place).expanduser()
     if not place or not path.exists():
-        raise EwavitError(f"no folder or file {place!r}: give {kind}:PATH with the place of the set")
+        raise EwavitError(f"no folder or file {place!r}: give {kind}:PATH with the path of the set")
     reader = _Reader(num_points, skip_bad)
     if kind in ("modelnet10", "modelnet40"):
         return _read_modelnet(reader, kind, path)
@@ -112,9 +122,13 @@ def read_points(spec: str, num_points: int, skip_bad: bool = False) -> PointSet:
 
 
 def save_points(points: PointSet, file: Path) -> None:
-    """Write a classification set as one .npz file, which is read again in a moment as `modelnet10:FILE`.
+    """Write a classification set as one .npz file; the spec `modelnet10:FILE` reads it again, quickly.
 
     Its arrays are `classes`, `train_points`, `train_label`, `test_points` and `test_label`.
+
+    Args:
+        points: the set, without parts.
+        file: path of the .npz file.
     """
     np.savez_compressed(
         file, classes=np.array(points.classes), train_points=points.train_points,
@@ -124,13 +138,13 @@ def save_points(points: PointSet, file: Path) -> None:
 
 
 class _Reader:
-    """Loads clouds, checks each and brings them to one size."""
+    """Loads and checks clouds and cuts them to one size."""
 
     def __init__(self, num_points: int, skip_bad: bool) -> None:
         self.num_points, self.skip_bad, self.bad = num_points, skip_bad, 0
 
     def read(self, clouds: Iterable[_Cloud]) -> tuple[Floats, Ints]:
-        """Points (clouds, points, 3), as many as the smallest cloud has, at most 2 num_points, and labels."""
+        """Points (clouds, points, 3), cut to the smallest cloud and at most 2 num_points, and labels."""
         arrays, labels = [], []
         for cloud in clouds:
             points = self.load(cloud)
@@ -144,7 +158,7 @@ class _Reader:
         return stacked, np.array(labels, np.int64)
 
     def load(self, cloud: _Cloud) -> Floats | None:
-        """One cloud (points, 3), normalised, in an order drawn once for all; None: bad and skipped."""
+        """One cloud (points, 3), normalised, in a fixed random order; None if it is bad and skipped."""
         try:
             rng = np.random.default_rng(0)
             points = checked(_loaded(cloud, 2 * self.num_points, rng), cloud.where, self.num_points)
@@ -163,7 +177,7 @@ def _loaded(cloud: _Cloud, wanted: int, rng: np.random.Generator) -> npt.NDArray
         raise
     except Exception as problem:  # readers raise many things on damaged files
         raise EwavitError(
-            f"{cloud.where} cannot be read as a point cloud ({first_line(problem)}): replace it"
+            f"{cloud.where} cannot be read as a point cloud ({first_line(problem)}): replace or remove it"
         ) from None
 
 
@@ -172,10 +186,10 @@ def _of_file(path: Path, label: int) -> _Cloud:
 
 
 def _of_array(array: Any, labels: Any, where: str) -> list[_Cloud]:
-    """The clouds of an array (clouds, points, 3) with labels (clouds,) or (clouds, 1)."""
+    """Clouds from an array (clouds, points, 3) and labels (clouds,) or (clouds, 1)."""
     labels = np.asarray(labels).reshape(-1)
     if len(array) != len(labels):
-        raise EwavitError(f"{where} has {len(array)} clouds and {len(labels)} labels: get it again")
+        raise EwavitError(f"{where} has {len(array)} clouds and {len(labels)} labels: download it again")
 
     def load(index: int) -> Load:
         return lambda wanted, rng: np.asarray(array[index])
@@ -194,7 +208,7 @@ def _of_h5(files: Sequence[Path]) -> list[_Cloud]:
                 data, label = stored["data"][:], stored["label"][:]
         except (OSError, KeyError) as problem:
             raise EwavitError(
-                f"{file} cannot be read as an h5 file of clouds ({first_line(problem)}): get it again"
+                f"{file} cannot be read as an h5 file of clouds ({first_line(problem)}): download it again"
             ) from None
         clouds += _of_array(data, label, str(file))
     return clouds
@@ -220,7 +234,7 @@ def _read_modelnet(reader: _Reader, kind: str, path: Path) -> PointSet:
         test = [_of_file(mesh, label.get(mesh.parent.parent.name, -1)) for mesh in tests]
     else:
         raise EwavitError(
-            f"{path} holds no ModelNet: give the folder of the .off meshes, of the resampled text files "
+            f"{path} does not hold ModelNet: give the folder of the .off meshes, of the resampled text files "
             "(modelnet40_train.txt), of the h5 files (ply_data_train0.h5), or an .npz file"
         )
     if kind == "modelnet10" and len(classes) > len(MODELNET10):
@@ -241,7 +255,7 @@ def _modelnet_npz(file: Path) -> tuple[tuple[str, ...], list[_Cloud], list[_Clou
         train, test = ((arrays[f"{split}_points"], arrays[f"{split}_label"]) for split in ("train", "test"))
     except Exception as problem:  # zip, format and key errors of a damaged or foreign file
         raise EwavitError(
-            f"{file} cannot be read as an .npz file of clouds ({first_line(problem)}): get it again"
+            f"{file} cannot be read as an .npz file of clouds ({first_line(problem)}): download it again"
         ) from None
     return classes, _of_array(*train, f"{file} (train)"), _of_array(*test, f"{file} (test)")
 
@@ -311,22 +325,24 @@ def _classification(
         if not clouds:
             raise EwavitError(f"{path} has no {split} clouds: complete the set")
         if wrong := next((c for c in clouds if not 0 <= c.label < len(classes)), None):
-            raise EwavitError(f"{wrong.where} has none of the {len(classes)} classes: get the set again")
+            raise EwavitError(
+                f"{wrong.where} belongs to none of the {len(classes)} classes: download the set again"
+            )
     (train_points, train_labels), (eval_points, eval_labels) = reader.read(train), reader.read(test)
     if not len(train_points) or not len(eval_points):
-        raise EwavitError(f"{path} has no good clouds left ({reader.bad} bad): get the set again")
+        raise EwavitError(f"{path} has no readable clouds ({reader.bad} bad): download the set again")
     return PointSet(name, tuple(classes), train_points, train_labels, eval_points, eval_labels, reader.bad)
 
 
 def _lines(file: Path) -> tuple[str, ...]:
     if not file.is_file():
-        raise EwavitError(f"{file} is missing: get the set again")
+        raise EwavitError(f"{file} is missing: download the set again")
     return tuple(row.strip() for row in file.read_text().splitlines() if row.strip())
 
 
 # --- ShapeNetPart ---
 
-# the parts of each category are numbered on, in this order
+# Parts are numbered through the categories in this order.
 _PARTS = {
     "Airplane": 4, "Bag": 2, "Cap": 2, "Car": 4, "Chair": 4, "Earphone": 3, "Guitar": 3, "Knife": 2,
     "Lamp": 4, "Laptop": 2, "Motorbike": 6, "Mug": 2, "Pistol": 3, "Rocket": 3, "Skateboard": 3, "Table": 3,
@@ -334,12 +350,12 @@ _PARTS = {
 
 
 def _read_shapenetpart(reader: _Reader, path: Path) -> PointSet:
-    """The published text files, training and validation clouds together, as the papers use them."""
+    """The published text files; training takes the training and validation clouds, as in the papers."""
     folders = dict(row.split()[::-1] for row in _lines(path / "synsetoffset2category.txt"))
     places = {folder: list(_PARTS).index(name) for folder, name in folders.items() if name in _PARTS}
     if not places:
         raise EwavitError(
-            f"{path / 'synsetoffset2category.txt'} names no category of ShapeNetPart: get it again"
+            f"{path / 'synsetoffset2category.txt'} names no category of ShapeNetPart: download it again"
         )
 
     def split(*names: str) -> list[_Cloud]:
@@ -350,7 +366,7 @@ def _read_shapenetpart(reader: _Reader, path: Path) -> PointSet:
                 shapes = json.loads(file.read_text())
             except (OSError, ValueError) as problem:
                 raise EwavitError(
-                    f"{file} cannot be read ({first_line(problem)}): get the set again"
+                    f"{file} cannot be read ({first_line(problem)}): download the set again"
                 ) from None
             for shape in shapes:
                 folder, identity = shape.split("/")[-2:]
@@ -365,14 +381,14 @@ def _read_shapenetpart(reader: _Reader, path: Path) -> PointSet:
     classes = tuple(f"{name} {part}" for name, count in _PARTS.items() for part in range(count))
     train, test = (_read_parts(reader, split(*names), categories) for names in (("train", "val"), ("test",)))
     if not len(train[0]) or not len(test[0]):
-        raise EwavitError(f"{path} has no good training or no good test clouds: get the set again")
+        raise EwavitError(f"{path} has no readable training or test clouds: download the set again")
     return PointSet("shapenetpart", classes, *train[:2], *test[:2], reader.bad, categories, train[2], test[2])
 
 
 def _read_parts(
     reader: _Reader, clouds: list[_Cloud], categories: tuple[tuple[int, ...], ...]
 ) -> tuple[Floats, Ints, Ints]:
-    """Points, their parts, categories; as in the public code smaller clouds are filled up by repetition."""
+    """Points, parts and categories; as in the public code, smaller clouds are filled up by repetition."""
     points, labels, category = [], [], []
     for cloud in clouds:
         rng = np.random.default_rng(0)
@@ -380,7 +396,7 @@ def _read_parts(
             rows = _loaded(cloud, reader.num_points, rng)
             coordinates, parts = checked(rows, cloud.where, 1), rows[:, -1].astype(np.int64)
             if not np.isin(parts, categories[cloud.label]).all():
-                raise EwavitError(f"{cloud.where} has parts that its category has not: get the set again")
+                raise EwavitError(f"{cloud.where} has parts of another category: download the set again")
         except EwavitError:
             if not reader.skip_bad:
                 raise
@@ -396,7 +412,7 @@ def _read_parts(
     return np.stack(points), np.stack(labels), np.array(category, np.int64)
 
 
-# what point clouds' specs begin with, before a colon and a path; ewavit.points.sources reads them
+# Specs of point clouds begin with one of these, then a colon and a path.
 POINT_PREFIXES = ("modelnet10", "modelnet40", "obj_bg", "obj_only", "pb_t50_rs", "shapenetpart", "points")
 
 

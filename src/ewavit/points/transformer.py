@@ -1,10 +1,10 @@
 """The standard point transformer of Point-BERT and Point-MAE, for classification and part segmentation.
 
 A cloud becomes G groups: farthest-point centres, each with its k nearest points. A mini-PointNet turns a
-group into one token; an MLP of the centre is added before every block of a plain transformer encoder.
+group into one token. Before every block of a plain transformer encoder an MLP of the centre is added.
 
 The state-dict keys are those of the public code (Point-BERT, arXiv 2111.14819; Point-MAE, arXiv 2203.06604),
-so that its checkpoints load with `load_point_checkpoint`:
+so that `load_point_checkpoint` loads its checkpoints:
 
     encoder.first_conv.{0,1,3}, encoder.second_conv.{0,1,3}      mini-PointNet: Conv1d, BatchNorm1d, Conv1d
     reduce_dim                                                   Point-BERT only
@@ -35,10 +35,10 @@ NUM_CATEGORIES = 16  # of ShapeNetPart
 
 
 class Encoder(nn.Module):
-    """The mini-PointNet: one vector per group of points, the same for any order of them.
+    """The mini-PointNet: one vector per group of points, the same for any order of the points.
 
     Args:
-        channels: of the result.
+        channels: channels of the result.
         width: channels of the first layer; the next two have twice and four times as many.
     """
 
@@ -53,14 +53,14 @@ class Encoder(nn.Module):
         )  # fmt: skip
 
     def forward(self, groups: Tensor) -> Tensor:
-        """Groups (B, G, k, 3), relative to their centres, to vectors (B, G, channels)."""
+        """Map groups (B, G, k, 3), relative to their centres, to vectors (B, G, channels)."""
         batch, count, size, _ = groups.shape
         first: Any = self.first_conv
         second: Any = self.second_conv
         narrow, norm, act, wide = first
         local = _pointwise(wide, act(norm(_pointwise(narrow, groups.reshape(-1, 3)))))
         whole = local.view(batch * count, size, -1).max(1)[0]  # (groups, 2 width)
-        # The next layer takes [group, point]; its halves are applied apart, once per group and per point.
+        # The next layer takes [group, point]; its two halves are applied separately, per group and per point.
         narrow, norm, act, wide = second
         of_group, of_point = narrow.weight[:, :, 0].split(local.shape[1], 1)
         joined = F.linear(local, of_point).view(batch * count, size, -1)
@@ -70,12 +70,12 @@ class Encoder(nn.Module):
 
 
 def _pointwise(conv: nn.Conv1d, rows: Tensor) -> Tensor:
-    """A convolution of kernel size 1 on rows (points, channels), which are faster than columns on a CPU."""
+    """A convolution of kernel size 1 on rows (points, channels); rows are faster than columns on a CPU."""
     return F.linear(rows, conv.weight[:, :, 0], conv.bias)
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: a residual branch is dropped for whole samples and scaled up for the others."""
+    """Stochastic depth: drops a residual branch for whole samples and scales it up for the others."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -136,11 +136,11 @@ class Block(nn.Module):
 
 
 class TransformerEncoder(nn.Module):
-    """Blocks that add the position to their input, each anew.
+    """Transformer blocks; each adds the position to its input.
 
     Args:
-        dim, depth, num_heads, mlp_ratio: of the blocks.
-        drop_path_rate: of the last block, rising linearly from 0.
+        dim, depth, num_heads, mlp_ratio: settings of the blocks.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
     """
 
     def __init__(self, dim: int, depth: int, num_heads: int, mlp_ratio: float, drop_path_rate: float) -> None:
@@ -149,7 +149,7 @@ class TransformerEncoder(nn.Module):
         self.blocks = nn.ModuleList([Block(dim, num_heads, mlp_ratio, rate) for rate in rates])
 
     def forward(self, x: Tensor, pos: Tensor) -> list[Tensor]:
-        """Tokens and positions (B, tokens, dim) to the output of every block."""
+        """Map tokens and positions (B, tokens, dim) to the output of every block, each (B, tokens, dim)."""
         outputs = []
         for block in self.blocks:
             x = block(x + pos)
@@ -158,15 +158,16 @@ class TransformerEncoder(nn.Module):
 
 
 class _Backbone(nn.Module):
-    """What classification and segmentation share: from points to groups, tokens and blocks.
+    """The shared part of classification and segmentation: points to groups, tokens and blocks.
 
     Args:
-        dim, depth, num_heads, mlp_ratio: of the transformer.
-        num_group: groups G.
+        dim, depth, num_heads, mlp_ratio: settings of the transformer.
+        num_group: number of groups, G.
         group_size: points per group, k.
         drop_path_rate: stochastic depth of the last block.
         encoder_width: channels of the mini-PointNet's first layer.
-        encoder_dims: channels of the mini-PointNet before a linear layer to `dim` (Point-BERT), or None.
+        encoder_dims: channels of the mini-PointNet, followed by a linear layer to `dim` (Point-BERT); None
+            makes them `dim`.
     """
 
     def __init__(
@@ -184,7 +185,7 @@ class _Backbone(nn.Module):
     ) -> None:
         super().__init__()
         if dim % num_heads:
-            raise EwavitError(f"dim={dim} is not a multiple of num_heads={num_heads}: choose one that is")
+            raise EwavitError(f"dim={dim} is not a multiple of num_heads={num_heads}: choose a multiple")
         self.num_group, self.group_size = num_group, group_size
         self.encoder = Encoder(encoder_dims or dim, encoder_width)
         self.reduce_dim = nn.Identity() if encoder_dims is None else nn.Linear(encoder_dims, dim)
@@ -193,14 +194,14 @@ class _Backbone(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def tokens(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Points (B, N, 3) to tokens and positions (B, G, dim) and centres (B, G, 3)."""
+        """Map points (B, N, 3) to tokens and positions (B, G, dim) and centres (B, G, 3)."""
         if points.ndim != 3 or points.shape[-1] != 3:
-            raise EwavitError(f"points are {tuple(points.shape)}: give (clouds, points, 3)")
+            raise EwavitError(f"points have the shape {tuple(points.shape)}: give (clouds, points, 3)")
         needed = max(self.num_group, self.group_size)
         if points.shape[1] < needed:
             raise EwavitError(
-                f"{points.shape[1]} points a cloud are fewer than the {self.num_group} groups of "
-                f"{self.group_size} need ({needed}): give more points, or a smaller num_group or group_size"
+                f"{points.shape[1]} points per cloud are too few for {self.num_group} groups of "
+                f"{self.group_size} ({needed} needed): give more points, or a smaller num_group or group_size"
             )
         centres = gather_points(points, farthest_point_sample(points, self.num_group))
         groups = gather_points(points, knn(centres, points, self.group_size)[1])
@@ -212,12 +213,12 @@ class PointTransformer(_Backbone):
     """Classifies point clouds (B, N, 3) -> logits (B, classes).
 
     Args:
-        num_classes: classes.
-        head: "point_mae" (three layers with BatchNorm) or "point_bert" (two).
-        settings: of the backbone.
+        num_classes: number of classes.
+        head: "point_mae" (three layers with BatchNorm) or "point_bert" (two layers).
+        settings: settings of the backbone.
 
     Raises:
-        EwavitError: a setting does not work, or, when called, clouds have too few points.
+        EwavitError: a setting does not work. Calling the model raises it for clouds with too few points.
     """
 
     def __init__(self, num_classes: int = 40, head: str = "point_mae", **settings: Any) -> None:
@@ -239,7 +240,7 @@ class PointTransformer(_Backbone):
         self.apply(_init_weights)
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that timm's optimizers leave undecayed, beside vectors."""
+        """Parameters without weight decay in timm's optimizers, in addition to vectors."""
         return {"cls_token", "cls_pos"}
 
     def forward(self, points: Tensor) -> Tensor:
@@ -252,7 +253,7 @@ class PointTransformer(_Backbone):
 
 
 class PointNetFeaturePropagation(nn.Module):
-    """Carries features from centres back to all points, by interpolation and a pointwise MLP (PointNet++)."""
+    """Brings features from centres back to all points by interpolation and a pointwise MLP (PointNet++)."""
 
     def __init__(self, in_channel: int, mlp: tuple[int, ...]) -> None:
         super().__init__()
@@ -261,7 +262,7 @@ class PointNetFeaturePropagation(nn.Module):
         self.mlp_bns = nn.ModuleList([nn.BatchNorm1d(channel) for channel in mlp])
 
     def forward(self, points: Tensor, centres: Tensor, features: Tensor) -> Tensor:
-        """Points (B, N, 3), centres (B, G, 3) with features (B, G, C), to features (B, N, mlp[-1])."""
+        """Map points (B, N, 3), centres (B, G, 3), their features (B, G, C) to features (B, N, mlp[-1])."""
         x = torch.cat([points, interpolate(points, centres, features)], -1).flatten(0, 1)
         for conv, norm in zip(self.mlp_convs, self.mlp_bns, strict=True):
             x = F.relu(norm(_pointwise(conv, x)))  # type: ignore[arg-type]
@@ -271,12 +272,15 @@ class PointNetFeaturePropagation(nn.Module):
 class PointTransformerSeg(_Backbone):
     """Segments clouds of known category into parts: points (B, N, 3 + 16) -> logits (B, parts, N).
 
-    Behind the coordinates each point carries its cloud's category, one of 16, as a one-hot vector.
+    The category of the cloud, one of 16, follows the coordinates of each point as a one-hot vector.
 
     Args:
-        num_classes: parts, of all categories together.
-        fetch: the blocks whose outputs are used, counted from 0; unless given, three evenly spaced ones.
-        settings: of the backbone; 128 groups unless given.
+        num_classes: number of parts in all categories together.
+        fetch: indices of the blocks to take outputs from; None takes three evenly spaced blocks.
+        settings: settings of the backbone; 128 groups unless given.
+
+    Raises:
+        EwavitError: a setting does not work. Calling the model raises it for points of the wrong shape.
     """
 
     def __init__(self, num_classes: int = 50, fetch: tuple[int, ...] | None = None, **settings: Any) -> None:
@@ -285,7 +289,7 @@ class PointTransformerSeg(_Backbone):
         self.fetch = fetch or tuple(depth * i // 3 - 1 for i in (1, 2, 3))
         if not all(0 <= block < depth for block in self.fetch):
             raise EwavitError(
-                f"fetch={self.fetch} are no blocks of a depth of {depth}: choose 0 to {depth - 1}"
+                f"fetch={self.fetch} names blocks that a depth of {depth} lacks: choose from 0 to {depth - 1}"
             )
         features = len(self.fetch) * dim
         self.label_conv = nn.Sequential(
@@ -303,8 +307,8 @@ class PointTransformerSeg(_Backbone):
     def forward(self, points: Tensor) -> Tensor:
         if points.ndim != 3 or points.shape[-1] != 3 + NUM_CATEGORIES:
             raise EwavitError(
-                f"points are {tuple(points.shape)}: give (clouds, points, {3 + NUM_CATEGORIES}), "
-                "coordinates and the category as a one-hot vector"
+                f"points have the shape {tuple(points.shape)}: give (clouds, points, {3 + NUM_CATEGORIES}), "
+                "coordinates followed by the category as a one-hot vector"
             )
         points, category = points[..., :3].contiguous(), points[:, 0, 3:]
         tokens, pos, centres = self.tokens(points)
@@ -313,7 +317,7 @@ class PointTransformerSeg(_Backbone):
         label = self.label_conv(category.unsqueeze(-1)).squeeze(-1)
         whole = torch.cat([features.max(1)[0], features.mean(1), label], -1)
         local = self.propagation_0(points, centres, features)
-        # One layer on [point, whole cloud], its two halves applied apart.
+        # One layer on [point, whole cloud]; its two halves are applied separately.
         of_point, of_whole = self.convs1.weight[:, :, 0].tensor_split([local.shape[-1]], 1)
         x = F.linear(local, of_point) + F.linear(whole, of_whole, self.convs1.bias).unsqueeze(1)
         x = self.dp1(F.relu(self.bns1(x.flatten(0, 1))))
@@ -341,22 +345,22 @@ MODELS: dict[str, tuple[type[PointTransformer] | type[PointTransformerSeg], dict
 
 
 def create_point_model(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
-    """A model of this room by name, with fresh weights.
+    """Create a point transformer by name, with fresh weights.
 
     Args:
         name: "point_transformer" (Point-MAE's: 384 wide, 12 deep, 6 heads), "point_transformer_s" (for CPUs),
             "point_bert" (its keys differ in `reduce_dim` and the head), "point_transformer_seg" (Point-MAE's)
             or "point_transformer_seg_s".
-        num_classes: classes, or parts.
-        kwargs: change the model's settings.
+        num_classes: number of classes, or of parts.
+        kwargs: settings of the model that differ from its defaults.
 
     Raises:
-        EwavitError: an unknown model or setting.
+        EwavitError: a model or setting is unknown, or a setting does not work.
     """
     if name not in MODELS:
         close = difflib.get_close_matches(name, MODELS, 1)
         hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(MODELS)}"
-        raise EwavitError(f"there is no point model {name!r}: {hint}")
+        raise EwavitError(f"unknown point model {name!r}: {hint}")
     kind, defaults = MODELS[name]
     try:
         return kind(num_classes=num_classes, **{**defaults, **kwargs})
@@ -365,17 +369,17 @@ def create_point_model(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
 
 
 _HEADS = ("cls_head_finetune.", "label_conv.", "propagation_0.", "convs", "bns")
-_FRESH = (*_HEADS, "cls_token", "cls_pos")  # what a pretrained backbone may lack
-_PRETRAINING = ("cls_head.", "lm_head.", "mask_token")  # what only a pretraining needs of its encoder
+_FRESH = (*_HEADS, "cls_token", "cls_pos")  # a pretrained backbone may lack these
+_PRETRAINING = ("cls_head.", "lm_head.", "mask_token")  # used in pretraining only
 _CONTAINERS = ("base_model", "model_state_dict", "state_dict", "model")
 
 
 def point_state_dict(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The weights of one point transformer in a published checkpoint, under its own keys.
+    """Extract the weights of a point transformer from a published checkpoint, with the keys of this file.
 
-    Looks into `base_model`, `model_state_dict`, `state_dict` or `model`, strips `module.`, `base_model.`,
-    `MAE_encoder.` and `transformer_q.`, and leaves out a pretraining's own parts (decoder, tokenizer,
-    momentum encoder, contrastive head).
+    Looks into `base_model`, `model_state_dict`, `state_dict` or `model`, strips the prefixes `module.`,
+    `base_model.`, `MAE_encoder.` and `transformer_q.`, and drops the parts that only pretraining uses
+    (decoder, tokenizer, momentum encoder, contrastive head).
     """
     inner = next((state[key] for key in _CONTAINERS if isinstance(state.get(key), Mapping)), state)
     plain = {key.removeprefix("module."): value for key, value in inner.items() if isinstance(value, Tensor)}
@@ -391,11 +395,11 @@ def point_state_dict(state: Mapping[str, Any]) -> dict[str, Tensor]:
 def load_point_checkpoint(model: nn.Module, file: str | Path) -> list[str]:
     """Load a published Point-MAE or Point-BERT checkpoint, pretrained or fine-tuned, or a safetensors file.
 
-    The head is loaded where it fits; the backbone must fit entirely.
+    Head layers are loaded if their shapes agree; the backbone must agree entirely.
 
     Args:
-        model: made by `create_point_model`; changed in place.
-        file: a torch file, read without unpickling anything but tensors and numbers, or a .safetensors file.
+        model: a model from `create_point_model`; changed in place.
+        file: a .safetensors file, or a torch file; only tensors and numbers are unpickled.
 
     Returns:
         The names of the parameters and buffers that keep their fresh values.
@@ -413,7 +417,7 @@ def load_point_checkpoint(model: nn.Module, file: str | Path) -> list[str]:
         weights.pop(key)
     misfits = [
         *(f"it lacks {key}" for key in own if key not in weights and not key.startswith(_FRESH)),
-        *(f"it has {key}, which the model lacks" for key in weights if key not in own),
+        *(f"the model lacks {key}" for key in weights if key not in own),
         *(
             f"{key} is {tuple(value.shape)}, the model's {tuple(own[key].shape)}"
             for key, value in weights.items() if key in own and own[key].shape != value.shape
@@ -421,8 +425,8 @@ def load_point_checkpoint(model: nn.Module, file: str | Path) -> list[str]:
     ]  # fmt: skip
     if misfits:
         raise EwavitError(
-            f"{file} is the checkpoint of another model ({misfits[0]}; {len(misfits)} such): "
-            "choose the model and settings that it was made with"
+            f"{file} is the checkpoint of another model ({misfits[0]}; {len(misfits)} differences): "
+            "choose the model and settings of the checkpoint"
         )
     model.load_state_dict(weights, strict=False)
     return [key for key in own if key not in weights]
@@ -430,7 +434,7 @@ def load_point_checkpoint(model: nn.Module, file: str | Path) -> list[str]:
 
 def _read_weights(file: Path) -> Mapping[str, Any]:
     if not file.is_file():
-        raise EwavitError(f"no file {file}: give the checkpoint of a point transformer")
+        raise EwavitError(f"no file {file}: give a checkpoint of a point transformer")
     try:
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -440,14 +444,16 @@ def _read_weights(file: Path) -> Mapping[str, Any]:
         with torch.serialization.safe_globals(_numpy_numbers()):
             state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as problem:  # whatever a damaged or foreign file makes the readers raise
-        raise EwavitError(f"{file} cannot be read as weights ({first_line(problem)})") from None
+        raise EwavitError(
+            f"{file} cannot be read as weights ({first_line(problem)}): give a torch or .safetensors file"
+        ) from None
     if not isinstance(state, Mapping):
-        raise EwavitError(f"{file} holds a {type(state).__name__}, no weights by name: give a checkpoint")
+        raise EwavitError(f"{file} holds a {type(state).__name__}, not weights by name: give a checkpoint")
     return state
 
 
 def _numpy_numbers() -> list[Any]:
-    """What a pickled numpy number is made of; none of it runs code of the file's."""
+    """The functions and types of a pickled numpy number; none of them runs code from the file."""
     import numpy as np
 
     scalar = np.float64(0).__reduce__()[0]

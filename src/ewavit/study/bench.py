@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ewavit.core.averaging import ExpertAveraging
+from ewavit.data.batches import Data
 from ewavit.tasks.choice import task_for
 from ewavit.training.building import (
     build_optimizer,
@@ -28,7 +29,6 @@ from ewavit.training.building import (
     model_settings,
     set_grad_checkpointing,
 )
-from ewavit.training.opening import Data
 from ewavit.training.processes import keep_freed_memory
 from ewavit.training.recipe import Recipe
 

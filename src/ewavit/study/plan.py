@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ewavit.core.ffn import FFN, find_ffns
 from ewavit.core.moe import moe_layers
 from ewavit.core.surgery import select_ffns, summary
+from ewavit.data.batches import Data
 from ewavit.errors import EwavitError
 from ewavit.study.bench import activation_bytes
 from ewavit.study.scaling import Work, table
@@ -26,7 +27,6 @@ from ewavit.training.building import (
     model_settings,
     set_grad_checkpointing,
 )
-from ewavit.training.opening import Data
 from ewavit.training.recipe import Recipe
 
 BYTES = 4  # of a float32

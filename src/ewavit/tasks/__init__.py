@@ -1,1 +1,1 @@
-"""What a run learns: one file per task, behind `Task`."""
+"""What a run learns: the interface `Task`, and one file per task."""

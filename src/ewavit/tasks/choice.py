@@ -1,4 +1,4 @@
-"""`task_for`: the task that a data set is for."""
+"""`task_for`: from a data spec to its task."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Image classification: a timm model, cross-entropy, judged by top-1."""
+"""Image classification: a timm model, cross-entropy, top-1 as the judging metric."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Classification(Task):
 
     def input_text(self, inputs: Inputs, mean: Sequence[float], std: Sequence[float]) -> str:
         means, stds = (", ".join(f"{value:.4f}" for value in values) for values in (mean, std))
-        return f"images in 0 to 1, less the mean {means}, divided by {stds}"
+        return f"images with values in 0 to 1, minus the mean {means}, divided by {stds}"
 
     def loss(self, outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
         return F.cross_entropy(outputs, targets, label_smoothing=smoothing)
@@ -74,12 +74,12 @@ class Classification(Task):
 
 
 class ClassMeter(Meter):
-    """Cross-entropy, top-1, top-5 and the mean of the classes' top-1, the last three in percent.
+    """Cross-entropy, and top-1, top-5 and the mean over classes of top-1 in percent.
 
     Args:
-        kind: of the inputs, in the sentence.
-        num_classes: number of classes; top-5 becomes top-`num_classes` below five.
-        device: where the metrics are kept.
+        kind: kind of the inputs in the sentence, "images" or "clouds".
+        num_classes: number of classes; with fewer than five, top-5 is top-`num_classes`.
+        device: device of the metrics.
     """
 
     def __init__(self, kind: str, num_classes: int, device: torch.device | str = "cpu") -> None:

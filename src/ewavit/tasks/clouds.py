@@ -1,4 +1,4 @@
-"""Classification of point clouds: a point transformer in the place of a timm model."""
+"""Classification of point clouds, with a point transformer instead of a timm model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class CloudClassification(Classification):
 
     kind = "clouds"
     no_mixing = "--mixup and --cutmix mix images: leave them out for point clouds"
-    fewest_per_batch = (2, "leaves the point transformer's BatchNorm no variance: choose more")
+    fewest_per_batch = (2, "is too small for the point transformer's BatchNorm: choose 2 or more")
     model = "point_transformer_s"
 
     def inputs(self, classes: int, in_chans: int, img_size: int, num_points: int | None) -> Inputs:
@@ -46,7 +46,7 @@ class CloudClassification(Classification):
     ) -> tuple[nn.Module, dict[str, Any]]:
         if pretrained:
             raise EwavitError(
-                "--pretrained loads timm's weights: give a point model --initial-checkpoint FILE"
+                "--pretrained loads timm's weights: use --initial-checkpoint FILE for a point model"
             )
         settings = {"num_classes": inputs.num_classes, **kwargs}
         model = create_point_model(name, **settings)
@@ -70,7 +70,7 @@ class CloudClassification(Classification):
     def input_text(self, inputs: Inputs, mean: Sequence[float], std: Sequence[float]) -> str:
         assert isinstance(inputs, CloudInputs)
         shape = f"(batch, {inputs.num_points}, {inputs.in_chans})"
-        return f"clouds {shape}, centred, scaled into the unit sphere"
+        return f"clouds {shape}, centred and scaled into the unit sphere"
 
     def mixing(self, mixup: float, cutmix: float, num_classes: int) -> Mixing | None:
         return None
@@ -87,7 +87,13 @@ class CloudClassification(Classification):
 
 
 def draw_clouds(clouds: Any, names: Sequence[tuple[str, ...]], path: Path) -> None:
-    """Draw point clouds (clouds, points, 3) with their true and predicted class, the wrong ones in red."""
+    """Draw point clouds with their classes as one picture.
+
+    Args:
+        clouds: coordinates, (clouds, points, 3).
+        names: true and predicted class of each cloud; wrong predictions are red.
+        path: file of the picture.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""`Judge`: the metric that a task's runs are judged by, with its words."""
+"""`Judge`: the judging metric of a task, with its name, unit and direction."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ class Judge:
     """The judging metric of a task.
 
     Attributes:
-        column: its name in files: `eval_top1` and `average_top1` in summary.csv, `top1` in results.csv.
+        column: its name in files, e.g. "top1": `eval_top1` in summary.csv, `top1` in results.csv.
         name: its name in sentences, e.g. "top-1".
-        unit: of its values, e.g. "%".
-        difference_unit: of differences between two values, e.g. "points".
-        higher_is_better: False for an error.
+        unit: unit of its values, e.g. "%".
+        difference_unit: unit of a difference between two values, e.g. "points".
+        higher_is_better: False for a metric such as an error rate.
     """
 
     column: str
@@ -25,7 +25,7 @@ class Judge:
 
     @property
     def sign(self) -> int:
-        """1 where a higher value is better, else -1."""
+        """1 if a higher value is better, else -1."""
         return 1 if self.higher_is_better else -1
 
     def text(self, value: float) -> str:

@@ -1,4 +1,4 @@
-"""Part segmentation: a part for each point of a cloud, judged by IoU as ShapeNetPart defines it."""
+"""Part segmentation: a part for each point of a cloud; the judging metric is ShapeNetPart's instance mIoU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ewavit.tasks.task import Meter, Metrics
 
 
 class PartSegmentation(CloudClassification):
-    """One part for each point. Clouds carry their category as a one-hot vector behind x, y, z."""
+    """One part for each point. The category of a cloud follows x, y, z as a one-hot vector."""
 
     judge = INSTANCE_IOU
     names_classes = False  # not for every point of a cloud
@@ -34,13 +34,13 @@ class PartSegmentation(CloudClassification):
 
 
 class PartMeter(ClassMeter):
-    """What `ClassMeter` measures, over points, and instance and class mIoU in percent.
+    """The metrics of `ClassMeter` over points, and instance and class mIoU in percent.
 
     Args:
-        kind: of the inputs, in the sentence.
-        num_classes: parts of all categories.
+        kind: kind of the inputs in the sentence.
+        num_classes: number of parts in all categories together.
         categories: the parts of each category.
-        device: where the metrics are kept.
+        device: device of the metrics.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class PartMeter(ClassMeter):
     ) -> None:
         super().__init__(kind, num_classes, device)
         self.categories = categories
-        # Of all clouds, and of the clouds of each category.
+        # One for all clouds, then one for each category.
         self.iou = [MeanMetric(nan_strategy="disable").to(device) for _ in range(1 + len(categories))]
 
     def update(self, inputs: Tensor, outputs: Tensor, targets: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""`Task`: what a run learns. The loop, evaluation, export and comparisons ask it and know no task by name."""
+"""`Task`: the interface between a task and the loop, evaluation, export and comparisons."""
 
 from __future__ import annotations
 
@@ -19,31 +19,38 @@ Mixing = Callable[[Tensor, Tensor], Batch]  # inputs and targets -> mixed inputs
 
 @dataclass(frozen=True)
 class Metrics:
-    """The metrics of one evaluation by column, `loss` first, over `count` inputs, and all in one sentence."""
+    """The metrics of one evaluation.
+
+    Attributes:
+        values: the metrics by column, `loss` first.
+        count: number of inputs evaluated.
+        kind: kind of the inputs, "images" or "clouds".
+        sentence: all of this in one sentence.
+    """
 
     values: Mapping[str, float]
     count: int
-    kind: str  # of the inputs
+    kind: str
     sentence: str
 
     def __getitem__(self, column: str) -> float:
         return self.values[column]
 
     def row(self, prefix: str = "eval") -> dict[str, float]:
-        """The columns of `summary.csv`."""
+        """The metrics as columns of `summary.csv`, with a prefix."""
         return {f"{prefix}_{column}": value for column, value in self.values.items()}
 
     def as_dict(self) -> dict[str, float]:
-        """For `--json`."""
+        """The metrics and the number of inputs, for `--json`."""
         return {**self.values, self.kind: self.count}
 
 
 class Meter(ABC):
-    """Collects a model's outputs over an evaluation, on all processes, and gives the metrics."""
+    """Accumulates a model's outputs during an evaluation, over all processes, and computes the metrics."""
 
     @abstractmethod
     def update(self, inputs: Tensor, outputs: Tensor, targets: Tensor) -> None:
-        """Count a batch: the model's inputs, its float32 outputs, and the targets."""
+        """Add a batch: the model's inputs, its float32 outputs, and the targets."""
 
     @abstractmethod
     def compute(self) -> Metrics:
@@ -54,11 +61,11 @@ class Task(ABC):
     """A task: head, loss, targets, metrics, the judging metric, and the picture of a run.
 
     Attributes:
-        kind: the inputs in messages, "images" or "clouds".
-        judge: the metric by which runs are judged and compared.
+        kind: kind of the inputs in messages, "images" or "clouds".
+        judge: the metric that judges and compares runs.
         names_classes: whether `predictions.csv` lists a label and a predicted class for every input.
-        no_mixing: why mixup and cutmix do not apply, as an error message; None where they do.
-        fewest_per_batch: smallest batch that the model trains on, and why, as an error message.
+        no_mixing: error message if mixup and CutMix do not apply; None if they do.
+        fewest_per_batch: smallest training batch of the model, and the error message for smaller ones.
     """
 
     kind: ClassVar[str]
@@ -71,11 +78,18 @@ class Task(ABC):
 
     @abstractmethod
     def inputs(self, classes: int, in_chans: int, img_size: int, num_points: int | None) -> Inputs:
-        """The inputs of a model of this task from the numbers that a model card holds."""
+        """The inputs of a model of this task, from the numbers of a model card.
+
+        Args:
+            classes: number of classes.
+            in_chans: channels of an image or of a point.
+            img_size: height and width in pixels; 0 for clouds.
+            num_points: points per cloud; None for images.
+        """
 
     @abstractmethod
     def default_model(self, inputs: Inputs, kwargs: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-        """The name of a small model that fits the inputs, and its settings, where the recipe names none."""
+        """The default model for the inputs, a small one: its name and `kwargs` with its settings added."""
 
     @abstractmethod
     def build_model(
@@ -87,55 +101,63 @@ class Task(ABC):
         initial_checkpoint: str | None = None,
         **kwargs: Any,
     ) -> tuple[nn.Module, dict[str, Any]]:
-        """A model with this task's head that fits the inputs, checked with one forward pass.
+        """Build a model for the inputs, with this task's head, and check it with one forward pass.
 
         Args:
-            name: of the model.
+            name: name of the model.
             inputs: shape of the inputs and number of classes.
-            pretrained: load the library's weights.
-            initial_checkpoint: load this file of the same model, with its head if the class counts agree.
+            pretrained: load the pretrained weights of the library.
+            initial_checkpoint: file with weights of the same model; its head is loaded if the numbers of
+                classes agree.
             kwargs: settings of the model.
 
         Returns:
-            The model and all settings that `create_model` needs to build it again.
+            The model, and the settings for `create_model`.
 
         Raises:
-            EwavitError: unknown model, settings it refuses, inputs it cannot take, wrong or missing weights.
+            EwavitError: the model is unknown, its settings do not work, it cannot take the inputs, or the
+                weights are missing or of another model.
         """
 
     @abstractmethod
     def create_model(self, name: str, settings: Mapping[str, Any]) -> nn.Module:
-        """The model that `build_model` built, with fresh weights."""
+        """Create the same model as `build_model`, from its name and settings, with fresh weights."""
 
     @abstractmethod
     def loading_code(self, name: str, settings: Mapping[str, Any], file: Path) -> str:
-        """Python lines that load a plain model of this task from a file."""
+        """Python code that loads a plain model of this task from a file."""
 
     @abstractmethod
     def input_text(self, inputs: Inputs, mean: Sequence[float], std: Sequence[float]) -> str:
-        """What the model has to be given, in words."""
+        """A description of the model's inputs and their normalisation."""
 
     # Learning.
 
     @abstractmethod
     def loss(self, outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
-        """The mean training loss of a batch."""
+        """The mean training loss of a batch.
+
+        Args:
+            outputs: the model's outputs.
+            targets: labels, or the mixed targets of `mixing`.
+            smoothing: label smoothing, 0 to 1.
+        """
 
     def mixing(self, mixup: float, cutmix: float, num_classes: int) -> Mixing | None:
-        """Mixup and CutMix of a batch with these alphas; None where both are 0."""
+        """A function that mixes a batch by Mixup and CutMix with these alphas; None if both are 0."""
         return None
 
     # Judging.
 
     @abstractmethod
     def meter(self, data: Data, device: torch.device | str = "cpu") -> Meter:
-        """An empty meter for the evaluation set of some data."""
+        """A new meter for the evaluation set of `data`."""
 
     def picture(self, data: Data, predictions: Sequence[tuple[int, int]], path: Path) -> None:  # noqa: B027
-        """Draw a few evaluation inputs with the label and the predicted class of each, where there is a way.
+        """Draw a few evaluation inputs with their labels and predicted classes, if the task has a picture.
 
         Args:
-            data: has the evaluation inputs.
-            predictions: label and predicted class of each of them.
-            path: of the picture.
+            data: the data with the evaluation inputs.
+            predictions: label and predicted class of each evaluation input, in the data's order.
+            path: file of the picture.
         """

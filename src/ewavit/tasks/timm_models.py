@@ -22,11 +22,14 @@ FEWEST_PATCHES = 4
 def build_timm_model(
     name: str, inputs: ImageInputs, pretrained: bool, initial_checkpoint: str | None, kwargs: dict[str, Any]
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """A timm model that fits the images, and its settings; arguments as in `Task.build_model`.
+    """Build a timm model for the images; arguments as in `Task.build_model`.
+
+    Returns:
+        The model and its settings.
 
     Raises:
-        EwavitError: unknown model, patches that do not fit the image, settings it refuses, weights that are
-            missing or of another model.
+        EwavitError: the model is unknown, its patches do not fit the images, its settings do not work, or the
+            weights are missing or of another model.
     """
     img_size = inputs.img_size
     if name in POINT_MODELS:
@@ -35,7 +38,7 @@ def build_timm_model(
         )
     if not timm.is_model(name.split(".")[0]):
         close = difflib.get_close_matches(name, timm.list_models(), 3)
-        hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() names them all"
+        hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists all models"
         raise EwavitError(f"timm has no model {name!r}: {hint}")
     _check_patches(kwargs.get("patch_size"), img_size)
     settings = {
@@ -61,7 +64,7 @@ def build_timm_model(
 
 
 def _create(name: str, settings: dict[str, Any], **more: Any) -> nn.Module:
-    """`timm.create_model`; drops `img_size` from the settings of a model that works at any size."""
+    """Call `timm.create_model`; `img_size` is removed from `settings` if the model does not know it."""
     try:
         try:
             model: nn.Module = timm.create_model(name, **settings, **more)
@@ -77,9 +80,9 @@ def _create(name: str, settings: dict[str, Any], **more: Any) -> nn.Module:
 
 
 def _from_file(name: str, file: str, settings: dict[str, Any]) -> nn.Module:
-    """The model with a file's weights, loaded strictly; the head is new if the file has other classes."""
+    """Load a model from a file, strictly; the head is new if the file has another number of classes."""
     if not Path(file).is_file():
-        raise EwavitError(f"no file {file}: give --initial-checkpoint the weights of a {name}")
+        raise EwavitError(f"no file {file}: --initial-checkpoint takes a file with the weights of {name}")
     try:
         weights = load_state_dict(file)
     except Exception as problem:  # whatever a damaged or foreign file makes the readers raise
@@ -107,7 +110,7 @@ def _from_file(name: str, file: str, settings: dict[str, Any]) -> nn.Module:
 
 
 def fitting_patch(img_size: int) -> int:
-    """The divisor of the image side that gives the number of patches per side closest to eight."""
+    """The patch size, a divisor of `img_size` in pixels, that gives nearly eight patches per side."""
     divisors = [patch for patch in range(1, img_size + 1) if img_size % patch == 0]
     return min(divisors, key=lambda patch: abs(img_size / patch - 8))
 

@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from ewavit.core.checkpoint_files import EXPERTS, collapse_checkpoint, is_checkpoint_file
 from ewavit.core.moe import moe_layers
 from ewavit.core.surgery import collapse, dense_state_dict
+from ewavit.data.batches import Data
+from ewavit.data.options import DataOptions
 from ewavit.errors import EwavitError
 from ewavit.tasks.task import Metrics
 from ewavit.training.building import expand_by_recipe
 from ewavit.training.card import ModelCard, RoutedMixture
 from ewavit.training.checkpoint import load_checkpoint, save_tensors
 from ewavit.training.evaluation import evaluate_batches
-from ewavit.training.opening import Data, open_data
+from ewavit.training.opening import open_data
 from ewavit.training.recipe import Recipe
 from ewavit.training.report import Row
 from ewavit.training.run_folder import RunFolder
@@ -142,13 +144,13 @@ def evaluate(source: Path, data: str | None = None, batch_size: int = 128, **dat
         source: a run's folder, a checkpoint folder, a safetensors or an ONNX file that ewavit wrote.
         data: data spec; the one it was trained on unless given.
         batch_size: images per batch.
-        data_options: handed to `open_data`.
+        data_options: further fields of `DataOptions`.
 
     Raises:
         EwavitError: the source or the data cannot be read, or their classes or image sizes differ.
     """
     predict, card = predictor(source)
-    opened = _open_for(card, data, batch_size, **data_options)
+    opened = _open_for(card, data, DataOptions(batch_size=batch_size, **data_options))
     device = torch.device("cuda" if torch.cuda.is_available() and isinstance(predict, nn.Module) else "cpu")
     if isinstance(predict, nn.Module):
         predict.to(device)
@@ -156,16 +158,11 @@ def evaluate(source: Path, data: str | None = None, batch_size: int = 128, **dat
     return evaluate_batches(opened.voting(predict), opened.eval_batches(), meter)
 
 
-def _open_for(card: ModelCard, spec: str | None, batch_size: int, **options: Any) -> Data:
-    data = open_data(
-        spec or card.data,
-        batch_size=batch_size,
-        img_size=card.img_size or None,
-        num_points=card.num_points,
-        mean=card.mean,
-        std=card.std,
-        **options,
+def _open_for(card: ModelCard, spec: str | None, options: DataOptions) -> Data:
+    options = replace(
+        options, img_size=card.img_size or None, num_points=card.num_points, mean=card.mean, std=card.std
     )
+    data = open_data(spec or card.data, options)
     if data.in_chans != card.in_chans or data.num_classes != len(card.classes):
         raise EwavitError(
             f"{data.name} has {data.num_classes} classes and {data.in_chans} channels, the model "
@@ -257,7 +254,7 @@ def _check(file: Path, model: nn.Module, card: ModelCard, data: str | None, coll
     if card.metric is None and data is None:
         return f"{said}, accuracy not compared: the checkpoint was written within an epoch"
     try:
-        opened = _open_for(card, data, 128)
+        opened = _open_for(card, data, DataOptions(batch_size=128))
     except EwavitError as problem:
         if data is not None:
             raise

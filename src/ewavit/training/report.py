@@ -60,7 +60,7 @@ def opening(run: Path, card: ModelCard, data: Data, recipe: Recipe, num_mixtures
 def closing(run: Path, card: ModelCard, data: Data, row: Row, judged_on: str) -> str:
     """What came of it, and how to load it."""
     judge, kind = card.task.judge, card.task.kind
-    skipped = f", {data.bad_images} unreadable {kind} skipped" if data.bad_images else ""
+    skipped = f", {data.num_skipped} unreadable {kind} skipped" if data.num_skipped else ""
     found = judge.text(row[f"eval_{judge.column}"])
     lines = [f"{judge.name} {found} on {data.num_eval:,} {judged_on}{skipped}"]
     if (average := row.get(f"average_{judge.column}")) is not None:

@@ -1,0 +1,82 @@
+"""`DataOptions`: how a data set is opened, apart from its name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ewavit.data.augmentation import Augmentation
+from ewavit.data.batches import BatchPlan, Statistics
+from ewavit.errors import EwavitError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """Options of `open_data`. A sample is one image or one point cloud with its label.
+
+    Args:
+        batch_size: samples per batch and rank.
+        seed: seed of the order of the samples and of the augmentation of images read from files.
+        augmentation: augmentation of the training samples.
+        limit: use only the first `limit` training samples; a set stored class by class is interleaved first.
+        holdout: share of the (limited) training samples to evaluate on in place of the evaluation set; they
+            are not trained on. The choice depends only on the number of samples, not on the seed.
+        img_size: height and width in pixels; None follows the images. Not for point clouds.
+        mean: mean of each channel, values in 0..1, to normalise images with; needs `std`. None takes the
+            training images' own for sets in memory, else ImageNet's (three channels) or 0.5 (one channel).
+        std: standard deviation of each channel; needs `mean`.
+        workers: processes that read training images, and as many for evaluation; 0 reads in this process.
+        device: device of the batches, and of whole sets that are kept in memory.
+        rank: number of this process, 0 to `world_size` - 1.
+        world_size: number of processes that share each epoch.
+        skip_bad_images: skip and count samples that cannot be read instead of raising an error.
+        data_dir: root folder of timm's data sets.
+        train_split: name of the training split of a timm set, or of the training folder.
+        val_split: name of the evaluation split of a timm set, or of the evaluation folder.
+        num_points: points per cloud; None takes 1,024, or 2,048 for clouds with labelled parts.
+        votes: evaluation passes over each cloud, averaged; all but the first are augmented.
+
+    Raises:
+        EwavitError: an option is out of range.
+    """
+
+    batch_size: int
+    seed: int = 0
+    augmentation: Augmentation = Augmentation()  # noqa: RUF009 (frozen)
+    limit: int | None = None
+    holdout: float = 0.0
+    img_size: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    workers: int = 2
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
+    rank: int = 0
+    world_size: int = 1
+    skip_bad_images: bool = False
+    data_dir: str | None = None
+    train_split: str = "train"
+    val_split: str = "validation"
+    num_points: int | None = None
+    votes: int = 1
+
+    def __post_init__(self) -> None:
+        lowest = {"batch_size": 1, "limit": 1, "img_size": 1, "workers": 0, "num_points": 1, "votes": 1}
+        for name, least in lowest.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise EwavitError(f"{name} {value} is too small: give {least} or more")
+        if not 0 <= self.holdout < 1:
+            raise EwavitError(f"holdout {self.holdout} is out of range: give 0 or more and less than 1")
+        if (self.mean is None) != (self.std is None):
+            missing = "mean" if self.mean is None else "std"
+            raise EwavitError(f"mean and std belong together and {missing} is missing: give both or neither")
+
+    @property
+    def statistics(self) -> Statistics | None:
+        """`mean` and `std` as one pair; None unless given."""
+        return None if self.mean is None or self.std is None else (self.mean, self.std)
+
+    def plan(self, num_train: int, num_eval: int) -> BatchPlan:
+        """The batches of so many training and evaluation samples for this rank."""
+        return BatchPlan(num_train, num_eval, self.batch_size, self.seed, self.rank, self.world_size)
