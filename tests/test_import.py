@@ -1,5 +1,6 @@
 """What `import ewavit` and its names bring in."""
 
+import os
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 import ewavit as ewa
 import ewavit.core
 import ewavit.distributed
+from ewavit.cli import SPIN_COUNT
 
 EXTRAS = {"timm", "torchvision", "accelerate", "transformers", "PIL", "matplotlib", "safetensors", "yaml"}
 
@@ -51,6 +53,26 @@ def test_a_public_name_brings_in_torch_and_what_torch_needs(use):
 def test_every_name_of_the_door_is_found_by_its_own_name(name):
     assert getattr(ewa, name).__name__ == name
     assert name in dir(ewa)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch uses libgomp on Linux only")
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, SPIN_COUNT), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0"), ({"GOMP_SPINCOUNT": "7"}, "7")],
+)
+def test_the_command_line_bounds_the_loop_of_waiting_threads_unless_the_user_does(given, spins):
+    kept = {
+        name: os.environ[name] for name in os.environ if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    }
+    script = "from ewavit import cli; cli.main(['train', '--help']); import torch"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=kept | given | {"OMP_DISPLAY_ENV": "VERBOSE"},  # libgomp then says what it has read
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"GOMP_SPINCOUNT = '{spins}'" in done.stderr
 
 
 def test_an_unknown_name_is_an_attribute_error():

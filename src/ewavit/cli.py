@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 
     _Commands = argparse._SubParsersAction["_Parser"]
 
+# OpenMP threads wait for each other in a loop of so many rounds, then they sleep. libgomp's 300,000 take
+# milliseconds, and on busy cores a step has hundreds of waits; 5,000 cost nothing on free cores
+# (benchmarks/busy_cores.py).
+SPIN_COUNT = "5000"
 _OF_COMPARISON = {"arms", "seeds", "lrs", "jobs"}  # what the YAML of a comparison holds beside a recipe
 
 
@@ -56,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0, or 2 for wrong input; each command's help names others.
     """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # read once, when torch is imported
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         options = build_parser().parse_args(arguments)
