@@ -1,7 +1,7 @@
 # Every target sets itself up in .venv; nothing needs root.
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := src tests benchmarks tools
+SOURCES := src tests benchmarks tools examples
 
 .PHONY: install demo test lint hooks package bench
 
