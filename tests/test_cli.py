@@ -1,9 +1,11 @@
 """The command line: what wrong input gets, where settings come from, what plan prints."""
 
 import json
+import re
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,9 @@ import torch
 from PIL import Image
 
 from ewavit.cli import main
+from ewavit.errors import EwavitError
 from ewavit.training.checkpoint import load_checkpoint
+from ewavit.training.recipe import GROUPS, Recipe, flag, kinds, settings
 from runs import TINY, observe, raise_after
 
 SMALL = [
@@ -269,8 +273,6 @@ def test_wrong_yaml_is_named(capsys, tmp_path, text, said):
 
 
 def test_model_kwargs_may_hold_tuples():
-    from ewavit.training.recipe import Recipe
-
     found = Recipe(model_kwargs="depths=(2,4),window_size=7,name=x").parsed_model_kwargs()
     assert found == {"depths": (2, 4), "window_size": 7, "name": "x"}
 
@@ -317,15 +319,77 @@ def test_evaluate_and_export_refuse_what_is_not_theirs(capsys, tmp_path):
         assert said in refused(capsys, tmp_path, *arguments)
 
 
-def test_help_names_every_setting(capsys):
-    assert main(["train", "--help"]) == 0
+COMMANDS = ("train", "plan", "bench", "compare", "evaluate", "export")
+
+
+@pytest.mark.parametrize("command", COMMANDS[:4])
+def test_help_names_every_setting_under_its_heading(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([command, "--help"]) == 0
     said = capsys.readouterr().out
-    for name in (
-        "--share-rate",
-        "--model-ema",
-        "--grad-accum-steps",
-        "--resume",
-        "--config",
-        "--layer-decay",
-    ):
-        assert name in said
+    assert "  --config FILE.yaml" in said
+    assert ("  --resume RUN" in said) == (command == "train")
+    places = [said.index(f"\n{group}:\n") for group in GROUPS]
+    assert places == sorted(places)
+    for setting in settings():
+        begin = places[GROUPS.index(setting.metadata["group"])]
+        end = min([place for place in places if place > begin], default=len(said))
+        assert re.search(rf"^  --{flag(setting.name)}[ ,]", said[begin:end], re.MULTILINE), setting.name
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_80_columns_and_describes_each_flag(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([command, "--help"]) == 0
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 80
+    assert "==SUPPRESS==" not in said
+    for option in re.findall(r"^  (--.*?)(?:  |$)", said, re.MULTILINE):
+        assert re.search(rf"^  {re.escape(option)}\s+\S", said, re.MULTILINE), option
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        *(([command, "--help"], 0) for command in COMMANDS),
+        (["train", "--no-such-flag"], 2),
+        (["train", "--epochs", "0"], 2),
+        (["plan", "--share-rate", "0.9"], 2),
+        (["bench", "--k", "9", "--router", "topk"], 2),
+        (["compare", "--arms", "dense,no-such"], 2),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_help_and_wrong_settings_are_answered_without_torch(arguments, status):
+    script = "import sys; from ewavit.cli import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == f"{status} False", done.stderr
+
+
+@pytest.mark.parametrize("name", [name for name, kind in kinds().items() if kind in (int, float)])
+def test_every_number_has_a_range_and_is_refused_outside_of_it(name):
+    (limits,) = (setting.metadata for setting in settings() if setting.name == name)
+    assert limits["least"] is not None or limits["above"] is not None
+    outside = {"least": -1, "above": 0, "most": 1, "below": 0}
+    for limit, step in outside.items():
+        if limits[limit] is not None:
+            with pytest.raises(EwavitError, match=f"^--{flag(name)} .* is out of range: choose "):
+                Recipe(**{name: limits[limit] + step})
+
+
+def test_the_page_of_the_command_line_has_every_command_and_flag():
+    tool = Path(__file__).parent.parent / "tools" / "command_line_page.py"
+    page, again = (
+        subprocess.run([sys.executable, str(tool)], capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    )
+    assert page == again
+    for command in COMMANDS:
+        assert f"\n## ewavit {command}\n" in page
+    for group in GROUPS:
+        assert f"\n### {group.capitalize()}\n" in page
+    for setting in settings():
+        row = rf"^\| `--(\[no-\])?{flag(setting.name)}\b.*[^| ] \|$"
+        assert re.search(row, page, re.MULTILINE), setting.name

@@ -56,8 +56,7 @@ def compare(
         recipe: the settings that the arms share; `output` and `name` give the folder, `seed` the first seed.
         arms: from `make_arms`.
         seeds: how many, 2 or more. A later start may have more or fewer, and other arms: nothing is deleted.
-        lrs: the learning rates of tuned arms; the one with the best mean of the judging metric on held-out
-            training data, at the first two seeds, is chosen.
+        lrs: tuned arms choose the best one by the mean metric on held-out training data, at two seeds.
         jobs: runs at a time; one for each GPU or else each CPU core unless given.
         ray: address of a Ray cluster, "" for one on this machine; None runs without Ray.
         limited: mark the results as a quick look.
@@ -97,10 +96,14 @@ def compare(
             engine.stop()
     comparison = work.write()
     if received:
-        done = sum(cell.run.is_finished for cell in work.final())
-        total = len(work.arms) * len(work.seeds)
-        raise Stopped(received[0], f"stopped, {done} of {total} runs are finished; go on with: {command}")
+        raise _stopped(work, received[0])
     return comparison
+
+
+def _stopped(work: Work, signal_number: int) -> Stopped:
+    done, total = sum(cell.run.is_finished for cell in work.final()), len(work.arms) * len(work.seeds)
+    message = f"stopped, {done} of {total} runs are finished; go on with: {work.command}"
+    return Stopped(signal_number, message)
 
 
 def _cores() -> int:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ewavit.core.experts import ExpertLeaf, SeparateExperts, StackedExperts
 from ewavit.core.moe import MoE, Unit
+from ewavit.errors import first_line
 
 _NAMES = re.compile(r"(mlp|ffn)\d*|mlp_(layer|channels|tokens|in)|channel_mixer|feed_?forward|ff")
 _CLASSES = re.compile(r"mlp|ffn|feed_?forward|swiglu|geglu", re.IGNORECASE)
@@ -188,7 +189,7 @@ def _examine(name: str, module: nn.Module) -> FFN:
 
 
 def _short(problem: Exception) -> str:
-    return f"{type(problem).__name__}: {str(problem)[:120]}"
+    return f"{type(problem).__name__}: {first_line(problem)}"
 
 
 def _first_layer(module: nn.Module) -> nn.Linear | nn.Conv2d | None:
