@@ -280,8 +280,8 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
             "rate of NAME (default: dense,ewa)",
         ),
         ("seeds", int, "N", "seeds of each arm: --seed, --seed + 1, ... (default: 5)"),
-        ("lrs", numbers, "X,X,...", "learning rates that NAME-lr arms choose from, on held-out training data"),
-        ("jobs", int, "N", "runs at the same time (default: one per GPU, or one per CPU core without GPUs)"),
+        ("lrs", numbers, "X,X,...", "learning rates that NAME-lr arms choose from, on held-out data"),
+        ("jobs", int, "N", "runs at the same time (default: one per GPU, or one per CPU core)"),
     ):
         group.add_argument(f"--{name}", type=kind, metavar=metavar, help=help_text, default=argparse.SUPPRESS)
     group.add_argument(
