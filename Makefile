@@ -26,7 +26,7 @@ lint: install
 hooks: install
 	$(BIN)/pre-commit run --all-files
 
-# Builds dist/ and runs the suite once more, in the unpacked sdist and against the wheel.
+# Builds dist/ and runs the suite in the unpacked sdist, against the wheel.
 package: install
 	rm -rf dist
 	$(BIN)/python -m build
