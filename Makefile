@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := src tests benchmarks tools examples
 
-.PHONY: install demo test lint hooks package bench
+.PHONY: install demo test lint hooks package oldest bench
 
 install: .venv/installed
 
@@ -28,11 +28,20 @@ lint: install
 hooks: install
 	$(BIN)/pre-commit run --all-files
 
-# Builds dist/ and runs the suite once more, in the unpacked sdist and against the wheel.
+# Builds dist/ and runs the suite in the unpacked sdist, against the wheel.
 package: install
 	rm -rf dist
 	$(BIN)/python -m build
 	$(BIN)/python tools/check_package.py -q -n auto
+
+# The lower bounds of pyproject.toml, and for what they need the newest versions of a fixed day.
+OLDEST := .venv-oldest/bin
+oldest:
+	test -x $(OLDEST)/python || $(PYTHON) -m venv .venv-oldest
+	$(OLDEST)/python -m pip install -q -c constraints.txt uv
+	$(OLDEST)/uv pip install -q --python $(OLDEST)/python --resolution lowest-direct --exclude-newer 2026-11-24 \
+		-e '.[all,dev]'
+	$(OLDEST)/python -m pytest -q -n auto
 
 bench: install
 	$(BIN)/python benchmarks/step_time.py
