@@ -130,7 +130,7 @@ def tensor_auto_augment(config: str) -> Callable[[Tensor], Tensor]:
         values.pop("inc", None)
         return RandAugment(n=num_ops, **values)
     if config == "original":
-        transform = v2.AutoAugment(interpolation="bilinear")
+        transform = v2.AutoAugment(interpolation=v2.InterpolationMode.BILINEAR)
     elif name == "augmix":
         values = {"m": 3.0, "w": 3.0, "d": -1.0, "a": 1.0, **_numbers(config, ("m", "w", "d", "a"))}
         severity = min(max(int(values["m"]), 1), 10)
