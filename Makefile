@@ -3,14 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := src tests benchmarks tools examples
 
-.PHONY: install demo test lint hooks package bench
+.PHONY: install demo test lint hooks package docs bench
 
 install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "Installing torch and what else ewavit needs into .venv: about 5.5 GB, two to three minutes."
-	$(BIN)/python -m pip install -c constraints.txt -e '.[all,dev]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[all,dev,docs]'
 	touch $@
 
 demo: install
@@ -33,6 +33,10 @@ package: install
 	rm -rf dist
 	$(BIN)/python -m build
 	$(BIN)/python tools/check_package.py -q -n auto
+
+# A broken link, an anchor that is not there or a public name without a docstring is an error.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: install
 	$(BIN)/python benchmarks/step_time.py

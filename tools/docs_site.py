@@ -23,6 +23,8 @@ ROOT = Path(__file__).parent.parent
 DOORS = ("ewavit", "ewavit.core", "ewavit.distributed")
 EXPORT = "ewavit.training.export"
 LISTED = {
+    "ewavit.errors": ("Diverged", "Refused"),
+    "ewavit.data.options": ("DataOptions",),
     "ewavit.training.recipe": ("Recipe",),
     "ewavit.training.loop": ("Result", "TrainingRun", "resume", "train"),
     "ewavit.compare.arms": ("Arm", "make_arms"),
