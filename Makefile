@@ -3,14 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := src tests benchmarks tools examples
 
-.PHONY: install demo test lint hooks package oldest bench
+.PHONY: install demo test lint hooks package oldest docs bench
 
 install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "Installing torch and what else ewavit needs into .venv: about 5.5 GB, two to three minutes."
-	$(BIN)/python -m pip install -c constraints.txt -e '.[all,dev]'
+	$(BIN)/python -m pip install -c constraints.txt -e '.[all,dev,docs]'
 	touch $@
 
 demo: install
@@ -42,6 +42,10 @@ oldest:
 	$(OLDEST)/uv pip install -q --python $(OLDEST)/python --resolution lowest-direct --exclude-newer 2026-11-24 \
 		-e '.[all,dev]'
 	$(OLDEST)/python -m pytest -q -n auto
+
+# A broken link, an anchor that is not there or a public name without a docstring is an error.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: install
 	$(BIN)/python benchmarks/step_time.py

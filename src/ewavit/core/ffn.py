@@ -44,6 +44,7 @@ class FFN:
 
     @property
     def class_name(self) -> str:
+        """The class of the module."""
         return type(self.module).__name__
 
     @property
@@ -54,6 +55,7 @@ class FFN:
 
     @property
     def num_parameters(self) -> int:
+        """Parameters of the module."""
         return sum(parameter.numel() for parameter in self.module.parameters())
 
 

@@ -48,6 +48,7 @@ class MoE(nn.Module):
 
     @property
     def num_experts(self) -> int:
+        """N."""
         return self.experts.num_experts
 
     @property
@@ -61,7 +62,8 @@ class MoE(nn.Module):
         Args:
             x: (tokens, dim), (batch, tokens, dim), (batch, height, width, dim) or, channels first,
                 (batch, dim, height, width).
-            args, kwargs: handed to the FFN.
+            *args: passed to the FFN.
+            **kwargs: passed to the FFN.
 
         Returns:
             The FFN's output, in the FFN's shape.

@@ -32,8 +32,9 @@ class TopK:
         noise: standard deviation of the Gaussian noise on the logits in training, in units of 1 / E.
         batch_priority: when experts are full, serve the tokens with the largest softmax first (batch
             prioritised routing), not the first ones in the batch.
-        importance_loss, load_loss: weights of V-MoE's balancing losses (appendix A.2). The paper adds 0.01
-            times the mean of the two. Without noise the load loss is left out.
+        importance_loss: weight of V-MoE's importance loss (appendix A.2). The paper adds 0.01 times the mean
+            of this loss and the load loss.
+        load_loss: weight of V-MoE's load loss; left out without noise.
         balance_loss: weight of the Switch Transformer's loss (arXiv 2101.03961, Eq. 4); 0.01 there.
         z_loss: weight of ST-MoE's loss on large logits (arXiv 2202.08906, Eq. 5); 0.001 there.
 
