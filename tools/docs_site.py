@@ -1,4 +1,4 @@
-"""Hooks of mkdocs for `make docs`: pages from elsewhere in the repository, links to its files, the public names.
+"""mkdocs hooks of `make docs`: pages and links made at build time, and a check of the public names.
 
 The build fails if a public name is missing on docs/api.md or has no docstring.
 """
