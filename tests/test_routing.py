@@ -627,7 +627,7 @@ def test_a_routed_run_leaves_one_file_that_loads_as_the_mixture_it_trained(kept)
     expected = model(x)
     for source in (kept.model_file, str(kept.run / "checkpoint")):
         assert torch.equal(ewa.load(source)(x), expected)
-    assert evaluate(kept.run, batch_size=32).top1 == pytest.approx(kept.row["eval_top1"], abs=0.01)
+    assert evaluate(kept.run, batch_size=32)["top1"] == pytest.approx(kept.row["eval_top1"], abs=0.01)
 
 
 def test_what_cannot_be_loaded_is_named(tmp_path):
@@ -668,8 +668,8 @@ def test_a_collapsed_routed_run_is_evaluated_and_left_as_the_plain_model(tmp_pat
     )
     plain = ewa.load(result.run)
     assert not moe_layers(plain)
-    assert evaluate(result.run).top1 == pytest.approx(result.row["eval_top1"], abs=0.01)
-    average = evaluate(result.run / "model-average.safetensors").top1
+    assert evaluate(result.run)["top1"] == pytest.approx(result.row["eval_top1"], abs=0.01)
+    average = evaluate(result.run / "model-average.safetensors")["top1"]
     assert average == pytest.approx(result.row["average_top1"], abs=0.01)
     assert not moe_layers(ewa.load(result.run / "checkpoint"))
 

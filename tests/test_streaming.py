@@ -299,7 +299,7 @@ def test_what_is_not_expanded_or_not_whole_is_refused(tmp_path):
     refused(file, target, "expert_metadata(model)")
     state = dict(model.state_dict()) | {"blocks.0.mlp.dispatcher.weight": torch.zeros(3)}
     save_file(state, file, ewa.expert_metadata(model))
-    refused(file, target, "a router's")
+    refused(file, target, "is a routed mixture (blocks.0.mlp.dispatcher.weight)")
     square = {"a.experts.ffn.weight": torch.zeros(3, 3), "a.experts.ffn.bias": torch.zeros(3)}  # no stack
     for bare in (square, {key: square[key] for key in list(square)[:1]}):
         save_file(bare, file)
@@ -311,8 +311,8 @@ def test_what_is_not_expanded_or_not_whole_is_refused(tmp_path):
 def test_a_wrong_target_is_refused(tmp_path):
     file = save(expanded(), tmp_path / "expanded.safetensors")
     refused(file, file, "is the source")
-    refused(file, tmp_path / "folder", "end it in .safetensors")
-    refused(file, tmp_path / "plain.pt", "end it in .safetensors")
+    refused(file, tmp_path / "folder", "choose FILE.safetensors")
+    refused(file, tmp_path / "plain.pt", "choose FILE.safetensors")
     refused(file, tmp_path / "none" / "plain.safetensors", "no folder")
     folder = shard(expanded(), tmp_path / "in")
     refused(folder, folder, "there already")
