@@ -73,7 +73,7 @@ def test_a_broken_regular_expression_is_named():
 
 
 def test_a_model_without_ffns_is_refused():
-    with pytest.raises(ewa.EwavitError, match='no FFN works with unit="token".*name yours in select'):
+    with pytest.raises(ewa.EwavitError, match=r'no FFN works with unit="token".*name yours in select'):
         ewa.expand(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2)))
 
 
