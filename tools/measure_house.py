@@ -5,7 +5,7 @@
 
 A room is a file or a folder directly in src/ewavit, apart from the doors (`__init__.py`, `distributed.py`).
 Every import counts: at the top, in functions, and under TYPE_CHECKING. An arrow leads from a room to one that
-it imports. Floors are the rooms on the longest path of arrows, where rooms in a circle share a floor. A circle
+it imports. Floors are the rooms on the longest path of arrows, where rooms in a circle share one. A circle
 is a set of files that import each other.
 """
 

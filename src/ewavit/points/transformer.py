@@ -121,12 +121,12 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer block."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float) -> None:
+    def __init__(self, dim: int, num_heads: int, drop_path: float) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = Mlp(dim, 4 * dim)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -139,14 +139,14 @@ class TransformerEncoder(nn.Module):
     """Transformer blocks; each adds the position to its input.
 
     Args:
-        dim, depth, num_heads, mlp_ratio: settings of the blocks.
+        dim, depth, num_heads: settings of the blocks.
         drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
     """
 
-    def __init__(self, dim: int, depth: int, num_heads: int, mlp_ratio: float, drop_path_rate: float) -> None:
+    def __init__(self, dim: int, depth: int, num_heads: int, drop_path_rate: float) -> None:
         super().__init__()
         rates = [drop_path_rate * block / max(depth - 1, 1) for block in range(depth)]
-        self.blocks = nn.ModuleList([Block(dim, num_heads, mlp_ratio, rate) for rate in rates])
+        self.blocks = nn.ModuleList([Block(dim, num_heads, rate) for rate in rates])
 
     def forward(self, x: Tensor, pos: Tensor) -> list[Tensor]:
         """Map tokens and positions (B, tokens, dim) to the output of every block, each (B, tokens, dim)."""
@@ -161,7 +161,7 @@ class _Backbone(nn.Module):
     """The shared part of classification and segmentation: points to groups, tokens and blocks.
 
     Args:
-        dim, depth, num_heads, mlp_ratio: settings of the transformer.
+        dim, depth, num_heads: settings of the transformer.
         num_group: number of groups, G.
         group_size: points per group, k.
         drop_path_rate: stochastic depth of the last block.
@@ -178,7 +178,6 @@ class _Backbone(nn.Module):
         num_heads: int = 6,
         num_group: int = 64,
         group_size: int = 32,
-        mlp_ratio: float = 4.0,
         drop_path_rate: float = 0.1,
         encoder_width: int = 128,
         encoder_dims: int | None = None,
@@ -190,7 +189,7 @@ class _Backbone(nn.Module):
         self.encoder = Encoder(encoder_dims or dim, encoder_width)
         self.reduce_dim = nn.Identity() if encoder_dims is None else nn.Linear(encoder_dims, dim)
         self.pos_embed = nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, dim))
-        self.blocks = TransformerEncoder(dim, depth, num_heads, mlp_ratio, drop_path_rate)
+        self.blocks = TransformerEncoder(dim, depth, num_heads, drop_path_rate)
         self.norm = nn.LayerNorm(dim)
 
     def tokens(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
