@@ -11,12 +11,12 @@ import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.exceptions import PluginError
-from mkdocs.structure.files import File, Files
-from mkdocs.structure.pages import Page
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
 # The public names: `__all__` of these modules, every public function of export, and what is listed.
@@ -91,16 +91,20 @@ def _has_docstring(value: Any) -> bool:
 
 def on_pre_build(config: MkDocsConfig) -> None:
     """Check the public names."""
+    from mkdocs.exceptions import PluginError
+
     if problems := undocumented((Path(config.docs_dir) / "api.md").read_text()):
         raise PluginError("\n".join(problems))
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated page, the changelog, and the files that pages link to."""
+    from mkdocs.structure.files import File
+
     files.append(File.generated(config, "command-line.md", content=command_line_page()))
     files.append(File.generated(config, "changelog.md", content=(ROOT / "CHANGELOG.md").read_text()))
     for pattern in LINKED:
-        for path in sorted(ROOT.glob(pattern)):
+        for path in sorted(filter(Path.is_file, ROOT.glob(pattern))):
             name = path.relative_to(ROOT).as_posix().replace(".md", ".md.txt")
             files.append(File.generated(config, name, abs_src_path=str(path)))
     return files

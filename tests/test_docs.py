@@ -1,0 +1,91 @@
+"""The documentation: every public name is on the API page, and the code of the pages runs."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import ewavit as ewa
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+
+
+@pytest.fixture(scope="module")
+def site():
+    spec = importlib.util.spec_from_file_location("docs_site", ROOT / "tools" / "docs_site.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_public_name_is_on_the_api_page_and_has_a_docstring(site):
+    assert site.undocumented((ROOT / "docs" / "api.md").read_text()) == []
+
+
+def test_a_name_that_the_api_page_lacks_is_found(site):
+    page = (ROOT / "docs" / "api.md").read_text()
+    without = page.replace("::: ewavit.expand\n", "").replace("::: ewavit.training.export.export\n", "")
+    assert site.undocumented(without) == [
+        "ewavit.expand is not on docs/api.md",
+        "ewavit.training.export.export is not on docs/api.md",
+    ]
+
+
+def test_a_public_name_without_a_docstring_is_found(site, monkeypatch):
+    monkeypatch.setattr(ewa.ExpertAveraging.step, "__doc__", None)
+    monkeypatch.setattr(ewa.core.FFN, "__doc__", "FFN(name: str)")  # as a dataclass writes it
+    assert site.undocumented((ROOT / "docs" / "api.md").read_text()) == [
+        "ewavit.ExpertAveraging.step has no docstring",
+        "ewavit.core.FFN has no docstring",
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_links_to_files_that_exist(page):
+    generated = {"command-line.md", "changelog.md"}
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
+    assert [link for link in links if link not in generated and not (page.parent / link).exists()] == []
+
+
+def test_the_code_of_the_loop_page_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = partial(timm.create_model, img_size=32, embed_dim=32, depth=2, num_heads=2)
+    monkeypatch.setattr(timm, "create_model", small)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "loop.md").read_text(), re.DOTALL)
+    assert len(blocks) == 4
+    three, save, router, scale = blocks
+    names = {}
+    exec(three.partition("...")[0], names)
+    exec(save, names)
+    exec(three.partition("...")[2].partition("\n")[2], names)
+    assert type(names["model"].blocks[1].mlp) is type(small("vit_small_patch16_224").blocks[1].mlp)
+    exec(router, names)
+    exec(scale, names)
+    names |= {"scaler": torch.amp.GradScaler("cpu", enabled=False), "accumulation_steps": 2}
+    names["model"](torch.randn(2, 3, 32, 32)).sum().backward()
+    names["optimizer"].step()
+    assert min(ewa.expert_spread(names["model"]).values()) > 0
+
+
+def test_the_measures_of_the_house_are_counted_from_the_source(tmp_path):
+    files = {"a": "", "b": "import ewavit.a\n", "c/__init__": "", "c/x": "from . import y\n", "c/y": ""}
+    files["c/y"] = "def f():\n    from ewavit.c.x import g\n    from ewavit.b import h\n\n    return g, h\n"
+    for name, text in {"__init__": "from ewavit import c\n", **files}.items():
+        file = tmp_path / "src" / "ewavit" / f"{name}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    script = ROOT / "tools" / "measure_house.py"
+    printed = subprocess.check_output([sys.executable, script, tmp_path], text=True)
+    found = {line[:38].strip(): line[38:] for line in printed.splitlines()}
+    assert found["rooms"] == "3: a, b, c"
+    assert found["arrows between rooms"] == "2"
+    assert found["floors"] == "3"
+    assert found["circles of files"] == "1; ewavit.c.x, ewavit.c.y"
+    assert found["longest function, lines"] == "5 (y.py:f)"
