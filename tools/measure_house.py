@@ -93,6 +93,20 @@ def functions(files: Iterable[Path]) -> Iterator[tuple[str, int, int]]:
                 yield f"{file.name}:{node.name}", lines, count
 
 
+def kinds_of_lines(files: Iterable[Path]) -> tuple[int, int]:
+    """Lines of code, and of docstrings and comments; blank lines between them count as neither."""
+    code = text = 0
+    for file in files:
+        tree, lines = ast.parse(file.read_text()), file.read_text().splitlines()
+        told = {number for number, line in enumerate(lines, 1) if line.strip().startswith("#")}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+                told |= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+        text += len(told)
+        code += sum(bool(line.strip()) and number not in told for number, line in enumerate(lines, 1))
+    return code, text
+
+
 def main() -> None:
     root = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent.parent
     source = root / "src"
@@ -115,6 +129,8 @@ def main() -> None:
         "longest argument list": f"{widest[2]} ({widest[0]})",
         "argument lists above 8": sum(count > 8 for _, _, count in every),
     }
+    code, text = kinds_of_lines(files.values())
+    rows |= {"lines of code in src": f"{code:,}", "docstrings and comments in src": f"{text:,}"}
     for folder in ("src", "src/ewavit/core", "tests", "benchmarks", "tools"):
         lines = sum(len(file.read_text().splitlines()) for file in (root / folder).rglob("*.py"))
         rows[f"lines of Python in {folder}"] = f"{lines:,}"

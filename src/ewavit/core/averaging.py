@@ -146,7 +146,7 @@ class ExpertAveraging:
     Raises:
         EwavitError: the model has no MoE, the share rate is out of range, or `every` is below 1.
 
-    Example:
+    Examples:
         >>> ExpertAveraging(model, share_rate=0.3, ramp_steps=10_000).attach(optimizer)
     """
 

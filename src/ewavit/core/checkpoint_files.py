@@ -84,7 +84,7 @@ def expert_metadata(model: nn.Module) -> dict[str, str]:
     Returns:
         An empty dict for a model without mixtures.
 
-    Example:
+    Examples:
         >>> metadata = {"format": "pt", **expert_metadata(model)}
         >>> safetensors.torch.save_file(model.state_dict(), "expanded.safetensors", metadata)
         >>> collapse_checkpoint("expanded.safetensors", "plain.safetensors")

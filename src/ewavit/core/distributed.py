@@ -38,7 +38,7 @@ def expert_placement(
         EwavitError: no MoE layer, replica experts (docs/distributed.md shows how to shard them), or a
             parameter without another dimension that divides evenly over the processes.
 
-    Example:
+    Examples:
         >>> placement = ewa.distributed.expert_placement(model, mesh)
         >>> for block in model.blocks:
         ...     fully_shard(block, mesh=mesh, shard_placement_fn=placement)

@@ -284,7 +284,7 @@ def scale_auxiliary_loss(model: nn.Module, scale: Callable[[Tensor], Tensor] | N
     Raises:
         EwavitError: the model has no router.
 
-    Example:
+    Examples:
         >>> ewavit.scale_auxiliary_loss(model, lambda loss: scaler.scale(loss / accumulation_steps))
     """
     for router in _require_routers(model):

@@ -87,7 +87,7 @@ class SpreadPrediction:
     Raises:
         EwavitError: another optimizer (see `supports`), or a model without MoE.
 
-    Example:
+    Examples:
         >>> prediction = SpreadPrediction(model, optimizer, averaging)
         >>> loss.backward()
         >>> if step % 10 == 0:
