@@ -1,6 +1,7 @@
 """The documentation: every public name is on the API page, and the code of the pages runs."""
 
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -89,3 +90,23 @@ def test_the_measures_of_the_house_are_counted_from_the_source(tmp_path):
     assert found["floors"] == "3"
     assert found["circles of files"] == "1; ewavit.c.x, ewavit.c.y"
     assert found["longest function, lines"] == "5 (y.py:f)"
+
+
+@pytest.mark.parametrize(
+    ("record", "arms"),
+    [
+        ("compare-transfer-cifar", ["ewa-image", "rup-image", "ewa-weak", "ewa", "ema"]),
+        ("compare-transfer-cifar10", ["ewa-image", "ewa-image-1x", "rup-image", "ema"]),
+        ("compare-modelnet10-small", ["ewa", "moe", "moe+ewa", "moe+early-ewa", "moe-collapsed"]),
+        ("compare-mini", ["ewa"]),
+        ("compare-demo", ["ewa"]),
+        ("compare-screening", None),
+    ],
+)
+def test_the_differences_of_the_method_card_are_those_of_their_records(record, arms):
+    card = (ROOT / "docs" / "method-card.md").read_text()
+    rows = json.loads((ROOT / "records" / f"{record}.json").read_text())["statistics"]["against_reference"]
+    found = {row["arm"]: row for row in rows}
+    for arm in arms or found:
+        low, high = found[arm]["interval"]
+        assert f"{found[arm]['mean']:+.2f} [{low:+.2f}, {high:+.2f}]" in card, arm
