@@ -515,7 +515,7 @@ REFUSED = {
         of_timm_class(MlpMixer, **MIXER, block_layer=SpatialGatingBlock, mlp_layer=GatedMlp, mlp_ratio=4.0),
         ["blocks.0.mlp_channels", "GatedMlp", "cannot be run on (2, 4, 24)"],
     ),
-    "resnet": (of_timm("resnet18", channels=(8, 8, 8, 8)), ["no module looks like one"]),
+    "resnet": (of_timm("resnet18", channels=(8, 8, 8, 8)), ["no module looks like an FFN"]),
     "vgg": (of_timm_class(VGG, [8, "M", 8]), ["pre_logits", "part of the head"]),
     "vit with attention and FFN fused": (
         of_timm("vit_dpwee_patch16_reg1_gap_256", **VIT),
