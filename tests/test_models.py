@@ -36,6 +36,7 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import Tensor, nn
 from torchvision.models import MaxVit, SwinTransformer, VisionTransformer
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
+from torchvision.models.video.swin_transformer import SwinTransformer3d
 
 import ewavit as ewa
 from ewavit.core import MoE, SeparateExperts, moe_layers
@@ -814,10 +815,10 @@ def test_what_cannot_be_averaged_or_copied_is_refused() -> None:
         mlp.fc1.weight = nn.Parameter(torch.zeros(12, DIM, dtype=torch.int8), requires_grad=False)
 
     def keep_a_result(mlp: nn.Module) -> None:
-        mlp.cache = mlp.fc1.weight.sum()
+        mlp.cache = (number for number in range(3))
 
     assert "torch.int8: averaging needs floating point" in reason(quantise)
-    assert "cannot be copied: RuntimeError" in reason(keep_a_result)
+    assert "cannot be copied: TypeError" in reason(keep_a_result)
     assert "meta device" in reason(lambda mlp: mlp.to("meta"))
     assert "BatchNorm1d inside" in reason(lambda mlp: setattr(mlp, "norm", nn.BatchNorm1d(12)))
 
@@ -850,3 +851,59 @@ def test_ffn_that_drops_whole_images_is_dealt_by_image_alone():
         ewa.expand(model, select=["mlp"])
     ewa.expand(model, select=["mlp"], unit="image")
     assert isinstance(model["mlp"].experts, SeparateExperts)
+
+
+HF_TINY = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96}
+
+
+def test_an_object_detectors_heads_are_not_ffns_and_its_refused_blocks_leave_nothing():
+    config = transformers.YolosConfig(**HF_TINY, image_size=[32, 32], patch_size=8, num_detection_tokens=4)
+    model = transformers.YolosForObjectDetection(config)
+    with pytest.raises(ewa.EwavitError, match="no FFN works") as refused:
+        ewa.expand(model)
+    assert "bbox_predictor" in str(refused.value)
+    assert "part of the head" in str(refused.value)
+
+
+def test_a_classifiers_head_is_left_out_where_the_blocks_can_be_expanded():
+    config = transformers.ASTConfig(
+        **HF_TINY, patch_size=8, frequency_stride=8, time_stride=8, max_length=32, num_mel_bins=32
+    )
+    model = ewa.expand(transformers.ASTForAudioClassification(config), select="all")
+    assert list(moe_layers(model)) == [f"audio_spectrogram_transformer.layers.{n}.mlp" for n in (0, 1)]
+
+
+@pytest.mark.parametrize("place", ["head", "classifier", "bbox_predictor", "mask_embed"])
+def test_a_head_is_refused_by_its_place(place):
+    model, inner = nn.Module(), nn.Module()
+    model.blocks = nn.ModuleList([tiny_vit(1).blocks[0]])
+    inner.mlp = tiny_vit(1).blocks[0].mlp
+    setattr(model, place, inner)
+    found = {ffn.name: ffn for ffn in ewa.find_ffns(model)}
+    assert found["blocks.0.mlp"].unit == "token"
+    assert "part of the head" in found[f"{place}.mlp"].reason
+
+
+def test_a_head_is_refused_by_its_class_and_by_its_width():
+    class MlpHead(nn.Sequential):
+        pass
+
+    model = nn.Module()
+    model.mlp1 = MlpHead(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+    model.mlp2 = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 5))
+    model.mlp3 = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+    found = {ffn.name: ffn for ffn in ewa.find_ffns(model)}
+    assert found["mlp1"].unit is None
+    assert "MlpHead" in found["mlp1"].reason
+    assert "8 channels in, 5 out" in found["mlp2"].reason
+    assert found["mlp3"].unit == "token"
+
+
+def test_ffns_of_video_models_take_five_dimensions():
+    dense = SwinTransformer3d([2, 4, 4], 24, [2], [3], [2, 4, 4], num_classes=CLASSES)
+    model = ewa.expand(dense, 2, select="all")
+    model.train()(torch.randn(1, 3, 4, 32, 32)).sum().backward()
+    assert all(p.grad is not None for moe in moe_layers(model).values() for p in moe.parameters())
+    x = torch.randn(1, 3, 4, 32, 32)
+    expected = model.eval()(x)
+    torch.testing.assert_close(ewa.collapse(model)(x), expected, atol=1e-5, rtol=1e-5)

@@ -6,8 +6,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator
 from typing import Any, cast
 
 import torch
@@ -15,6 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ewavit.core.copying import (
+    attachments,
+    computes_weight,
+    copied_with,
+    duplicate,
+    keep_attributes,
+    without_call_hooks,
+)
 from ewavit.core.devices import Peers, at_least_float32, local
 from ewavit.errors import EwavitError
 
@@ -44,21 +51,34 @@ class ExpertLeaf(nn.Module):
             memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
             stacked = parameter.detach().unsqueeze(0).repeat(num_experts, *[1] * parameter.ndim)
             self.register_parameter(name, nn.Parameter(stacked, parameter.requires_grad))
+            keep_attributes(parameter, cast(nn.Parameter, self._parameters[name]))
+        self.names = tuple(self._parameters)
         # The original layer without its weights, in a tuple so that torch does not register it as a child.
-        self._original = (copy.deepcopy(leaf, memo),)
+        self._original = (duplicate(leaf, memo),)
 
     @property
     def merged(self) -> bool:
         return self.num_experts == 1 or not (self.training or self.routed)
 
     def mean(self, name: str) -> Tensor | None:
-        """The mean over experts of one parameter (None for an absent bias)."""
-        parameter = self._parameters[name]
-        return None if parameter is None else parameter.mean(0)
+        """The mean over experts of one parameter (None for an absent bias).
+
+        Of a weight that is computed (a parametrization, pruning) the mean of what is computed.
+        """
+        value: Tensor | None = getattr(self, name)
+        return None if value is None else value.mean(0)
 
     def collapse(self) -> nn.Module:
         """The original layer, of its original class, with the mean parameters."""
-        means = {name: stacked.detach().mean(0) for name, stacked in self.named_parameters()}
+        for hook in list(self._forward_pre_hooks.values()):
+            if computes_weight(hook):
+                hook(self, ())
+        held = dict(self.named_parameters(recurse=False))
+        means = {
+            name: nn.Parameter(mean.detach(), held[name].requires_grad if name in held else True)
+            for name in self.names
+            if (mean := self.mean(name)) is not None
+        }
         return copied_with(self._original[0], means).train(self.training)
 
     def extra_repr(self) -> str:
@@ -98,7 +118,7 @@ class ExpertNorm(ExpertLeaf):
 
     def forward(self, x: Tensor) -> Tensor:
         """The same shape as x: (E, ..., D) in training, (..., D) in eval."""
-        weight, bias = self._parameters[self.scale_name], self._parameters.get("bias")
+        weight, bias = getattr(self, self.scale_name), getattr(self, "bias", None)
         if self.merged:  # in one call, so that one expert computes bit for bit what the original layer does
             scale, shift = (p if p is None else p.mean(0) for p in (weight, bias))
             return self._normalised(x, scale, shift) if self.kind != "scale" else x * cast(Tensor, scale)
@@ -154,15 +174,6 @@ def _batched_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y.view(*x.shape[:-1], weight.shape[1])
 
 
-def copied_with(module: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
-    """A deep copy of a module with other parameters, given by name."""
-    memo: dict[int, Any] = {}  # what deepcopy finds here it does not copy
-    for name, value in values.items():
-        parameter = module.get_parameter(name)
-        memo[id(parameter)] = nn.Parameter(value, parameter.requires_grad)
-    return copy.deepcopy(module, memo)
-
-
 def _norm_kind(leaf: nn.Module) -> str | None:
     name = type(leaf).__name__.lower()
     if isinstance(leaf, nn.LayerNorm):
@@ -173,14 +184,30 @@ def _norm_kind(leaf: nn.Module) -> str | None:
 
 
 def _stack_leaf(leaf: nn.Module, num_experts: int) -> ExpertLeaf | None:
-    """The stacked version of a layer, or None if there is none."""
+    """The stacked version of a layer, or None if there is none or the layer does more than its class."""
+    forward, pointwise = type(leaf).forward, (1, 1)
+    if attachments(leaf):
+        return None
     if isinstance(leaf, nn.Linear):
-        return ExpertLinear(leaf, num_experts)
-    if isinstance(leaf, nn.Conv2d) and leaf.kernel_size == leaf.stride == (1, 1) and leaf.groups == 1:
-        return ExpertConv1x1(leaf, num_experts) if not any(leaf.padding) else None
+        return ExpertLinear(leaf, num_experts) if forward is nn.Linear.forward else None
+    if isinstance(leaf, nn.Conv2d) and leaf.kernel_size == leaf.stride == pointwise and leaf.groups == 1:
+        plain = forward is nn.Conv2d.forward and not any(leaf.padding)
+        return ExpertConv1x1(leaf, num_experts) if plain else None
     if _norm_kind(leaf) and all(p is None or p.ndim == 1 for p in leaf._parameters.values()):
-        return ExpertNorm(leaf, num_experts) if leaf._parameters.get("weight", 0) is not None else None
+        has_scale = leaf._parameters.get("weight", 0) is not None
+        return ExpertNorm(leaf, num_experts) if has_scale and _same_in_training(leaf) else None
     return None
+
+
+@torch.no_grad()
+def _same_in_training(norm: nn.Module) -> bool:
+    """Whether a norm computes the same in training and eval mode: libraries have norms of their own class."""
+    scale = next(parameter for parameter in norm.parameters())
+    x = torch.linspace(-1, 1, 2 * len(scale), device=scale.device, dtype=scale.dtype).view(2, -1)
+    mode = norm.training
+    outputs = [norm.train(training)(x) for training in (True, False)]
+    norm.train(mode)
+    return torch.equal(*outputs)
 
 
 class Experts(nn.Module):
@@ -205,13 +232,14 @@ class Experts(nn.Module):
         """
         raise NotImplementedError
 
-    def pull_towards_mean_(self, weight: float) -> Callable[[], None] | None:
+    def pull_towards_mean_(self, weight: float, read: Read = local) -> Callable[[], None] | None:
         """Move every expert towards their mean, in place: `W_i <- W_i + weight (mean - W_i)`.
 
         Half-precision values are averaged in float32.
 
         Args:
             weight: D of Eq. 6. 0 leaves the experts where they are, 1 makes them equal.
+            read: what is moved for each parameter, as in `values_by_parameter`; this process's part of it.
 
         Returns:
             None when the experts have moved. Replica experts return a function that waits for the all-reduce
@@ -263,7 +291,7 @@ class StackedExperts(Experts):
                     f"{name or 'the FFN itself'} ({type(module).__name__}) has no stacked version"
                 )
             memo[id(module)] = leaf
-        self.ffn: nn.Module = copy.deepcopy(ffn, memo)
+        self.ffn: nn.Module = duplicate(ffn, memo | without_call_hooks(ffn))
         self.training = ffn.training
 
     def ffns(self) -> list[nn.Module]:
@@ -292,8 +320,8 @@ class StackedExperts(Experts):
             yield name, value
 
     @torch.no_grad()
-    def pull_towards_mean_(self, weight: float) -> None:
-        for _, stack in self._stacks(local):
+    def pull_towards_mean_(self, weight: float, read: Read = local) -> None:
+        for _, stack in self._stacks(read):
             work = at_least_float32(stack)
             work.lerp_(work.mean(0), weight)
             if work is not stack:
@@ -301,7 +329,7 @@ class StackedExperts(Experts):
 
     def collapse(self) -> nn.Module:
         leaves = [module for module in self.ffn.modules() if isinstance(module, ExpertLeaf)]
-        return copy.deepcopy(self.ffn, {id(leaf): leaf.collapse() for leaf in leaves})
+        return duplicate(self.ffn, {id(leaf): leaf.collapse() for leaf in leaves})
 
 
 class SeparateExperts(Experts):
@@ -315,7 +343,7 @@ class SeparateExperts(Experts):
     def __init__(self, ffn: nn.Module, num_experts: int) -> None:
         super().__init__()
         self.num_experts = num_experts
-        self.copies = nn.ModuleList(copy.deepcopy(ffn) for _ in range(num_experts))
+        self.copies = nn.ModuleList(duplicate(ffn, without_call_hooks(ffn)) for _ in range(num_experts))
         self.training = self.copies.training = ffn.training
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -328,8 +356,8 @@ class SeparateExperts(Experts):
         return cast(Tensor, functional_call(self.copies[0], mean, (x, *args), kwargs))
 
     @torch.no_grad()
-    def pull_towards_mean_(self, weight: float) -> None:
-        for _, values in self.values_by_parameter(local):
+    def pull_towards_mean_(self, weight: float, read: Read = local) -> None:
+        for _, values in self.values_by_parameter(read):
             work = [at_least_float32(value) for value in values]
             mean = torch.stack(work).mean(0)
             for value, moved in zip(values, work, strict=True):
@@ -340,6 +368,11 @@ class SeparateExperts(Experts):
 
     def values_by_parameter(self, read: Read | None = None) -> Iterator[tuple[str, list[Tensor]]]:
         parameters = [dict(ffn.named_parameters()) for ffn in self.copies]
+        if odd := {name for each in parameters for name in parameters[0].keys() ^ each.keys()}:
+            raise EwavitError(
+                f"the experts have no parameters of the same names ({min(odd)}): prune or parametrize every "
+                "copy in `experts.copies` alike, or the model before ewavit.expand"
+            )
         for name in parameters[0]:
             found = [p if read is None else read(p) for p in (of_expert[name] for of_expert in parameters)]
             values = [value for value in found if value is not None]
@@ -347,5 +380,8 @@ class SeparateExperts(Experts):
                 yield name, values
 
     def collapse(self) -> nn.Module:
-        means = {name: torch.stack(values).mean(0).detach() for name, values in self.values_by_parameter()}
+        means = {
+            name: nn.Parameter(torch.stack(values).mean(0).detach(), values[0].requires_grad)
+            for name, values in self.values_by_parameter()
+        }
         return copied_with(self.copies[0], means)

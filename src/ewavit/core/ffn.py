@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -10,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from ewavit.core.copying import attachments, duplicate
 from ewavit.core.experts import ExpertLeaf, SeparateExperts, StackedExperts
 from ewavit.core.moe import MoE, Unit
 from ewavit.errors import first_line
@@ -21,8 +21,15 @@ _NOT_FFNS = (  # a part of the module's name, and what such a module is
     (re.compile(r"(shared_)?rel_pos\w*"), "computes a position bias, not an FFN"),
     (re.compile(r"se|mlp_(scale|add)"), "part of channel attention, not an FFN"),
     (re.compile(r"mlp_tokens|token_mixer"), "mixes tokens by design, not an FFN"),
-    (re.compile(r"(\w+_)?(heads?|pool(er)?|projector)|pre_logits"), "part of the head, not an FFN"),
+    (
+        re.compile(
+            r"(\w+_)?(heads?|pool(er)?|projector|predictors?|classifier|(class|bbox|mask)_embed(der)?)"
+        ),
+        "part of the head, not an FFN",
+    ),
+    (re.compile(r"pre_logits"), "part of the head, not an FFN"),
 )
+_HEAD_CLASSES = re.compile(r"(?<!Multi)Heads?$|(Predictor|Classifier|Projector)$")
 _SPLIT = (  # layers of an FFN that are direct children of some blocks
     ("intermediate", "output"),
     ("linear1", "linear2"),
@@ -78,7 +85,7 @@ def find_ffns(model: nn.Module, names: list[str] | None = None) -> list[FFN]:
     result = []
     for name in _candidates(modules) if names is None else names:
         module = modules[name]
-        friend = _false_friend(name) if names is None else ""
+        friend = _false_friend(name, modules) if names is None else ""
         if isinstance(module, MoE):
             result.append(FFN(name, module, None, "is already expanded"))
         elif friend:
@@ -88,7 +95,17 @@ def find_ffns(model: nn.Module, names: list[str] | None = None) -> list[FFN]:
             if signature not in known:
                 known[signature] = _examine(name, module)
             result.append(replace(known[signature], name=name, module=module))
-    return result
+    return result if names is not None else _without_leftovers(result)
+
+
+def _without_leftovers(found: list[FFN]) -> list[FFN]:
+    """Refuse what lies outside the blocks where the blocks themselves are refused: it is a head or a stem."""
+    blocks = {ffn.name.rpartition(".")[0] for ffn in found if _split(ffn.module)}
+    inside = any(ffn.unit and ffn.name.startswith(tuple(f"{name}." for name in blocks)) for ffn in found)
+    if not blocks or inside:
+        return found
+    reason = "outside the blocks, which cannot be expanded: a head or a stem"
+    return [replace(ffn, unit=None, reason=reason) if ffn.unit else ffn for ffn in found]
 
 
 def _candidates(modules: dict[str, nn.Module]) -> list[str]:
@@ -127,10 +144,13 @@ def _signature(module: nn.Module) -> str:
         for part in module.modules()
     ]
     tensors = [(name, value.shape, value.dtype, value.device) for name, value in module.named_parameters()]
-    return f"{module!r} {parts} {tensors}"
+    return f"{module!r} {parts} {tensors} {[attachments(part) for part in module.modules()]}"
 
 
-def _false_friend(name: str) -> str:
+def _false_friend(name: str, modules: dict[str, nn.Module]) -> str:
+    for holder in (name, name.rpartition(".")[0]):
+        if _HEAD_CLASSES.search(kind := type(modules[holder]).__name__):
+            return f"part of the head ({kind}), not an FFN"
     for component in name.split("."):
         for pattern, reason in _NOT_FFNS:
             if pattern.fullmatch(component):
@@ -146,8 +166,11 @@ def _examine(name: str, module: nn.Module) -> FFN:
 
     if pair := _split(module):
         return refused(f"the block computes its FFN itself ({' and '.join(pair)}): there is no FFN module")
-    for part in module.modules():
+    for inner, part in module.named_modules():
         kind = type(part).__name__
+        if "forward" in vars(part):
+            where = f"{inner}.forward" if inner else "its forward"
+            return refused(f"{where} was replaced and belongs to this one module: replace it after expand")
         if "batchnorm" in kind.lower():
             return refused(f"{kind} inside: its statistics would differ from expert to expert")
         if kind in ("DropPath", "StochasticDepth"):
@@ -185,8 +208,11 @@ def _examine(name: str, module: nn.Module) -> FFN:
             return FFN(name, module, "image", 'mixes tokens or depends on their position: needs unit="image"')
         elif not moved[0, 0]:
             errors.append("its output does not depend on its input")
+        elif (width := _width(trial, x, channel_dim)) != x.shape[channel_dim]:
+            return refused(f"{x.shape[channel_dim]} channels in, {width} out: a head or a projection")
         else:
-            return FFN(name, module, "token", "", channel_dim == 1, _stacks(trial, x))
+            hooked = any(attachments(part) for part in module.modules() if part is not module)
+            return FFN(name, module, "token", "", channel_dim == 1, not hooked and _stacks(trial, x))
     return refused(errors[0])
 
 
@@ -216,7 +242,7 @@ def _probe_inputs(module: nn.Module) -> Iterator[tuple[Tensor, int]]:
 def _with_random_weights(module: nn.Module) -> nn.Module:
     """A copy in eval mode with random weights: layers with zero weights would hide what they mix."""
     generator = torch.Generator().manual_seed(1)
-    trial = copy.deepcopy(module).eval()
+    trial = duplicate(module, hooks=False).eval()  # a trial run calls no hook of the user's
     with torch.no_grad():
         for parameter in trial.parameters():
             scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 1.0
@@ -244,6 +270,12 @@ def _moved_tokens(trial: nn.Module, x: Tensor, channel_dim: int) -> Tensor | Non
         return None
     after = torch.cat([after[:1].flip(1), after[1:]])
     return ~((after - before).abs().amax(-1) <= 1e-3 * before.abs().amax())  # so that NaN counts as moved
+
+
+@torch.no_grad()
+def _width(trial: nn.Module, x: Tensor, channel_dim: int) -> int:
+    output: Tensor = trial(x)
+    return output.shape[channel_dim]
 
 
 def _stacks(trial: nn.Module, x: Tensor) -> bool:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from ewavit.core.copying import share_call_hooks
 from ewavit.core.dispatch import Dispatcher
 from ewavit.core.experts import ExpertLeaf, Experts
 from ewavit.core.partition import RandomPartition
@@ -60,8 +61,8 @@ class MoE(nn.Module):
         """Apply the experts to their units in training or with a router; otherwise apply the mean expert.
 
         Args:
-            x: (tokens, dim), (batch, tokens, dim), (batch, height, width, dim) or, channels first,
-                (batch, dim, height, width).
+            x: (dim,), (tokens, dim), (batch, ..., dim) or, channels first, (batch, dim, ...), any number of
+                dimensions.
             *args: passed to the FFN.
             **kwargs: passed to the FFN.
 
@@ -75,18 +76,18 @@ class MoE(nn.Module):
         return self._by_token(x, *args, **kwargs)
 
     def _by_token(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not 2 <= x.ndim <= 4:
-            raise EwavitError(f"an FFN got {x.ndim}-D input {tuple(x.shape)}: reshape it to 2-D, 3-D or 4-D")
+        if x.ndim == 1:
+            return self._by_token(x.unsqueeze(0), *args, **kwargs).squeeze(0)
         last = x.movedim(1, -1) if self.channels_first else x
 
         def compute(block_ECD: Tensor) -> Tensor:
             experts, capacity, dim = block_ECD.shape
             # Each expert gets one "image" of C tokens, with the number of dimensions that the FFN expects.
-            image = {2: (capacity,), 3: (1, capacity), 4: (1, capacity, 1)}[x.ndim]
+            image = (capacity,) if x.ndim == 2 else (1, capacity, *(1,) * (x.ndim - 3))
             block = block_ECD.view(experts, *image, dim)
-            block = block.movedim(-1, -3) if self.channels_first else block
+            block = block.movedim(-1, 2) if self.channels_first else block
             y: Tensor = self.experts(block, *args, **kwargs)
-            y = y.movedim(-3, -1) if self.channels_first else y
+            y = y.movedim(2, -1) if self.channels_first else y
             return y.reshape(experts, capacity, y.shape[-1])
 
         y = self.dispatcher.compute(last.flatten(0, -2), compute)
@@ -95,7 +96,18 @@ class MoE(nn.Module):
 
     def collapse(self) -> nn.Module:
         """A new FFN of the original class whose parameters are the experts' mean."""
-        return self.experts.collapse()
+        ffn = self.experts.collapse()
+        share_call_hooks(self, ffn)
+        return ffn
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes of the FFN that the MoE stands for, such as `fc1`: other code looks at them."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "experts" not in self._modules:
+                raise
+            return getattr(self.experts.ffns()[0], name)
 
     def extra_repr(self) -> str:
         return f"unit={self.unit!r}" + (", channels_first=True" if self.channels_first else "")

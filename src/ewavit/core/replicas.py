@@ -6,7 +6,6 @@ instead their weights are sent after the optimizer step. N is the number of proc
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -15,9 +14,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
+from ewavit.core.copying import copied_with, duplicate, without_call_hooks
 from ewavit.core.devices import Peers, is_sharded, local, sharded_like, whole
 from ewavit.core.dispatch import Dispatcher
-from ewavit.core.experts import Experts, Read, copied_with
+from ewavit.core.experts import Experts, Read
 from ewavit.core.moe import moe_layers
 from ewavit.errors import EwavitError
 
@@ -36,7 +36,7 @@ class ReplicaExperts(Experts):
         super().__init__()
         self.peers: Peers = peers
         self.num_experts = peers.size
-        self.ffn = copy.deepcopy(ffn)
+        self.ffn = duplicate(ffn, without_call_hooks(ffn))
         self.training = ffn.training
         for tensor in (*self.ffn.parameters(), *self.ffn.buffers()):
             peers.broadcast_(tensor.detach())
@@ -91,8 +91,10 @@ class ReplicaExperts(Experts):
                 yield name, [value]
 
     @torch.no_grad()
-    def pull_towards_mean_(self, weight: float) -> Callable[[], None]:
-        values = [value for _, (value,) in self.values_by_parameter(local)]
+    def pull_towards_mean_(self, weight: float, read: Read = local) -> Callable[[], None] | None:
+        values = [value for _, (value,) in self.values_by_parameter(read)]
+        if not values:
+            return None
         sums = self.peers.begin_sum(values)
 
         def finish() -> None:
@@ -109,7 +111,9 @@ class ReplicaExperts(Experts):
 
     def collapse(self) -> nn.Module:
         # The means are views of one tensor.
-        return copied_with(self.ffn, {name: mean.clone() for name, mean in self.mean().items()})
+        held = dict(self.ffn.named_parameters())
+        means = {n: nn.Parameter(mean.clone(), held[n].requires_grad) for n, mean in self.mean().items()}
+        return copied_with(self.ffn, means)
 
 
 def _like(parameter: Tensor, part: Tensor) -> Tensor:

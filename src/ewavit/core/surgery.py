@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any, Literal, TypeVar
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ewavit.core.copying import share_call_hooks
 from ewavit.core.devices import Peers, cut_like, is_sharded, whole
 from ewavit.core.experts import ExpertLeaf, SeparateExperts, StackedExperts
 from ewavit.core.ffn import FFN, find_ffns
@@ -75,6 +77,12 @@ def expand(
     if moe_layers(model):
         raise EwavitError("the model is expanded already: call ewavit.collapse(model) first")
     chosen = select_ffns(model, select, unit if peers is None else "image")
+    _refuse_tied(model, chosen)
+    if frozen := [ffn.name for ffn in chosen if not any(p.requires_grad for p in ffn.module.parameters())]:
+        warnings.warn(
+            f"{frozen[0]} is frozen ({len(frozen)} of {len(chosen)} FFNs are): its experts will never differ",
+            stacklevel=2,
+        )
     for ffn in chosen:
         if experts == "stacked" and not ffn.stackable:
             raise EwavitError(
@@ -87,11 +95,27 @@ def expand(
             kind = SeparateExperts if experts == "separate" or not ffn.stackable else StackedExperts
             dispatcher = None if router is None else _router(router, num_experts, ffn)
             moe = MoE(kind(ffn.module, num_experts), unit, ffn.channels_first, dispatcher)
+        share_call_hooks(ffn.module, moe)
         _replace(model, ffn.module, moe)
     _exempt_norms_from_decay(model)
     if peers is not None:
         keep_from_ddp(model)
     return model
+
+
+def _refuse_tied(model: nn.Module, chosen: list[FFN]) -> None:
+    """Raise for a parameter that an FFN shares with another module: experts would untie it."""
+    holders: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules():  # a module that is registered twice comes once
+        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            holders.setdefault(id(parameter), []).append((f"{name}.{key}".lstrip("."), module))
+    for ffn in chosen:
+        for parameter in ffn.module.parameters():
+            if len(found := holders[id(parameter)]) > 1:
+                raise EwavitError(
+                    f"{found[0][0]} and {found[1][0]} are one tied parameter, and experts would untie it: "
+                    "share the FFN module itself between the blocks, or copy the parameter"
+                )
 
 
 def _check_choices(unit: str, experts: str, placement: str) -> None:

@@ -1,0 +1,313 @@
+"""What hangs on an FFN survives expand and collapse or is refused: hooks, attributes, classes, ties."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+import ewavit as ewa
+from ewavit.core import SeparateExperts, StackedExperts, moe_layers
+from small_models import images, tiny_vit
+
+both_layouts = pytest.mark.parametrize("experts", ["auto", "separate"])
+
+
+class DropConnect(nn.Linear):
+    """A linear layer that drops weights in training."""
+
+    calls = 0
+
+    def forward(self, x):
+        type(self).calls += self.training
+        return F.linear(x, F.dropout(self.weight, 0.5, self.training), self.bias)
+
+
+class Recorder:
+    """Owns a bound-method hook."""
+
+    def __init__(self):
+        self.seen = []
+
+    def hook(self, module, inputs, output):
+        self.seen.append(output.shape)
+
+
+def clear_gradient(parameter):
+    parameter.grad.zero_()
+
+
+def step(model, lr=1.0):
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    model.train()(images(4)).square().mean().backward()
+    optimizer.step()
+
+
+def kinds(model):
+    return {type(moe.experts) for moe in moe_layers(model).values()}
+
+
+def trained_apart(model):
+    """A few steps that make the experts differ, each on its own tokens."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model.train()(images(4)).square().mean().backward()
+        optimizer.step()
+    return model
+
+
+# ---------------------------------------------------------------- hooks
+
+
+@both_layouts
+def test_a_hook_of_the_ffn_fires_once_a_call_before_and_after_collapse(experts):
+    model, recorder = tiny_vit(2), Recorder()
+    model.blocks[1].mlp.register_forward_hook(recorder.hook)
+    ewa.expand(model, 4, experts=experts)
+    model.train()(images(4))
+    assert len(recorder.seen) == 1
+    assert len(recorder.seen[0]) == 3
+    model.eval()(images(4))
+    ewa.collapse(model)(images(4))
+    assert len(recorder.seen) == 3
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward"])
+def test_every_kind_of_hook_inside_survives(kind):
+    model, calls = tiny_vit(2), []
+    register = getattr(model.blocks[1].mlp.fc1, f"register_{kind}_hook")
+    handle = register(lambda *args: calls.append(1))
+    ewa.expand(model, 4)
+    step(model)
+    assert calls
+    ewa.collapse(model)
+    calls.clear()
+    step(model)
+    assert len(calls) == 1
+    handle.remove()
+    step(model)
+    assert len(calls) == 1
+
+
+def test_a_bound_method_hook_inside_keeps_its_owner():
+    model, recorder = tiny_vit(2), Recorder()
+    model.blocks[1].mlp.fc2.register_forward_hook(recorder.hook)
+    ewa.expand(model, 4)
+    model.train()(images(4))
+    ewa.collapse(model)(images(4))
+    assert len(recorder.seen) == 4 + 1  # one call of each expert's own copy, one of the plain layer
+
+
+def test_layers_with_hooks_become_separate_copies_and_others_stay_stacked():
+    model = tiny_vit(2)
+    model.blocks[0].mlp.fc1.register_forward_hook(lambda *args: None)
+    ewa.expand(model, 4, select="all")
+    layers = moe_layers(model)
+    assert isinstance(layers["blocks.0.mlp"].experts, SeparateExperts)
+    assert isinstance(layers["blocks.1.mlp"].experts, StackedExperts)
+
+
+@pytest.mark.parametrize("kind", ["gradient", "after accumulation"])
+def test_gradient_hooks_of_parameters_survive(kind):
+    model = tiny_vit(2)
+    weight = model.blocks[1].mlp.fc1.weight
+    if kind == "gradient":
+        weight.register_hook(lambda grad: grad * 0)
+    else:
+        weight.register_post_accumulate_grad_hook(clear_gradient)
+    before = weight.detach().clone()
+    ewa.expand(model, 4)
+    step(model)
+    ewa.collapse(model)
+    step(model)
+    assert torch.equal(model.blocks[1].mlp.fc1.weight, before)
+
+
+# ---------------------------------------------------------------- attributes and requires_grad
+
+
+@both_layouts
+def test_attributes_of_parameters_survive(experts):
+    model = tiny_vit(2)
+    model.blocks[1].mlp.fc1.weight._no_weight_decay = True
+    ewa.expand(model, 4, experts=experts)
+    marked = [name for name, p in model.named_parameters() if getattr(p, "_no_weight_decay", False)]
+    assert len(marked) == (4 if experts == "separate" else 1)
+    assert all("blocks.1.mlp" in name and "fc1.weight" in name for name in marked)
+    ewa.collapse(model)
+    assert model.blocks[1].mlp.fc1.weight._no_weight_decay
+
+
+@both_layouts
+def test_requires_grad_survives_and_a_later_change_too(experts):
+    model = tiny_vit(2)
+    model.blocks[1].mlp.fc1.weight.requires_grad_(False)
+    ewa.expand(model, 4, experts=experts)
+    for name, parameter in model.named_parameters():
+        if "experts" in name and "fc2.bias" in name:
+            parameter.requires_grad_(False)
+    ewa.collapse(model)
+    mlp = model.blocks[1].mlp
+    assert [p.requires_grad for p in (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)] == [
+        False, True, True, False,
+    ]  # fmt: skip
+
+
+def test_a_frozen_ffn_is_said():
+    model = tiny_vit(2).requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"blocks\.1\.mlp is frozen .*never differ"):
+        ewa.expand(model, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ewa.expand(tiny_vit(2), 4)
+
+
+# ---------------------------------------------------------------- classes and replaced forwards
+
+
+def test_a_subclass_with_a_forward_of_its_own_becomes_separate_copies():
+    model = tiny_vit(2)
+    for block in model.blocks:
+        block.mlp.fc1.__class__ = DropConnect
+    ewa.expand(model, 4, select="all")
+    assert kinds(model) == {SeparateExperts}
+    DropConnect.calls = 0
+    model.train()(images(4))
+    assert DropConnect.calls == 2 * 4
+
+
+def test_a_norm_that_does_otherwise_in_training_becomes_separate_copies():
+    class NoisyNorm(nn.LayerNorm):
+        def forward(self, x):
+            return super().forward(x) * (2.0 if self.training else 1.0)
+
+    model = tiny_vit(2)
+    model.blocks[1].mlp.norm = NoisyNorm(model.blocks[1].mlp.fc2.in_features)
+    ewa.expand(model, 4)
+    assert kinds(model) == {SeparateExperts}
+
+
+@pytest.mark.parametrize("where", ["mlp", "mlp.fc1"])
+@pytest.mark.parametrize("how", ["compiled", "closure"])
+def test_a_replaced_forward_is_refused_by_name(where, how):
+    model = tiny_vit(2)
+    for block in model.blocks:
+        module = block.get_submodule(where)
+        original = module.forward
+        module.forward = (
+            torch.compile(original, backend="eager") if how == "compiled" else lambda x, f=original: f(x)
+        )
+    place = "its forward" if where == "mlp" else r"fc1\.forward"
+    with pytest.raises(ewa.EwavitError, match=rf"{place} was replaced .*after expand"):
+        ewa.expand(model, 4)
+
+
+def test_experts_without_any_gradient_after_the_first_step_are_an_error():
+    model = ewa.expand(tiny_vit(2), 4)
+    plain = tiny_vit(2).blocks[1].mlp
+    optimizer = torch.optim.SGD([*model.parameters(), *plain.parameters()], lr=0.1)
+    ewa.ExpertAveraging(model).attach(optimizer)
+    model.blocks[1].mlp.forward = plain.forward  # what a wrapper that kept the old FFN does
+    model.train()(images(4)).square().mean().backward()
+    with pytest.raises(ewa.EwavitError, match=r"no expert of blocks\.1\.mlp got a gradient"):
+        optimizer.step()
+
+
+# ---------------------------------------------------------------- parametrizations, pruning, ties
+
+
+@pytest.mark.parametrize("name", ["weight_norm", "spectral_norm", "orthogonal"])
+def test_parametrized_after_expand_the_mean_of_the_effective_weights_is_deployed(name):
+    model = trained_apart(ewa.expand(tiny_vit(2), 4))
+    layer = model.blocks[1].mlp.experts.ffn.fc1
+    getattr(parametrizations, name)(layer, "weight")
+    trained_apart(model).eval()
+    expected = layer.weight.mean(0)
+    plain = ewa.dense_state_dict(model)["blocks.1.mlp.fc1.weight"]
+    torch.testing.assert_close(plain, expected, atol=1e-6, rtol=1e-5)
+    x = images(4)
+    output = model(x)
+    torch.testing.assert_close(ewa.collapse(model)(x), output, atol=1e-5, rtol=1e-5)
+
+
+def test_pruned_after_expand_the_mean_of_the_effective_weights_is_deployed():
+    model = trained_apart(ewa.expand(tiny_vit(2), 4))
+    layer = model.blocks[1].mlp.experts.ffn.fc1
+    prune.l1_unstructured(layer, "weight", 0.5)
+    trained_apart(model)
+    expected = (layer.weight_orig * layer.weight_mask).mean(0)  # the optimizer moved weight_orig since
+    torch.testing.assert_close(ewa.dense_state_dict(model)["blocks.1.mlp.fc1.weight"], expected)
+    x = images(4)
+    output = model.eval()(x)
+    torch.testing.assert_close(ewa.collapse(model)(x), output, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["pruned", "weight norm of old"])
+def test_weights_that_a_hook_computes_can_be_expanded_trained_and_collapsed(how):
+    model = tiny_vit(2)
+    for block in model.blocks:
+        if how == "pruned":
+            prune.l1_unstructured(block.mlp.fc1, "weight", 0.5)
+        else:
+            torch.nn.utils.weight_norm(block.mlp.fc1)
+    x = images(4)
+    with torch.no_grad():
+        before = model.eval()(x)
+    trained_apart(ewa.expand(model, 4))
+    assert kinds(model) == {SeparateExperts}
+    ewa.dense_state_dict(model)
+    output = model.eval()(x)
+    torch.testing.assert_close(ewa.collapse(model).eval()(x), output, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(output, before)
+
+
+def test_copies_that_were_parametrized_one_by_one_are_one_clear_error():
+    model = ewa.expand(tiny_vit(2), 4, experts="separate")
+    prune.l1_unstructured(model.blocks[1].mlp.experts.copies[0].fc1, "weight", 0.5)
+    with pytest.raises(ewa.EwavitError, match="parametrize every copy"):
+        ewa.dense_state_dict(model)
+
+
+def test_tied_parameters_of_two_ffns_are_refused_by_name():
+    model = tiny_vit(3)
+    model.blocks[2].mlp.fc1.weight = model.blocks[0].mlp.fc1.weight
+    with pytest.raises(ewa.EwavitError, match=r"blocks\.0\.mlp\.fc1\.weight and blocks\.2\.mlp\.fc1\.weight"):
+        ewa.expand(model, 4, select="all")
+
+
+def test_one_ffn_in_several_blocks_stays_one():
+    model = tiny_vit(3)
+    model.blocks[2].mlp = model.blocks[0].mlp
+    count = sum(p.numel() for p in model.parameters())
+    ewa.collapse(trained_apart(ewa.expand(model, 4, select="all")))
+    assert model.blocks[2].mlp is model.blocks[0].mlp
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+# ---------------------------------------------------------------- looked at from outside
+
+
+@both_layouts
+def test_a_mixture_answers_attributes_of_its_ffn(experts):
+    model = ewa.expand(tiny_vit(2), 4, select="all", experts=experts)
+    mlp = model.blocks[0].mlp
+    assert mlp.fc1.weight.dtype == torch.float32
+    assert mlp.fc1.in_features == 16 if experts == "separate" else True
+    assert isinstance(mlp.act, nn.Module)
+    assert not hasattr(mlp, "no_such_thing")
+    with pytest.raises(AttributeError, match="_private"):
+        mlp._private  # noqa: B018 (the lookup is what is tested)
+
+
+@pytest.mark.parametrize("lead", [(), (5,), (2, 5), (2, 3, 4), (2, 2, 3, 4), (1, 2, 2, 3, 4)])
+@both_layouts
+def test_an_ffn_takes_tokens_of_any_rank(lead, experts):
+    model = nn.ModuleDict({"mlp": tiny_vit(2).blocks[0].mlp})
+    dense = model["mlp"]
+    x = torch.randn(*lead, 16)
+    expected = dense(x)
+    ewa.expand(model, 2, select="all", experts=experts)
+    torch.testing.assert_close(model.train()["mlp"](x), expected, atol=1e-6, rtol=1e-5)
