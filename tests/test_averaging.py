@@ -472,3 +472,216 @@ def test_averaging_leaves_the_optimizers_moments_alone(kind, optimizer_class):
     for index, state in before.items():
         assert state.keys() == after[index].keys()
         assert all(torch.equal(value, after[index][name]) for name, value in state.items())
+
+
+# ---------------------------------------------------------------- other people's optimizers and steps
+
+
+class TwoStepSAM(torch.optim.Optimizer):
+    """The usual form: the loop calls `first_step` and `second_step`, and only the base optimizer steps."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+        self.base_optimizer = torch.optim.SGD(self.param_groups, lr=0.1)
+        self.param_groups = self.base_optimizer.param_groups
+
+    def first_step(self):
+        self.zero_grad()
+
+    def second_step(self):
+        self.base_optimizer.step()
+        self.zero_grad()
+
+
+def backward(model: nn.Module) -> None:
+    model(tokens()).square().mean().backward()
+
+
+def test_a_two_step_sam_averages_once_per_real_step():
+    model = expanded()
+    optimizer = TwoStepSAM(model.parameters())
+    averaging = ewa.ExpertAveraging(model, 0.75).attach(optimizer)
+    for _ in range(3):
+        for half in (optimizer.first_step, optimizer.second_step):
+            backward(model)
+            half()
+    assert averaging.steps_done == 3
+    assert deviation(model) == pytest.approx(0, abs=1e-6)
+
+
+def test_lookahead_averages_from_its_first_step_on():
+    from timm.optim import Lookahead
+
+    model = expanded()
+    optimizer = Lookahead(torch.optim.SGD(model.parameters(), lr=0.01), k=6)
+    averaging = ewa.ExpertAveraging(model, 0.75).attach(optimizer)
+    train_step(model, optimizer)
+    assert averaging.steps_done == 1
+    assert deviation(model) == pytest.approx(0, abs=1e-6)
+
+
+def test_closures_of_lbfgs_count_one_step():
+    model = expanded()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
+    averaging = ewa.ExpertAveraging(model, 0.75).attach(optimizer)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(tokens()).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert averaging.steps_done == 1
+
+
+def test_two_optimizers_over_one_model_average_once_when_both_have_stepped():
+    model = expanded(kind="separate")
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    rest = [p for p in model.parameters() if p.ndim != 2]
+    optimizers = [torch.optim.Muon(matrices, lr=0.01), torch.optim.AdamW(rest, lr=0.01)]
+    averaging = ewa.ExpertAveraging(model, 0.75).attach(*optimizers)
+    for steps in (1, 2):
+        backward(model)
+        optimizers[0].step()
+        assert averaging.steps_done == steps - 1
+        optimizers[1].step()
+        assert averaging.steps_done == steps
+        assert deviation(model) == pytest.approx(0, abs=1e-6)
+
+
+def test_optimizers_that_step_within_the_backward_pass_average_once_per_pass():
+    model = expanded()
+    optimizers = {p: torch.optim.SGD([p], lr=0.01) for p in model.parameters()}
+    averaging = ewa.ExpertAveraging(model, 0.75).attach(*optimizers.values())
+
+    def follow(parameter):
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(follow)
+    for steps in (1, 2, 3):
+        backward(model)
+        assert averaging.steps_done == steps
+        assert deviation(model) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_step_at_learning_rate_zero_that_makes_an_optimizers_state_moves_nothing():
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    model = expanded()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    ewa.ExpertAveraging(model, 0.3).attach(optimizer)
+    train_step(model, optimizer)
+    optimizer.zero_grad()
+    saved, weights = get_optimizer_state_dict(model, optimizer), copy.deepcopy(model.state_dict())
+    other = expanded(apart=0.2)
+    other.load_state_dict(weights)
+    fresh = torch.optim.AdamW(other.parameters(), lr=1e-3)
+    averaging = ewa.ExpertAveraging(other, 0.3).attach(fresh)
+    set_optimizer_state_dict(other, fresh, saved)
+    assert all(torch.equal(value, weights[name]) for name, value in other.state_dict().items())
+    assert averaging.steps_done == 1
+
+
+def test_the_count_travels_with_the_optimizers_state_dict():
+    model = expanded()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    averaging = ewa.ExpertAveraging(model, 0.3, ramp_steps=10).attach(optimizer)
+    for _ in range(4):
+        train_step(model, optimizer)
+    saved = copy.deepcopy(optimizer.state_dict())
+    fresh = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    averaging.detach()
+    resumed = ewa.ExpertAveraging(model, 0.3, ramp_steps=10).attach(fresh)
+    fresh.load_state_dict(saved)
+    assert resumed.steps_done == 4
+    train_step(model, fresh)
+    assert resumed.share_rate == pytest.approx(0.15)
+
+
+def test_a_loaded_count_that_contradicts_the_optimizers_is_said():
+    model = expanded()
+    optimizer = sgd(model)
+    averaging = ewa.ExpertAveraging(model, 0.3).attach(optimizer)
+    train_step(model, optimizer)
+    averaging.load_state_dict({"steps_done": 1})
+    with pytest.warns(UserWarning, match="saved after 7 steps, the optimizer's state counts 1"):
+        averaging.load_state_dict({"steps_done": 7})
+    assert averaging.steps_done == 7
+
+
+@pytest.mark.parametrize(
+    ("leave_out", "why"),
+    [
+        ("experts", "parameter groups leave the experts out"),
+        ("model", "build the optimizer after ewavit.expand"),
+    ],
+)
+def test_attach_names_the_true_cause(leave_out, why):
+    model = expanded()
+    others = [p for name, p in model.named_parameters() if "experts" not in name]
+    parameters = others if leave_out == "experts" else MlpNet().parameters()
+    with pytest.raises(ewa.EwavitError, match=why):
+        ewa.ExpertAveraging(model).attach(torch.optim.SGD(parameters, lr=0.1))
+
+
+@pytest.mark.parametrize(
+    "name", ["muon", "lamb", "lars", "adafactor", "adafactorbv", "novograd", "adamp", "sgdp"]
+)
+def test_optimizers_that_use_whole_tensors_are_refused_for_stacked_experts_only(name):
+    from timm.optim import create_optimizer_v2
+
+    model = expanded()
+    optimizer = create_optimizer_v2(model, opt=name, lr=1e-3)
+    with pytest.raises(ewa.EwavitError, match='experts="separate"'):
+        ewa.ExpertAveraging(model).attach(optimizer)
+    model = expanded(kind="separate")
+    optimizer = create_optimizer_v2(model, opt=name, lr=1e-3)
+    averaging = ewa.ExpertAveraging(model, 0.75).attach(optimizer)
+    train_step(model, optimizer)
+    assert averaging.steps_done == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["adamw", "sgd", "lion", "nadamw", "rmsprop", "adabelief", "radam", "madgrad", "adan"]
+)
+def test_elementwise_optimizers_train_both_layouts_alike(name):
+    from timm.optim import create_optimizer_v2
+
+    ends = []
+    for kind in KINDS:
+        torch.manual_seed(1)
+        model = ewa.expand(MlpNet(), 4, experts=kind)
+        optimizer = create_optimizer_v2(model, opt=name, lr=1e-3, weight_decay=0.05)
+        ewa.ExpertAveraging(model, 0.3).attach(optimizer)
+        torch.manual_seed(2)
+        for _ in range(3):
+            train_step(model, optimizer)
+        ends.append(ewa.dense_state_dict(model))
+    for key, value in ends[0].items():
+        torch.testing.assert_close(value, ends[1][key], atol=1e-6, rtol=1e-5)
+
+
+def test_schedule_frees_second_set_of_weights_is_averaged_with_the_first():
+    class AdamWScheduleFree(torch.optim.SGD):
+        """Keeps z beside the weights y, as schedule_free does; `eval` moves the weights towards z."""
+
+        def step(self, closure=None):
+            for parameter in (p for group in self.param_groups for p in group["params"]):
+                z = self.state[parameter].setdefault("z", parameter.detach().clone())
+                z.sub_(parameter.grad, alpha=0.1)
+                parameter.data.lerp_(z, 0.5)
+
+        def eval(self):
+            for parameter in (p for group in self.param_groups for p in group["params"]):
+                parameter.data.lerp_(self.state[parameter]["z"], -0.1)
+
+    model = expanded()
+    optimizer = AdamWScheduleFree(model.parameters(), lr=0.1)
+    ewa.ExpertAveraging(model, 0.75).attach(optimizer)
+    for _ in range(3):
+        train_step(model, optimizer)
+    optimizer.eval()
+    assert deviation(model) == pytest.approx(0, abs=1e-6)

@@ -7,18 +7,31 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from ewavit.core.devices import local
+from ewavit.core.experts import Read, StackedExperts
 from ewavit.core.moe import moe_layers, require_moe_layers
 from ewavit.core.replicas import check_peers
 from ewavit.errors import EwavitError
 
+STEPS_KEY = "ewavit_steps"  # of an optimizer's first group, so that its state dict has the count
+# Where wrappers hold the optimizer: accelerate and Lightning, SAM, timm's Lookahead, LARC.
+_INNER = ("optimizer", "base_optimizer", "_base_optimizer", "optim")
+# Optimizers that use the norm or the shape of a whole tensor, which stacked experts share.
+_WHOLE_TENSORS = (
+    "muon", "lamb", "lambw", "lars", "larc", "adafactor", "adafactorbv", "adafactorbigvision", "novograd",
+    "adamp", "sgdp", "soap", "shampoo", "kron",
+)  # fmt: skip
 CHECK_EVERY = 100  # optimizer steps between two checks that processes with replica experts agree
 Schedule = Callable[[int], float]  # number of optimizer steps done (1, 2, ...) -> share rate
 
@@ -112,10 +125,18 @@ def average_experts_(model: nn.Module, share_rate: float) -> None:
     Raises:
         EwavitError: the model has no MoE, or the share rate is out of range.
     """
+    _average(model, share_rate, [local])
+
+
+def _average(model: nn.Module, share_rate: float, reads: Sequence[Read]) -> None:
+    """Average what each of `reads` gives for the parameters of the experts."""
     layers = require_moe_layers(model).values()
     weights = [lerp_weight(share_rate, moe.num_experts) for moe in layers]  # all are checked before any moves
     begun = [
-        moe.experts.pull_towards_mean_(weight) for moe, weight in zip(layers, weights, strict=True) if weight
+        moe.experts.pull_towards_mean_(weight, read)
+        for moe, weight in zip(layers, weights, strict=True)
+        for read in reads
+        if weight
     ]
     for finish in begun:  # by now the weights of replica experts in all layers are on their way
         if finish is not None:
@@ -166,33 +187,68 @@ class ExpertAveraging:
             self.schedule = LinearRamp(share_rate, ramp_steps) if ramp_steps else Constant(share_rate)
         self.model = model
         self.every = every
-        self.steps_done = 0
-        self._hook: Any = None
+        self._steps_done = 0
+        self._optimizers: list[Optimizer] = []
+        self._stepped: set[int] = set()  # those of the optimizers that were stepped since the last averaging
+        self._hooks: list[Any] = []
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps done. Attached, the count is in the optimizer's state and travels with it."""
+        if not self._optimizers:
+            return self._steps_done
+        return int(self._optimizers[0].param_groups[0].get(STEPS_KEY, self._steps_done))
+
+    @steps_done.setter
+    def steps_done(self, steps: int) -> None:
+        self._steps_done = steps
+        for optimizer in self._optimizers:
+            optimizer.param_groups[0][STEPS_KEY] = steps
 
     @property
     def share_rate(self) -> float:
         """The share rate of the latest step."""
         return float(self.schedule(self.steps_done))
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> ExpertAveraging:
+    def attach(self, *optimizers: Optimizer) -> ExpertAveraging:
         """Average after every `optimizer.step()` that a GradScaler did not skip; returns self.
 
-        The optimizer may be inside wrappers that hold it as `.optimizer` (accelerate, Lightning).
+        The count of steps is kept in the optimizer's first parameter group, so it is saved and loaded with
+        the optimizer's state dict.
+
+        Args:
+            optimizers: one, or several that hold parts of the model: the averaging then follows when each of
+                them has stepped. Wrappers are looked through: accelerate, Lightning, two-step SAM, Lookahead.
 
         Raises:
-            EwavitError: already attached, or the optimizer lacks expert parameters (built before `expand`).
+            EwavitError: already attached, an optimizer that was built before `expand`, or one that uses whole
+                tensors while the experts are stacked in one.
         """
-        if self._hook is not None:
+        if self._hooks:
             raise EwavitError("this ExpertAveraging is already attached: call detach() first")
-        optimizer = unwrapped_optimizer(optimizer)
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        inner = [unwrapped_optimizer(optimizer) for optimizer in optimizers]
+        experts = self._check_held(inner)
+        self._optimizers = [optimizer for optimizer in inner if experts & _held(optimizer)] or inner[:1]
+        self._hooks = [optimizer.register_step_post_hook(self._after_step) for optimizer in self._optimizers]
+        for optimizer in self._optimizers:
+            optimizer.param_groups[0].setdefault(STEPS_KEY, self._steps_done)
+        return self
+
+    def _check_held(self, optimizers: list[Optimizer]) -> set[int]:
+        """The identities of all expert parameters, if the optimizers can train them."""
+        kinds = {identity: type(each).__name__ for each in optimizers for identity in _held(each)}
+        experts: set[int] = set()
         half: dict[str, torch.dtype] = {}
         for layer, moe in moe_layers(self.model).items():
+            stacked = isinstance(moe.experts, StackedExperts) and moe.num_experts > 1
             for name, parameter in moe.experts.named_parameters():
-                if parameter.requires_grad and id(parameter) not in held:
+                experts.add(id(parameter))
+                if parameter.requires_grad and id(parameter) not in kinds:
+                    raise EwavitError(self._why_not_held(f"{layer}.experts.{name}", set(kinds)))
+                if stacked and looks_at_whole_tensors(kind := kinds.get(id(parameter), "")):
                     raise EwavitError(
-                        f"the optimizer does not hold {layer}.experts.{name}: "
-                        "build the optimizer after ewavit.expand(model)"
+                        f"{kind} uses the shape or norm of a whole tensor, and {layer} stacks its experts "
+                        'in one: use ewavit.expand(model, experts="separate")'
                     )
                 if parameter.dtype in (torch.bfloat16, torch.float16):
                     half[layer] = parameter.dtype
@@ -200,22 +256,55 @@ class ExpertAveraging:
             warnings.warn(
                 f"{layer} has {dtype} weights, so averaging may round to no change: "
                 "keep float32 weights and use autocast",
-                stacklevel=2,
+                stacklevel=3,
             )
-        self._hook = optimizer.register_step_post_hook(self._after_step)
-        return self
+        return experts
+
+    def _why_not_held(self, name: str, held: set[int]) -> str:
+        here = {id(parameter) for parameter in self.model.parameters()}
+        if held - here:
+            why = "build the optimizer after ewavit.expand(model), from the model that is trained"
+        else:
+            why = "its parameter groups leave the experts out: add them, or pass all optimizers to attach"
+        return f"the optimizer does not hold {name}: {why}"
 
     def detach(self) -> None:
         """Stop averaging after the optimizer's steps."""
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        self._steps_done = self.steps_done
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._optimizers = [], []
+        self._stepped.clear()
 
-    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         # A GradScaler steps a fused optimizer even if the gradients overflowed.
         found_inf = getattr(optimizer, "found_inf", None)
-        if found_inf is None or not float(found_inf):
+        if found_inf is not None and float(found_inf):
+            return
+        # torch's state-dict helpers step a fresh optimizer at learning rate 0, so that its state exists.
+        rates = [group.get("lr") for group in optimizer.param_groups]
+        if all(rate is not None and float(rate) == 0 for rate in rates):
+            return
+        if id(optimizer) in self._stepped:  # the others do not step every time
+            self._stepped.clear()
+        self._stepped.add(id(optimizer))
+        if len(self._stepped) == len(self._optimizers):
+            self._stepped.clear()
+            if self.steps_done == 0 and len(self._optimizers) == 1:
+                self._check_gradients()
             self.step()
+
+    def _check_gradients(self) -> None:
+        """After the first step: experts that no gradient reached are never called, or not through the MoE."""
+        if all(parameter.grad is None for parameter in self.model.parameters()):
+            return  # a step without a backward pass
+        for layer, moe in moe_layers(self.model).items():
+            learning = [p for p in moe.experts.parameters() if p.requires_grad]
+            if learning and all(p.grad is None for p in learning):
+                raise EwavitError(
+                    f"no expert of {layer} got a gradient in the first step: the model does not call "
+                    "this MoE (a replaced forward?), or its gradients were cleared too early"
+                )
 
     def step(self) -> None:
         """Count one optimizer step and average; call it yourself only in loops without `attach`."""
@@ -223,19 +312,51 @@ class ExpertAveraging:
         if self.steps_done <= 2 or self.steps_done % CHECK_EVERY == 0:
             check_peers(self.model)
         if self.steps_done % self.every == 0:
-            average_experts_(self.model, self.share_rate)
+            with torch.no_grad():
+                _average(self.model, self.share_rate, [local, *self._weights_in_states()])
+
+    def _weights_in_states(self) -> Iterator[Read]:
+        """Weights in an optimizer's state: schedule-free's z."""
+        for optimizer in self._optimizers:
+            if "schedulefree" in type(optimizer).__name__.lower():
+                yield partial(_weights_in_state, optimizer)
 
     def state_dict(self) -> dict[str, int]:
         """The number of steps done; the schedule is not part of it."""
         return {"steps_done": self.steps_done}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue from a saved number of steps."""
-        self.steps_done = int(state["steps_done"])
+        """Continue from a saved number of steps; a different count in the optimizer's state is warned of."""
+        saved, here = int(state["steps_done"]), self.steps_done
+        if self._optimizers and here not in (0, saved):
+            warnings.warn(
+                f"the averaging was saved after {saved} steps, the optimizer's state counts {here}: "
+                f"continuing at {saved}",
+                stacklevel=2,
+            )
+        self.steps_done = saved
 
 
-def unwrapped_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer inside wrappers that hold it as `.optimizer` (accelerate, Lightning)."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+def unwrapped_optimizer(optimizer: Optimizer) -> Optimizer:
+    """The innermost optimizer: the one that changes the weights, whatever wraps it."""
+    while True:
+        found = (getattr(optimizer, name, None) for name in _INNER)
+        inner = next((each for each in found if isinstance(each, Optimizer)), None)
+        if inner is None:
+            return optimizer
         optimizer = inner
-    return optimizer
+
+
+def looks_at_whole_tensors(name: str) -> bool:
+    """Whether an optimizer of this name uses the shape or norm of a whole tensor: not for stacked experts."""
+    plain = re.sub(r"[^a-z]", "", name.lower())
+    return any(plain.startswith(kind) or plain.endswith(kind) for kind in _WHOLE_TENSORS)
+
+
+def _weights_in_state(optimizer: Optimizer, parameter: nn.Parameter) -> Tensor | None:
+    z = optimizer.state.get(parameter, {}).get("z")
+    return None if z is None else local(z)
+
+
+def _held(optimizer: Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

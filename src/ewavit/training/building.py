@@ -10,7 +10,14 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
-from ewavit.core.averaging import CosineRamp, Early, ExpertAveraging, LinearRamp, Schedule
+from ewavit.core.averaging import (
+    CosineRamp,
+    Early,
+    ExpertAveraging,
+    LinearRamp,
+    Schedule,
+    looks_at_whole_tensors,
+)
 from ewavit.core.ffn import FFN
 from ewavit.core.moe import moe_layers
 from ewavit.core.surgery import expand, select_ffns
@@ -72,12 +79,15 @@ def expand_by_recipe(model: nn.Module, recipe: Recipe, sample: Tensor | None = N
                     f"--experts {recipe.experts} is more than the {per_image * recipe.batch_size} "
                     f"{recipe.unit}s of a batch in {name}: take fewer experts or a larger --batch-size"
                 )
+    # Optimizers that use a whole tensor train N matrices; replicas have one each already.
+    separate = looks_at_whole_tensors(recipe.opt) and not replicas
     return expand(
         model,
         recipe.experts,
         select=[ffn.name for ffn in chosen],
         unit=recipe.unit,
         router=recipe.top_k,
+        experts="separate" if separate else "auto",
         placement=recipe.placement,
     )
 
