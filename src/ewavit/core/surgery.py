@@ -77,17 +77,7 @@ def expand(
     if moe_layers(model):
         raise EwavitError("the model is expanded already: call ewavit.collapse(model) first")
     chosen = select_ffns(model, select, unit if peers is None else "image")
-    _refuse_tied(model, chosen)
-    if frozen := [ffn.name for ffn in chosen if not any(p.requires_grad for p in ffn.module.parameters())]:
-        warnings.warn(
-            f"{frozen[0]} is frozen ({len(frozen)} of {len(chosen)} FFNs are): its experts will never differ",
-            stacklevel=2,
-        )
-    for ffn in chosen:
-        if experts == "stacked" and not ffn.stackable:
-            raise EwavitError(
-                f'{ffn.name} ({ffn.class_name}) cannot be stacked: use experts="separate" or "auto"'
-            )
+    _check_chosen(model, chosen, experts)
     for ffn in chosen:
         if peers is not None:
             moe = MoE(ReplicaExperts(ffn.module, peers), "image", ffn.channels_first, DealtByProcess())
@@ -101,6 +91,21 @@ def expand(
     if peers is not None:
         keep_from_ddp(model)
     return model
+
+
+def _check_chosen(model: nn.Module, chosen: list[FFN], experts: str) -> None:
+    """Refuse what experts cannot keep, and warn of experts that will not learn."""
+    _refuse_tied(model, chosen)
+    for ffn in chosen:
+        if experts == "stacked" and not ffn.stackable:
+            raise EwavitError(
+                f'{ffn.name} ({ffn.class_name}) cannot be stacked: use experts="separate" or "auto"'
+            )
+    if frozen := [ffn.name for ffn in chosen if not any(p.requires_grad for p in ffn.module.parameters())]:
+        warnings.warn(
+            f"{frozen[0]} is frozen ({len(frozen)} of {len(chosen)} FFNs are): its experts will never differ",
+            stacklevel=3,
+        )
 
 
 def _refuse_tied(model: nn.Module, chosen: list[FFN]) -> None:
