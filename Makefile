@@ -34,7 +34,8 @@ package: install
 	$(BIN)/python -m build
 	$(BIN)/python tools/check_package.py -q -n auto
 
-# The lower bounds of pyproject.toml, and for what they need the newest versions of a fixed day.
+# The lower bounds of pyproject.toml, and for what they need the newest versions of a fixed day. Not every bound has a
+# wheel for a newer Python: make oldest PYTHON=python3.10
 OLDEST := .venv-oldest/bin
 oldest:
 	test -x $(OLDEST)/python || $(PYTHON) -m venv .venv-oldest

@@ -159,6 +159,8 @@ def fsdp(experts, mesh):
         return nullcontext()
 
     with CommDebugMode() as counted:
+        # Only the total is read. The module tracker of torch 2.11 raises IndexError when a module runs twice.
+        counted.advanced_module_tracker.__exit__()
         train(model, optimizer, micro_batches=2, skip_sync=skip_sync)
     assert counted.get_total_counts() > 0
     reference = alone(build(experts))

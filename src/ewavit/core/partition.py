@@ -65,7 +65,9 @@ class RandomPartition(Dispatcher[Partition]):
         experts = self.num_experts
         capacity = -(-num_units // experts)
         num_slots = experts * capacity
-        order = torch.randperm(num_units, device=device)
+        # `generator=None` selects another overload with the same draw. Inductor of torch 2.11 fails on an
+        # index that is a whole permutation of the default one (https://github.com/pytorch/pytorch/issues/158457).
+        order = torch.randperm(num_units, generator=None, device=device)
         index = torch.arange(num_slots, device=device)
         if num_slots == num_units:
             return Partition(order, torch.empty_like(order).scatter_(0, order, index), None)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ewavit.core.ffn import FFN, find_ffns
@@ -181,7 +182,8 @@ def _work(
 
 
 def _forward_flops(model: nn.Module, sample: Tensor) -> int:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    # Attention runs as matrix products: torch 2.11 does not count the fused one of CPUs.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(sample)
     flops: int = counter.get_total_flops()
     return flops
