@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -46,7 +47,8 @@ def make_comparison(
             draw = np.random.default_rng((seed, order))
             shared = np.random.default_rng(seed).normal(0, 0.4)
             final = 82 + shared + (GAINS | dict(gains or {})).get(name, 0.3) + draw.normal(0, 0.2)
-            runs.append(_run(name, seed, final, epochs, layers, labels, draw))
+            made_run = _run(name, seed, final, epochs, layers, labels, draw)
+            runs.append(made_run if judge.share_of_samples else replace(made_run, samples=None))
         made.append(ArmRuns(arm, 2e-3 if arm.tuned else 1e-3, tuple(runs)))
     settings = {
         "name": "mini",
@@ -71,6 +73,7 @@ def make_comparison(
 
 
 def _run(name, seed, final, epochs, layers, labels, draw) -> Run:
+    final = min(100.0, max(0.0, round(final * IMAGES / 100) * 100 / IMAGES))  # a whole number of images
     experts = name not in CONTROLS
     rate = SHARE_RATES.get(name, 0.3)
     pace = draw.normal(10, 0.4)
@@ -100,6 +103,7 @@ def _run(name, seed, final, epochs, layers, labels, draw) -> Run:
                 predicted_spread=0.9 * apart if experts else None,
             )
         )
-    right = draw.random(IMAGES) < final / 100
+    right = draw.permutation(IMAGES) < round(final * IMAGES / 100)
     predictions = np.where(right, labels, (labels + 1) % 10)
-    return Run(seed, tuple(points), 310.0 + 90 * experts + draw.uniform(0, 4), labels, predictions)
+    peak = 310.0 + 90 * experts + draw.uniform(0, 4)
+    return Run(seed, tuple(points), peak, labels, predictions, IMAGES)

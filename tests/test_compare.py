@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -22,7 +24,7 @@ from ewavit.compare import compare as room
 from ewavit.compare.arms import BUILT_IN, make_arms
 from ewavit.compare.compare import compare
 from ewavit.compare.engines import End, Kind, Processes
-from ewavit.compare.results import latest_metric, read_run
+from ewavit.compare.results import Run, evaluated_epochs, latest_metric, read_run, without_other_data
 from ewavit.compare.terminal import Screen
 from ewavit.compare.work import Work, best_lr
 from ewavit.tasks.judge import INSTANCE_IOU, TOP1
@@ -378,15 +380,243 @@ def test_a_run_is_judged_by_its_averaged_weights_where_it_has_them(tmp_path):
     run = RunFolder(tmp_path)
     facts = {"epoch": 0, "images": 9, "seconds": 1, "train_loss": 2, "lr": 1e-3, "share_rate": 0}
     facts |= {"peak_memory_mib": 1, "eval_loss": 3, "eval_top1": 50, "eval_chamfer": 7}
-    run.predictions.write_text("label,prediction\n")
+    run.predictions.write_text("label,prediction\n" + "0,0\n0,1\n" * 5)
     write_summary([facts], run.summary)
     assert read_run(run, 0, TOP1).metric == latest_metric(run, TOP1) == 50
     assert read_run(run, 0, ERROR).metric == latest_metric(run, ERROR) == 7
+    assert (read_run(run, 0, TOP1).samples, read_run(run, 0, ERROR).samples) == (10, None)
     write_summary([facts | {"average_loss": 4, "average_top1": 60}], run.summary)
+    run.predictions.write_text("label,prediction\n" + "0,0\n0,0\n1,1\n0,1\n0,1\n" * 2)
     read = read_run(run, 0, TOP1)
     assert (read.metric, latest_metric(run, TOP1), read.curve[0].eval_loss) == (60, 60, 4)
     with pytest.raises(EwavitError, match="no average_chamfer"):  # never the raw weights in place of them
         read_run(run, 0, ERROR)
+
+
+# --- damaged runs
+
+LAST = -1
+
+
+def in_rows(file, change):
+    """Rewrite a CSV file after `change(rows)`, a list of dicts."""
+    with file.open(newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    names = list(rows[0])
+    change(rows)
+    with file.open("w", newline="") as handle:
+        writer = csv.DictWriter(handle, names)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def cell(column, value, row=LAST):
+    """Set one value of a run's summary."""
+    return lambda run: in_rows(run.summary, lambda rows: rows[row].update({column: value}))
+
+
+def cut(file, share=0.5):
+    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+
+
+def one_more_right(run):
+    def change(rows):
+        wrong = next(row for row in rows if row["label"] != row["prediction"])
+        wrong["prediction"] = wrong["label"]
+
+    in_rows(run.predictions, change)
+
+
+def predicted(column, value):
+    def change(rows):
+        row = next(row for row in rows if row["label"] != row["prediction"])
+        row[column] = value
+
+    return lambda run: in_rows(run.predictions, change)
+
+
+DAMAGES = {
+    "bytes": (lambda run: run.summary.write_bytes(b"\xff\x00" * 50), "summary.csv", "decode"),
+    "empty": (lambda run: run.summary.write_text(""), "summary.csv", "it has no rows"),
+    "missing": (lambda run: run.summary.unlink(), "summary.csv", "it is missing"),
+    "header": (lambda run: cut(run.summary, 0.05), "summary.csv", "it has no rows"),
+    "cut": (lambda run: cut(run.summary, 0.8), "summary.csv", "another number of values"),
+    "last row": (
+        lambda run: in_rows(run.summary, lambda rows: rows.pop()),
+        "summary.csv",
+        "no row of epoch 1",
+    ),
+    "first row": (
+        lambda run: in_rows(run.summary, lambda rows: rows.pop(0)),
+        "summary.csv",
+        "no row of epoch 0",
+    ),
+    "a row twice": (
+        lambda run: in_rows(run.summary, lambda rows: rows.append(rows[1])),
+        "summary.csv",
+        "follows",
+    ),
+    "500 %": (cell("eval_top1", "500"), "summary.csv", "eval_top1 is 500 in epoch 1, possible is 0 to 100"),
+    "500 % before": (cell("eval_top1", "500", 0), "summary.csv", "eval_top1 is 500 in epoch 0"),
+    "below 0 %": (cell("eval_top1", "-1"), "summary.csv", "eval_top1 is -1"),
+    "nan": (cell("eval_top1", "nan"), "summary.csv", "eval_top1 is nan"),
+    "a word": (cell("eval_top1", "good"), "summary.csv", "eval_top1 is 'good' in epoch 1, not a number"),
+    "negative loss": (cell("eval_loss", "-0.5"), "summary.csv", "eval_loss is -0.5"),
+    "nan loss": (cell("train_loss", "nan", 0), "summary.csv", "train_loss is nan"),
+    "no loss": (cell("eval_loss", ""), "summary.csv", "eval_loss is ''"),
+    "infinite time": (cell("seconds", "inf"), "summary.csv", "seconds is inf"),
+    "another metric": (cell("eval_top1", "99.0"), "summary.csv", "the model's file says"),
+    "one more right": (one_more_right, "predictions.csv", "the summary's top-1 is"),
+    "a word predicted": (predicted("prediction", "cat"), "predictions.csv", "'cat'"),
+    "huge": (predicted("prediction", "9" * 30), "predictions.csv", "too large"),
+    "prediction": (predicted("prediction", "10"), "predictions.csv", "prediction 10 is out of range"),
+    "label": (predicted("label", "-1"), "predictions.csv", "label -1 is out of range"),
+    "no predictions": (lambda run: cut(run.predictions, 0.0), "predictions.csv", "it has no rows"),
+    "half": (lambda run: cut(run.predictions), "predictions.csv", ""),
+    "column": (
+        lambda run: run.predictions.write_text(run.predictions.read_text().replace("label", "truth")),
+        "predictions.csv",
+        "it has no column label",
+    ),
+    "model": (lambda run: cut(run.model), "model.safetensors", ""),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_run_is_refused_with_its_file_and_what_is_wrong(done, tmp_path, damage):
+    change, file, said = DAMAGES[damage]
+    run = RunFolder(tmp_path / "ewa-42")
+    shutil.copytree(done[0] / "runs" / "ewa-42", run.path)
+    assert read_run(run, 42, TOP1, (0, 1)).samples == 32
+    change(run)
+    with pytest.raises(EwavitError) as caught:
+        read_run(run, 42, TOP1, (0, 1))
+    message = str(caught.value)
+    assert message.startswith(f"{file} is damaged: ")
+    assert said in message
+    assert message.endswith(f"; delete the run's folder {run.path} to train it again")
+
+
+def test_a_few_predictions_of_thousands_may_differ_in_a_second_evaluation(tmp_path):
+    run = RunFolder(tmp_path)
+    facts = {"epoch": 0, "images": 9, "seconds": 1, "train_loss": 2, "lr": 1e-3, "share_rate": 0}
+    write_summary([facts | {"peak_memory_mib": 1, "eval_loss": 3, "eval_top1": 50.0}], run.summary)
+    for right, refused in ((1001, False), (1002, False), (1003, True)):
+        run.predictions.write_text("label,prediction\n" + "0,0\n" * right + "0,1\n" * (2000 - right))
+        if refused:
+            with pytest.raises(
+                EwavitError, match=r"1003 of its 2,000 predictions are right, that is 50.15 %"
+            ):
+                read_run(run, 0, TOP1)
+        else:
+            assert read_run(run, 0, TOP1).metric == 50.0
+
+
+@pytest.fixture
+def copied(done, tmp_path):
+    """A copy of the finished comparison, and the command that goes on with its sound arms."""
+    shutil.copytree(done[0], tmp_path / "done")
+    return tmp_path / "done", [*done[1], "--output", str(tmp_path), "--arms", "dense,ewa,twin"]
+
+
+def test_a_damaged_run_is_named_and_the_others_count(copied, capsys):
+    folder, command = copied
+    damaged = RunFolder(folder / "runs" / "ewa-42")
+    cell("eval_top1", "500")(damaged)
+    capsys.readouterr()
+    assert main(command) == 1
+    said = capsys.readouterr().out
+    assert "failed: ewa, seed 42: summary.csv is damaged: eval_top1 is 500" in said
+    assert f"delete the run's folder {damaged.path} to train it again" in said
+    found = {(row["arm"], row["seed"]): row for row in results(folder)}
+    assert [key for key, row in found.items() if row["error"]] == [("ewa", "42")]
+    assert [key for key, row in found.items() if not row["top1"]] == [("ewa", "42")]
+    assert "summary.csv is damaged" in found["ewa", "42"]["error"]
+    pairs = json.loads((folder / "results.json").read_text())["statistics"]["against_reference"]
+    assert {pair["arm"]: pair["seeds"] for pair in pairs} == {"ewa": [43], "twin": [42, 43]}
+    assert "summary.csv is damaged" in (folder / "report.html").read_text()
+    shutil.rmtree(damaged.path)
+    assert main(command) == 0
+    assert same_end(damaged.path, folder / "runs" / "twin-42")
+
+
+def test_the_table_of_runs_marks_a_damaged_one(done, tmp_path):
+    recipe = Recipe(**SMALL, output=str(tmp_path), name="table")
+    work = Work(recipe, make_arms(["dense", "ewa"], recipe), (42, 43), (), 1, False, "ewavit compare")
+    for one in work.final():
+        shutil.copytree(done[0] / "runs" / one.run.path.name, one.run.path)
+    cells = work.final()
+    cell("eval_top1", "500")(cells[0].run)
+    states = [Screen(cells, work)._state(one, False) for one in cells]
+    assert states[0] == "[red]damaged[/]"
+    assert all(state.startswith("[green]") for state in states[1:])
+    cut(cells[0].run.summary, 0.7)
+    cells[0].run.model.unlink()  # a run that goes on
+    assert Screen(cells, work)._state(cells[0], True).strip().endswith("%")
+
+
+def test_a_run_with_other_labels_than_most_is_named(copied, capsys):
+    folder, command = copied
+
+    def drop_a_right_one(rows):
+        rows.remove(next(row for row in rows if row["label"] == row["prediction"]))
+
+    run = RunFolder(folder / "runs" / "twin-43")
+    in_rows(run.predictions, lambda rows: rows.sort(key=lambda row: row["label"]))
+    assert main(command) == 1
+    said = capsys.readouterr().out
+    assert "failed: twin, seed 43: predictions.csv is damaged: its 32 labels are not those" in said
+    assert sum("failed:" in line for line in said.splitlines()) == 1
+    in_rows(run.predictions, drop_a_right_one)
+    assert main(command) == 1
+    assert "failed: twin, seed 43: predictions.csv is damaged: " in capsys.readouterr().out
+
+
+def test_without_most_labels_no_run_counts():
+    one, other = (np.array([0, 1, label]) for label in (0, 1))
+    runs = {
+        RunFolder(Path(f"{i}")): Run(i, labels=labels) for i, labels in enumerate((one, one, other, other))
+    }
+    assert all(run.error for run in without_other_data(runs).values())
+    runs[RunFolder(Path("4"))] = Run(4, labels=one)
+    assert [run.error is None for run in without_other_data(runs).values()] == [
+        True,
+        True,
+        False,
+        False,
+        True,
+    ]
+    runs = {RunFolder(Path("0")): Run(0, labels=one), RunFolder(Path("1")): Run(1, error="x")}
+    assert without_other_data(runs) == runs
+
+
+def test_a_damaged_tuning_run_leaves_its_arm_without_a_learning_rate(done, tmp_path):
+    recipe = Recipe(**SMALL, output=str(tmp_path), name="tuned")
+    arms = make_arms(["dense", "ewa-lr"], recipe)
+    work = Work(recipe, arms, (42, 43), (1e-3, 2e-3), 1, False, "ewavit compare")
+    for cell_ in work.tuning():
+        shutil.copytree(done[0] / "runs" / "ewa-42", cell_.run.path)
+    broken = work.tuning()[1].run
+    cell("eval_top1", "500")(broken)
+    work.choose()
+    assert work.chosen == {}
+    assert (
+        f"no learning rate yet: tuning run {broken.path.name}: summary.csv is damaged"
+        in work.untuned["ewa-lr"]
+    )
+    errors = [run.error for run in work.comparison().arms[1].runs]
+    assert errors == [work.untuned["ewa-lr"]] * 2
+    shutil.copy(done[0] / "runs" / "ewa-42" / "summary.csv", broken.summary)
+    work.choose()
+    assert work.chosen == {"ewa-lr": 1e-3}
+
+
+@pytest.mark.parametrize(("interval", "epochs"), [(1, (0, 1, 2, 3, 4)), (2, (1, 3, 4)), (5, (4,)), (9, (4,))])
+def test_the_last_epoch_is_always_evaluated(interval, epochs):
+    assert evaluated_epochs(Recipe(epochs=5, val_interval=interval, warmup_epochs=0)) == epochs
+
+
+# --- how runs end
 
 
 def ended(recipe):

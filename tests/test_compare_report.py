@@ -16,6 +16,7 @@ from ewavit.compare.arms import Arm
 from ewavit.compare.report import write_results
 from ewavit.compare.results import ArmRuns, Comparison, Run
 from ewavit.compare.statistics import Summary, summarise
+from ewavit.compare.terminal import as_text
 
 ARGUMENTS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -125,7 +126,10 @@ def test_json_holds_curves_and_statistics_and_nan_is_null(tmp_path):
     assert held["statistics"] == summarise(comparison).as_dict()
     assert held["judge"] == {
         "column": "top1", "name": "top-1", "unit": "%", "difference_unit": "points", "higher_is_better": True,
+        "bounds": [0, 100], "share_of_samples": True,
     }  # fmt: skip
+    assert held["samples"] == 2000
+    assert {pair["step"] for pair in held["statistics"]["against_reference"]} == {0.05}
     run = held["arms"][0]["runs"][0]
     assert run["curve"][-1]["eval_loss"] is run["eval_loss"] is run["peak_memory_mib"] is None
     ewa = comparison.arms[-1].runs[2]
@@ -280,6 +284,26 @@ def test_page_says_the_verdict_the_command_and_what_failed(opened, written, summ
     assert page.locator("#tuning .chosen").inner_text() == "82.60"
 
 
+def test_page_says_the_step_of_the_metric(opened, written):
+    said = opened(written).locator("#reading").inner_text().replace("\n", " ")
+    assert "The top-1 of 2,000 images comes in steps of 0.05 points. No interval is narrower." in said
+
+
+def test_no_p_value_is_printed_as_zero(tmp_path):
+    comparison = make_comparison(("dense", "ewa"), seeds=8, epochs=2, gains={"ewa": 9})
+    assert 0 < summarise(comparison).against_reference[0].holm_p < 0.0005
+    lines = as_text(comparison, tmp_path).splitlines()
+    assert next(line for line in lines if line.startswith("ewa ")).split()[-2] == "<0.001"
+
+
+def test_text_of_runs_that_failed_has_no_nan(tmp_path):
+    failed = {("ewa", 0): "x", ("rup", 0): "x", ("rup", 1): "x"}
+    text = as_text(make_comparison(("dense", "ewa", "rup"), 2, failed=failed), tmp_path)
+    assert "nan" not in text
+    assert re.search(r"^ewa  +8\d\.\d\d %  +[+-]\d\.\d\d, no interval  +-  ", text, re.MULTILINE)
+    assert re.search(r"^rup  +-  +-  +-  +-$", text, re.MULTILINE)
+
+
 def test_quick_look_is_marked(opened, tmp_path):
     write_results(make_comparison(("dense", "ewa"), seeds=2, epochs=3, limited=True), tmp_path)
     assert opened(tmp_path).locator("header .badge").inner_text() == "quick look"
@@ -325,7 +349,8 @@ def test_page_of_point_clouds_does_not_speak_of_images(opened, tmp_path):
 
 
 def test_page_and_files_of_an_error_speak_of_it_and_call_less_better(opened, tmp_path):
-    comparison = make_comparison(ARMS, 2, 6, gains={"ewa": -5}, judge=ERROR, data="solids", kind="clouds")
+    gains = {"ewa": -5, "rup": -5}
+    comparison = make_comparison(ARMS, 3, 6, gains=gains, judge=ERROR, data="solids", kind="clouds")
     write_results(comparison, tmp_path)
     assert "chamfer" in read_csv(tmp_path)[0]
     held = json.loads((tmp_path / "results.json").read_text())
@@ -342,6 +367,8 @@ def test_page_and_files_of_an_error_speak_of_it_and_call_less_better(opened, tmp
     assert page.locator("#tuning .chosen").inner_text() == "82.60"
     assert "the lowest mean Chamfer distance" in page.locator("#reading").inner_text().replace("\n", " ")
     assert "rup and ewa help;" in page.locator("#verdict").inner_text()
+    assert held["samples"] is None
+    assert "steps of" not in said
     page.locator("#curves svg").focus()
     page.keyboard.press("ArrowRight")
     told = page.locator("#tip div span:last-child").all_inner_texts()

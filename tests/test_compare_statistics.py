@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import statistics
 from dataclasses import replace
 
@@ -299,9 +300,9 @@ def test_equal_differences_are_believed_when_a_sign_test_would(seeds, outcome):
     base = [80.0 if seed % 2 else 70.0 for seed in range(seeds)]
     summary = summarise(comparison(dense(base), arm("ewa", [value + 0.3 for value in base])))
     found = summary.against_reference[0]
-    assert found.interval == (0.3, 0.3)
+    assert found.interval == ((0.3, 0.3) if outcome == "helps" else (0.0, 0.6))
     assert found.p_value == pytest.approx(2 / 2**seeds, abs=1e-3)
-    assert found.seeds_needed == 6
+    assert found.seeds_needed == (6 if seeds >= 4 else None)
     assert verdict(summary, "ewa").outcome == outcome
 
 
@@ -361,6 +362,137 @@ def test_any_comparison_is_summarised_without_a_warning(data):
     assert len(summary.verdicts) == len(arms) - 1
     assert all(v.sentence.endswith(".") and "nan" not in v.sentence for v in summary.verdicts)
     assert all((v.outcome == "untold") == bool(v.would_tell) for v in summary.verdicts)
+
+
+# --- a metric in steps
+
+
+def counted(name, right, samples, role="method"):
+    """An arm of which every run has so many of its samples right, as files hold it: with four decimals."""
+    runs = (
+        replace(run(seed, round(100 * count / samples, 4)), samples=samples)
+        for seed, count in enumerate(right)
+    )
+    return ArmRuns(Arm(name, role=role), 1e-3, tuple(runs))
+
+
+def of_images(samples, differences, **facts):
+    """The comparison of ewa with dense where the seeds differ by these numbers of images."""
+    base = [samples // 2 + seed % 3 - 1 for seed in range(len(differences))]
+    ours = [b + d for b, d in zip(base, differences, strict=True)]
+    return summarise(
+        comparison(counted("dense", base, samples, "control"), counted("ewa", ours, samples), **facts)
+    )
+
+
+def test_one_image_more_at_each_of_two_seeds_is_no_proof():
+    summary = of_images(12, [1, 1], kind="clouds")
+    found = summary.against_reference[0]
+    half = T_975[1] * 100 / 12 / math.sqrt(6) / math.sqrt(2)  # by the rounding of two accuracies
+    assert found.differences == pytest.approx((100 / 12, 100 / 12))
+    assert found.step == pytest.approx(100 / 12)
+    assert found.interval == pytest.approx((100 / 12 - half, 100 / 12 + half), abs=1e-6)
+    assert found.p_value == found.permutation_p == 0.5
+    told = verdict(summary, "ewa")
+    assert (told.outcome, told.seeds_needed) == ("untold", None)
+    assert told.sentence.startswith(
+        "Whether ewa helps cannot be told with 2 seeds: +8.33 points against dense"
+    )
+    assert "; one of the 12 clouds is 8.33 points; at least 4 seeds are needed to estimate" in told.sentence
+    assert "seeds would tell" not in told.sentence + summary.sentence
+
+
+@pytest.mark.parametrize("samples", [3, 12, 30, 2000])
+@pytest.mark.parametrize("images", [[1], [-1], [2], [1, 2], [-6, -7]])
+@pytest.mark.parametrize(("seeds", "told"), [(2, False), (3, False), (5, False), (6, True), (8, True)])
+def test_differences_within_one_step_are_believed_when_a_sign_test_would(samples, images, seeds, told):
+    found = of_images(samples, [images[seed % len(images)] for seed in range(seeds)])
+    pair = found.against_reference[0]
+    assert pair.permutation_p == pytest.approx(2 / 2**seeds)
+    assert pair.p_value >= pair.permutation_p
+    assert verdict(found, "ewa").outcome == ("untold" if not told else "helps" if images[0] > 0 else "hurts")
+    assert verdict(found, "ewa").seeds_needed == (6 if seeds == 5 else None)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(2, 60), st.data())
+def test_no_interval_is_narrower_than_a_step_and_it_says_what_p_says(samples, data):
+    count = st.integers(0, samples)
+    seeds = data.draw(st.integers(2, 9))
+    arms = [
+        counted(name, data.draw(st.lists(count, min_size=seeds, max_size=seeds)), samples, role)
+        for name, role in (("dense", "control"), ("ewa", "method"))
+    ]
+    summary = summarise(comparison(*arms))
+    pair, step = summary.against_reference[0], 100 / samples
+    for low, high in (pair.interval, *(one.interval for one in summary.arms)):
+        assert high - low >= step * (1 - 1e-9)
+    assert 0 < pair.p_value <= 1
+    assert 0 < pair.permutation_p <= 1
+    low, high = pair.interval
+    assert (pair.p_value <= 0.05) == (low > 0 or high < 0)
+    assert low <= pair.mean <= high
+
+
+def test_many_images_leave_the_textbooks_interval_and_p_value():
+    images = [17, 5, 21, 9, 12]  # of 2,000
+    found = of_images(2000, images).against_reference[0]
+    points = [count / 20 for count in images]
+    error = statistics.stdev(points) / math.sqrt(5)
+    mean = statistics.mean(points)
+    assert found.interval == pytest.approx((mean - T_975[4] * error, mean + T_975[4] * error), abs=1e-7)
+    assert found.p_value == pytest.approx(2 * stats.t.sf(mean / error, 4), abs=1e-12)
+    assert not found.coarse
+
+
+def test_arms_that_are_equal_on_few_images_differ_by_at_most_a_step_or_more():
+    found = of_images(12, [0, 0, 0, 0])
+    pair = found.against_reference[0]
+    assert (pair.mean, pair.p_value, pair.permutation_p) == (0.0, 1.0, 1.0)
+    assert pair.interval[0] == -pair.interval[1] <= -100 / 24
+    assert verdict(found, "ewa").sentence.endswith("; the top-1 is the same at every seed.")
+
+
+def test_differences_that_are_equal_but_for_the_files_rounding_are_equal():
+    ours = [50.3001, 60.2999, 55.3]
+    found = summarise(comparison(dense([50.0, 60.0, 55.0]), arm("ewa", ours))).against_reference[0]
+    assert found.p_value == found.permutation_p == 0.25
+    assert found.interval[0] == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 4, 5])
+def test_fewer_than_four_seeds_estimate_no_number_of_seeds(seeds):
+    points = (0.8, -0.4, 0.6, -0.2, 0.7)[:seeds]
+    found = summarise(comparison(dense(DENSE[:seeds]), arm("ewa", np.add(DENSE[:seeds], points).tolist())))
+    told = verdict(found, "ewa")
+    assert told.outcome == "untold"
+    estimated = bool(re.search(r"about \d+ seeds would tell", told.sentence))
+    assert estimated == (told.seeds_needed is not None) == (seeds >= 4)
+    assert ("at least 4 seeds are needed" in found.claim) == (seeds < 4)
+
+
+def test_no_p_value_is_zero():
+    found = summarise(comparison(dense(DENSE), arm("ewa", shifted(*(1e6 + n for n in NOISE)))))
+    assert 0 < found.against_reference[0].p_value < 1e-20
+    labels = np.zeros(4000, dtype=np.int64)
+    ours, theirs = (
+        ArmRuns(Arm(name), 1e-3, (run(0, 50.0, labels=labels, predictions=labels + wrong),))
+        for name, wrong in (("ewa", 0), ("dense", 1))
+    )
+    assert 0 < paired_difference(ours, theirs).mcnemar.p_value < 1e-300
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5, 8])
+@pytest.mark.parametrize("spread", [0.5, 1.0, 2.0])
+def test_under_the_null_few_images_give_a_verdict_at_most_one_time_in_twenty(seeds, spread):
+    draws = np.random.default_rng(seeds).normal(0, spread, (400, seeds)).round().astype(int)
+    patterns, counts = np.unique(np.sort(draws, axis=1), axis=0, return_counts=True)
+    wrong = sum(
+        count
+        for images, count in zip(patterns.tolist(), counts.tolist(), strict=True)
+        if verdict(of_images(40, images), "ewa").outcome != "untold"
+    )
+    assert wrong / len(draws) < 0.07
 
 
 # --- verdicts

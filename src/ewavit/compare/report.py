@@ -21,12 +21,13 @@ from typing import Any
 import numpy as np
 
 from ewavit.compare.results import ArmRuns, Comparison, Point, Run
-from ewavit.compare.statistics import Summary, finished, summarise, time_to_reference
+from ewavit.compare.statistics import EQUAL_SEEDS, Summary, finished, summarise, time_to_reference
 from ewavit.files import replacing
 from ewavit.tasks.judge import Judge
 
 FACTS = (
-    "name", "command", "date", "device", "versions", "data", "kind", "recipe", "seeds", "tuning", "limited",
+    "name", "command", "date", "device", "versions", "data", "kind", "samples", "recipe", "seeds", "tuning",
+    "limited",
 )  # fmt: skip
 COLUMNS = (
     "arm", "role", "seed", "lr", "{judge}", "mean_class", "eval_loss", "seconds", "images", "peak_memory_mib",
@@ -126,10 +127,23 @@ def _page(comparison: Comparison, summary: Summary) -> str:
         "unit": f", {comparison.judge.unit}" if comparison.judge.unit else "",
         "best_mean": f"{'highest' if comparison.judge.higher_is_better else 'lowest'} mean",
         "reference": summary.reference,
+        "steps": _steps(comparison),
     }
     parts |= {name: html.escape(text) for name, text in words.items()}
     template = (room / "report.html").read_text("utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)  # one pass: data is not searched
+
+
+def _steps(comparison: Comparison) -> str:
+    """A sentence about the step of the judging metric; empty if it has none."""
+    if comparison.samples is None:
+        return ""
+    judge, step = comparison.judge, 100 / comparison.samples
+    return (
+        f" The {judge.name} of {comparison.samples:,} {comparison.kind} comes in steps of "
+        f"{f'{step:.2g} {judge.difference_unit}'.rstrip()}. No interval is narrower. Where all differences "
+        f"lie within one step, fewer than {EQUAL_SEEDS} seeds give no verdict."
+    )
 
 
 def _curves(runs: list[Run]) -> dict[str, Any]:

@@ -1,21 +1,31 @@
-"""What a comparison holds: the runs of its arms, which are read from the runs' folders."""
+"""What a comparison holds: the runs of its arms, which are read from the runs' folders and checked."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
 
 from ewavit.compare.arms import Arm
-from ewavit.errors import EwavitError
+from ewavit.errors import EwavitError, first_line
 from ewavit.tasks.judge import Judge
+from ewavit.training.recipe import Recipe
 from ewavit.training.run_folder import RunFolder
 
 SPREAD = "spread/"  # columns of summary.csv that begin so are the spread of one layer
+# A second evaluation on a GPU may round differently and change predictions between two nearly equal classes.
+UNSTEADY = 0.001  # share of the predictions that may differ
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,7 @@ class Run:
     peak_memory_mib: float = float("nan")
     labels: npt.NDArray[np.int64] | None = None  # (samples,), of the evaluation set
     predictions: npt.NDArray[np.int64] | None = None  # (samples,), of the weights that `metric` is of
+    samples: int | None = None  # evaluated; `metric` is the percentage of right ones; None: another metric
     error: str | None = None
 
     @property
@@ -90,47 +101,204 @@ class Comparison:
     tuning: tuple[dict[str, Any], ...] = ()
     limited: bool = False  # a quick look: --limit was given
 
+    @property
+    def samples(self) -> int | None:
+        """Number of evaluation samples; None if the judging metric is not a share of samples."""
+        counts = [run.samples for arm in self.arms for run in arm.runs if run.samples is not None]
+        return min(counts, default=None)
 
-def read_run(run: RunFolder, seed: int, judge: Judge) -> Run:
-    """Read a finished run from its folder.
+
+def read_run(run: RunFolder, seed: int, judge: Judge, epochs: Sequence[int] | None = None) -> Run:
+    """Read a finished run from its folder and check it.
+
+    Args:
+        run: the folder.
+        seed: of the run.
+        judge: the judging metric.
+        epochs: the epochs that the run evaluated, from `evaluated_epochs`; None leaves them unchecked.
 
     Raises:
-        EwavitError: its summary has no column of the judge.
+        EwavitError: a file is missing or cannot be parsed, has impossible values, or contradicts another
+            file. The message names the file and the remedy.
     """
-    points = []
-    peak = float("nan")
-    with run.summary.open(newline="") as handle:
-        for row in csv.DictReader(handle):
-            predicted = row.get("predicted_spread")
-            points.append(
-                Point(
-                    epoch=int(float(row["epoch"])),
-                    images=int(float(row.get("images") or row["clouds"])),
-                    seconds=float(row["seconds"]),
-                    train_loss=float(row["train_loss"]),
-                    eval_loss=float(row[f"{_weights(row)}_loss"] or "nan"),
-                    metric=_metric(run, row, judge),
-                    lr=float(row["lr"]),
-                    share_rate=float(row["share_rate"]),
-                    spread={k.removeprefix(SPREAD): float(v) for k, v in row.items() if k.startswith(SPREAD)},
-                    predicted_spread=float(predicted) if predicted else None,
-                )
-            )
-            peak = float(row["peak_memory_mib"])
-    rows = run.predictions.read_text().split()[1:]
-    if not rows:  # the task keeps none
-        return Run(seed, tuple(points), peak)
-    table = np.loadtxt(rows, delimiter=",", dtype=np.int64, ndmin=2)
-    return Run(seed, tuple(points), peak, labels=table[:, 0], predictions=table[:, 1])
+    with _reading(run, run.summary):
+        rows = _table(run.summary)
+        points = tuple(_point(run, row, judge) for row in rows)
+        _check_curve(points, epochs)
+    labels, predictions = _predictions(run, judge)
+    with _reading(run, run.model):
+        classes, metric = _model_card(run, averaged="average_loss" in rows[-1])
+    with _reading(run, run.summary):
+        if metric is not None and metric != points[-1].metric:
+            raise ValueError(f"its last {judge.name} is {points[-1].metric}, the model's file says {metric}")
+    finished = Run(seed, points, _number(rows[-1], "peak_memory_mib", 0), labels, predictions)
+    if labels is None or predictions is None:
+        return finished
+    with _reading(run, run.predictions):
+        _check_predictions(labels, predictions, classes, judge, points[-1].metric)
+    return replace(finished, samples=len(labels) if judge.share_of_samples else None)
 
 
 def latest_metric(run: RunFolder, judge: Judge) -> float:
     """The judging metric in the last row of a run's summary, of the same weights as in `read_run`.
 
     Raises:
-        EwavitError: the summary has no row, or no column of the judge.
+        EwavitError: the summary has no row, no column of the judge, or an impossible value.
     """
-    return _metric(run, run.last_row() or {}, judge)
+    with _reading(run, run.summary):
+        return _metric(run, run.last_row() or {}, judge)
+
+
+def evaluated_epochs(recipe: Recipe) -> tuple[int, ...]:
+    """The epochs in the summary of a finished run."""
+    last = recipe.epochs - 1
+    return tuple(e for e in range(recipe.epochs) if (e + 1) % recipe.val_interval == 0 or e == last)
+
+
+def without_other_data(runs: Mapping[RunFolder, Run]) -> dict[RunFolder, Run]:
+    """Turn runs with other labels than most runs into failed runs.
+
+    All runs of a comparison are evaluated on the same samples. If two sets of labels are equally frequent,
+    neither is known to be right, and all runs fail.
+
+    Args:
+        runs: the ended runs by their folders.
+
+    Returns:
+        The same runs, the ones with other labels as failed runs with an error.
+    """
+    held = {run: found.labels.tobytes() for run, found in runs.items() if found.labels is not None}
+    ranking = Counter(held.values()).most_common(2)
+    if len(ranking) < 2:
+        return dict(runs)
+    common = ranking[0][0] if ranking[0][1] > ranking[1][1] else None
+    checked = dict(runs)
+    for run, labels in held.items():
+        if labels != common:
+            what = f"its {len(labels) // 8:,} labels are not those of the other runs"
+            checked[run] = Run(runs[run].seed, error=str(_damaged(run, run.predictions, what)))
+    return checked
+
+
+_DAMAGE = (OSError, ValueError, OverflowError, TypeError, AttributeError, csv.Error, SafetensorError)
+
+
+@contextmanager
+def _reading(run: RunFolder, file: Path) -> Iterator[None]:
+    """Context manager: an error of parsing or of values becomes one that names the file and the remedy."""
+    try:
+        yield
+    except EwavitError:
+        raise
+    except _DAMAGE as problem:
+        raise _damaged(run, file, "it is missing" if not file.exists() else first_line(problem)) from None
+
+
+def _damaged(run: RunFolder, file: Path, what: str) -> EwavitError:
+    return EwavitError(
+        f"{file.name} is damaged: {what}; delete the run's folder {run.path} to train it again"
+    )
+
+
+def _table(file: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file; each has a value for every column."""
+    with file.open(newline="") as handle:
+        rows = list(csv.DictReader(handle, strict=True))
+    for number, row in enumerate(rows, 1):
+        if None in row or None in row.values():
+            raise ValueError(f"row {number} has another number of values than the header")
+    return rows
+
+
+def _point(run: RunFolder, row: Mapping[str, str], judge: Judge) -> Point:
+    """A row of a summary, every value checked. Each task's loss is a cross-entropy, so none is negative."""
+    return Point(
+        epoch=int(_number(row, "epoch", 0)),
+        images=int(_number(row, "images" if row.get("images") else "clouds", 1)),
+        seconds=_number(row, "seconds", 0),
+        train_loss=_number(row, "train_loss", 0),
+        eval_loss=_number(row, f"{_weights(row)}_loss", 0),
+        metric=_metric(run, row, judge),
+        lr=_number(row, "lr", 0),
+        share_rate=_number(row, "share_rate", 0, 1),
+        spread={k.removeprefix(SPREAD): float(v) for k, v in row.items() if k.startswith(SPREAD)},
+        predicted_spread=float(row["predicted_spread"]) if row.get("predicted_spread") else None,
+    )
+
+
+def _number(row: Mapping[str, str], column: str, lowest: float, highest: float = math.inf) -> float:
+    """A finite number of a row, from `lowest` to `highest`."""
+    where = f"in epoch {row['epoch']}" if column != "epoch" and "epoch" in row else "in a row"
+    if column not in row:
+        raise ValueError(f"it has no column {column}")
+    try:
+        value = float(row[column])
+    except ValueError:
+        raise ValueError(f"{column} is {row[column]!r} {where}, not a number") from None
+    if not (math.isfinite(value) and lowest <= value <= highest):
+        possible = f"{lowest:g} or more" if highest == math.inf else f"{lowest:g} to {highest:g}"
+        raise ValueError(f"{column} is {row[column]} {where}, possible is {possible}")
+    return value
+
+
+def _check_curve(points: Sequence[Point], epochs: Sequence[int] | None) -> None:
+    if not points:
+        raise ValueError("it has no rows")
+    for before, after in pairwise(points):
+        if after.epoch <= before.epoch or after.images <= before.images or after.seconds < before.seconds:
+            raise ValueError(f"epoch {after.epoch} follows epoch {before.epoch} without progress")
+    found = [point.epoch for point in points]
+    if epochs is not None and found != list(epochs):
+        wrong = min(set(found) ^ set(epochs))
+        there = f"has no row of epoch {wrong}" if wrong in epochs else f"has a row of epoch {wrong}"
+        raise ValueError(f"it {there}; the run has {len(epochs)} evaluated epochs, the last is {epochs[-1]}")
+
+
+Classes = npt.NDArray[np.int64]
+
+
+def _predictions(run: RunFolder, judge: Judge) -> tuple[Classes | None, Classes | None]:
+    """The labels and the predicted classes; None if the task writes no predictions."""
+    with _reading(run, run.predictions):
+        rows = _table(run.predictions)
+        if not rows and judge.share_of_samples:
+            raise ValueError("it has no rows")
+        if not rows:
+            return None, None
+        columns = []
+        for column in ("label", "prediction"):
+            if column not in rows[0]:
+                raise ValueError(f"it has no column {column}")
+            columns.append(np.array([int(row[column]) for row in rows], dtype=np.int64))
+    return columns[0], columns[1]
+
+
+def _check_predictions(
+    labels: Classes, predictions: Classes, classes: int | None, judge: Judge, metric: float
+) -> None:
+    highest = math.inf if classes is None else classes - 1
+    for column, values in (("label", labels), ("prediction", predictions)):
+        if wrong := [value for value in values.tolist() if not 0 <= value <= highest]:
+            raise ValueError(f"{column} {wrong[0]} is out of range, the classes are 0 to {highest}")
+    if not judge.share_of_samples:
+        return
+    right, samples = int(np.sum(labels == predictions)), len(labels)
+    if abs(right - metric * samples / 100) > 0.5 + samples * UNSTEADY:
+        raise ValueError(
+            f"{right} of its {samples:,} predictions are right, that is {judge.text(100 * right / samples)}; "
+            f"the summary's {judge.name} is {judge.text(metric)}"
+        )
+
+
+def _model_card(run: RunFolder, averaged: bool) -> tuple[int | None, float | None]:
+    """The number of classes and the judging metric in the file of the deployed weights, if it says them."""
+    file = run.average if averaged else run.model
+    if not file.exists():
+        return None, None
+    with safe_open(file, "np") as handle:
+        card = json.loads((handle.metadata() or {}).get("ewavit", "{}"))
+    classes = card.get("classes")
+    return len(classes) if classes else None, card.get("metric")
 
 
 def _weights(row: Mapping[str, str]) -> str:
@@ -145,4 +313,4 @@ def _metric(run: RunFolder, row: Mapping[str, str], judge: Judge) -> float:
             f"{run.summary} has no {column}: another version of ewavit wrote it; delete {run.path} and start "
             "the same command again"
         )
-    return float(row[column])
+    return _number(row, column, *(judge.bounds or (-math.inf, math.inf)))

@@ -8,6 +8,7 @@ units and says whether a higher value is better. Arms are compared seed by seed,
 from __future__ import annotations
 
 import math
+import sys
 from bisect import bisect_left
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -27,7 +28,11 @@ ALPHA = 0.05  # all intervals are 95 %
 POWER = 0.8
 MOST_SEEDS = 1000  # beyond this "how many seeds would tell" has no practical answer
 RESAMPLES = 9999  # sign flips: all of them up to 13 pairs, a seeded sample beyond
+EQUAL_SEEDS = math.ceil(1 - math.log2(ALPHA))  # of equal differences: the smallest n with 2 / 2^n <= ALPHA
+FEWEST_SEEDS = 4  # below it a standard deviation is too uncertain to say "how many seeds would tell"
 DECIMALS = 9  # of a difference: finer differences are rounding of the subtraction
+ROUNDING = 2e-4  # metrics are written with four decimals: so much may equal differences differ by
+LEAST_P = sys.float_info.min  # where a p-value is too small for a float
 
 Interval = tuple[float, float]
 Outcome = Literal["helps", "hurts", "untold"]
@@ -74,9 +79,10 @@ class McNemar:
 class PairedDifference:
     """The judging metric of an arm minus a reference's, over the seeds that both finished.
 
-    With fewer than two pairs the interval and the p-values are nan. Where all differences are equal and not
-    zero, the interval has no width and t is infinite: `p_value` is then the permutation test's, because a few
-    equal differences are no proof.
+    With fewer than two pairs the interval and the p-values are nan. The interval and `p_value` follow from
+    `standard_error`, with the step of the metric. Differences within one step of each other do not show their
+    spread, and a few equal differences are no proof: `p_value` is then at least the permutation test's, and
+    if it is above 0.05 the interval includes zero.
     """
 
     arm: str
@@ -84,12 +90,14 @@ class PairedDifference:
     seeds: tuple[int, ...]
     differences: tuple[float, ...]
     mean: float
+    step: float | None  # of the metric; None: not known
+    coarse: bool  # the step, not the spread of the differences, makes the interval or `p_value`
     interval: Interval  # Student's t
     p_value: float  # paired t-test
     permutation_p: float  # sign flips; exact up to 13 pairs
     holm_p: float  # the t-test's, corrected over all arms against this reference
     mcnemar: McNemar | None  # None where predictions are missing
-    seeds_needed: int | None  # see `seeds_needed`; None: more than MOST_SEEDS, or fewer than two pairs
+    seeds_needed: int | None  # see `seeds_needed`; None: more than MOST_SEEDS, or under FEWEST_SEEDS pairs
 
 
 @dataclass(frozen=True)
@@ -166,7 +174,7 @@ def summarise(comparison: Comparison) -> Summary:
         both = runs.arm.role == "method" and best != reference
         pairs = (*to_best, *to_reference) if both else to_reference
         if name != reference:
-            verdicts.append(_verdict(name, [pair for pair in pairs if pair.arm == name], best, judge))
+            verdicts.append(_verdict(name, [pair for pair in pairs if pair.arm == name], best, comparison))
     setting, claim = _closing(comparison, reference, best, verdicts)
     return Summary(
         reference=reference,
@@ -193,7 +201,7 @@ def arm_statistics(runs: ArmRuns, reference: ArmRuns, judge: Judge) -> ArmStatis
         seeds=tuple(done),
         mean=_mean(metric),
         sd=float(np.std(metric, ddof=1)) if len(metric) > 1 else math.nan,
-        interval=t_interval(metric),
+        interval=t_interval(metric, _step(list(done.values())) or 0.0),
         seconds=_mean([run.curve[-1].seconds for run in done.values()]),
         images=_mean([run.curve[-1].images for run in done.values()]),
         peak_memory_mib=_mean([run.peak_memory_mib for run in done.values()]),
@@ -229,41 +237,107 @@ def paired_difference(runs: ArmRuns, reference: ArmRuns) -> PairedDifference:
     ours, theirs = finished(runs), finished(reference)
     pairs = [(ours[seed], theirs[seed]) for seed in ours if seed in theirs]
     our_metric, their_metric = np.array([[a.metric, b.metric] for a, b in pairs]).reshape(-1, 2).T
-    differences = np.round(our_metric - their_metric, DECIMALS)
-    flips = p = math.nan
-    needed = None
-    if len(pairs) > 1:
-        flips = _sign_flip_p(differences)
-        spread = float(np.ptp(differences)) > 0
-        p = float(stats.ttest_rel(our_metric, their_metric).pvalue) if spread else flips
-        needed = seeds_needed(
-            float(differences.mean()), float(np.std(differences, ddof=1)) if spread else 0.0
-        )
+    step = _step([run for pair in pairs for run in pair])
+    differences = our_metric - their_metric
+    # Metrics are written with four decimals, which makes equal differences unequal: whole steps are equal.
+    steps = np.round(differences / step) * step if step else differences
+    differences = np.round(steps, DECIMALS) + 0.0  # no -0
+    test = _paired_test(differences, step or 0.0)
     return PairedDifference(
         arm=runs.arm.name,
         reference=reference.arm.name,
         seeds=tuple(a.seed for a, _ in pairs),
         differences=tuple(differences.tolist()),
         mean=_mean(differences.tolist()),
-        interval=t_interval(differences.tolist()),
-        p_value=p,
-        permutation_p=flips,
-        holm_p=p,
+        step=step,
+        coarse=test.coarse,
+        interval=test.interval,
+        p_value=test.p_value,
+        permutation_p=test.permutation_p,
+        holm_p=test.p_value,
         mcnemar=_mcnemar(pairs, runs.arm.name, reference.arm.name),
-        seeds_needed=needed,
+        seeds_needed=test.seeds_needed,
     )
 
 
-def t_interval(values: list[float]) -> Interval:
-    """95 % interval of the mean by Student's t; nan for fewer than two values."""
+def t_interval(values: list[float], step: float = 0.0) -> Interval:
+    """95 % interval of the mean by Student's t; nan for fewer than two values.
+
+    Args:
+        values: of a metric, one per seed.
+        step: of the metric, see `standard_error`.
+    """
     if len(values) < 2:
         return (math.nan, math.nan)
-    mean = float(np.mean(values))
-    if np.ptp(values) == 0:
-        return (values[0], values[0])
-    quantile = special.stdtrit(len(values) - 1, 1 - ALPHA / 2)
-    half = float(quantile * np.std(values, ddof=1)) / math.sqrt(len(values))
+    mean, half = _mean(values), _quantile(len(values)) * standard_error(values, step)
     return (mean - half, mean + half)
+
+
+def standard_error(values: list[float], step: float = 0.0, *, roundings: int = 1) -> float:
+    """The standard error of a mean of values that come in steps.
+
+    A value known to a step has at least the standard deviation of its rounding, step / sqrt(12) (Guide to the
+    Expression of Uncertainty in Measurement, JCGM 100:2008, F.2.2.1), and step / sqrt(6) if it is a
+    difference of two. The 95 % interval is at least one step wide.
+
+    Args:
+        values: two or more.
+        step: 0 for a metric without steps.
+        roundings: how many rounded values each value is made of, 2 for differences.
+    """
+    sd = 0.0 if np.ptp(values) == 0 else float(np.std(values, ddof=1))  # numpy's may be a rounding above 0
+    floor = step * math.sqrt(roundings / 12)
+    return max(max(sd, floor) / math.sqrt(len(values)), step / 2 / _quantile(len(values)))
+
+
+def _quantile(seeds: int) -> float:
+    """Of Student's t for a 95 % interval."""
+    return float(special.stdtrit(seeds - 1, 1 - ALPHA / 2))
+
+
+def _step(runs: list[Run]) -> float | None:
+    """The coarsest step of the runs' metrics: 100 / samples, None where they are no share of samples."""
+    return max((100 / run.samples for run in runs if run.samples), default=None)
+
+
+@dataclass(frozen=True)
+class _PairedTest:
+    """What the differences of the seeds say; the names are those of `PairedDifference`."""
+
+    interval: Interval = (math.nan, math.nan)
+    p_value: float = math.nan
+    permutation_p: float = math.nan
+    seeds_needed: int | None = None
+    coarse: bool = False
+
+
+def _paired_test(differences: npt.NDArray[np.float64], step: float) -> _PairedTest:
+    """The paired t-test, which leaves differences that lie within one step to the sign-flip test."""
+    values = differences.tolist()
+    if len(values) < 2 or not np.isfinite(differences).all():
+        return _PairedTest()
+    mean, sd = _mean(values), float(np.std(differences, ddof=1))
+    flips = _sign_flip_p(np.round(differences / step) if step else differences)
+    error = standard_error(values, step, roundings=2)
+    half = _quantile(len(values)) * error
+    p = float(2 * special.stdtr(len(values) - 1, -abs(mean) / error)) if error else 0.0
+    coarse = step > 0 and error > (1 + 1e-9) * sd / math.sqrt(len(values))
+    sd = max(sd, step / math.sqrt(6))
+    needed = seeds_needed(mean, sd if step or np.ptp(differences) else 0.0)
+    if float(np.ptp(differences)) <= max(step, ROUNDING) * (1 + 1e-6):  # the spread does not show
+        coarse = step > 0 and bool(differences.any())
+        p = max(p, flips)
+        if p > ALPHA:
+            half = max(half, abs(mean))
+        if needed is not None:
+            needed = max(needed, EQUAL_SEEDS)
+    return _PairedTest(
+        interval=(mean - half, mean + half),
+        p_value=max(p, LEAST_P),
+        permutation_p=flips,
+        seeds_needed=needed if len(values) >= FEWEST_SEEDS else None,
+        coarse=coarse,
+    )
 
 
 def seeds_needed(mean: float, sd: float) -> int | None:
@@ -278,7 +352,7 @@ def seeds_needed(mean: float, sd: float) -> int | None:
     if mean == 0:
         return None
     if sd == 0:
-        return math.ceil(1 - math.log2(ALPHA))  # the smallest n with 2 / 2^n <= ALPHA
+        return EQUAL_SEEDS
 
     def power(seeds: int) -> float:
         # One tail: at 80 % power the other one is nothing, and scipy's far tail is nan.
@@ -322,7 +396,7 @@ def _sign_flip_p(differences: npt.NDArray[np.float64]) -> float:
     """Two-sided permutation test of paired samples: under no difference either sign was equally likely."""
     test = stats.permutation_test(
         (differences,),
-        lambda flipped, axis: np.round(np.mean(flipped, axis), DECIMALS),  # so that ties are ties
+        lambda flipped, axis: np.round(np.sum(flipped, axis), DECIMALS),  # so that ties are ties
         permutation_type="samples",
         vectorized=True,
         n_resamples=RESAMPLES,
@@ -349,18 +423,19 @@ def _mcnemar(pairs: list[tuple[Run, Run]], arm: str, reference: str) -> McNemar 
         return None
     # The binomial is exact at any size, and cheap.
     p = mcnemar([[0, only_arm], [only_reference, 0]], exact=True).pvalue
-    return McNemar(only_arm, only_reference, float(p))
+    return McNemar(only_arm, only_reference, max(float(p), LEAST_P))
 
 
 def _outcome(pair: PairedDifference, judge: Judge) -> Outcome:
     low, high = sorted(judge.sign * bound for bound in pair.interval)
-    if pair.p_value <= ALPHA:  # says the same as the interval, except where it has no width
+    if pair.p_value <= ALPHA:  # says the same as the interval
         return "helps" if low > 0 else "hurts" if high < 0 else "untold"
     return "untold"
 
 
-def _verdict(arm: str, pairs: list[PairedDifference], best: str | None, judge: Judge) -> Verdict:
+def _verdict(arm: str, pairs: list[PairedDifference], best: str | None, comparison: Comparison) -> Verdict:
     """Judge one arm; `pairs` has the best control first and the reference last."""
+    judge = comparison.judge
     outcomes = {pair.reference: _outcome(pair, judge) for pair in pairs}
     found = set(outcomes.values())
     outcome: Outcome = "hurts" if "hurts" in found else "untold" if "untold" in found else "helps"
@@ -373,6 +448,9 @@ def _verdict(arm: str, pairs: list[PairedDifference], best: str | None, judge: J
     fewest = _seeds(min(len(pair.seeds) for pair in pairs))
     claim = _claim(arm, outcomes) if told else f"Whether {arm} helps cannot be told with {fewest}"
     sentence = f"{claim}: {numbers}"
+    if coarse := next((pair.step for pair in pairs if pair.coarse and pair.step), None):
+        unit = judge.difference_unit
+        sentence += f"; one of the {round(100 / coarse):,} {comparison.kind} is {coarse:.2f} {unit}".rstrip()
     if would_tell:
         sentence += f"; {would_tell}"
     if corrected > ALPHA:
@@ -405,8 +483,10 @@ def _would_tell(pairs: list[PairedDifference], judge: Judge) -> tuple[int | None
     """How many seeds would settle all of these, as a number where there is one, and in words."""
     if any(len(pair.seeds) < 2 for pair in pairs):
         return None, "an interval needs at least 2 seeds that both arms finished"
-    if all(pair.interval == (0, 0) for pair in pairs):
+    if not any(any(pair.differences) for pair in pairs):
         return None, f"the {judge.name} is the same at every seed"
+    if any(len(pair.seeds) < FEWEST_SEEDS for pair in pairs):
+        return None, f"at least {FEWEST_SEEDS} seeds are needed to estimate how many would tell"
     hardest = max(pairs, key=lambda pair: pair.seeds_needed or math.inf)
     difference = f"a difference of the size found against {hardest.reference}"
     if hardest.seeds_needed is None:
@@ -448,9 +528,12 @@ def _seeds(number: int) -> str:
 
 
 def _mean(values: list[float]) -> float:
+    if not values:
+        return math.nan
     if len(set(values)) == 1:
         return values[0]  # numpy's may be a rounding beside it
-    return float(np.mean(values)) if values else math.nan
+    mean = float(np.mean(values))
+    return 0.0 if abs(mean) < 10.0**-DECIMALS else mean
 
 
 def _json(value: Any) -> Any:

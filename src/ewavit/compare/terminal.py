@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.live import Live
 from rich.table import Table
 
-from ewavit.compare.results import Comparison, latest_metric
+from ewavit.compare.results import Comparison, Run, latest_metric
 from ewavit.compare.work import Cell, Work
 from ewavit.training.report import say
 from ewavit.training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from ewavit.compare.statistics import PairedDifference
 
 
 class Screen:
@@ -21,7 +27,9 @@ class Screen:
     def __init__(self, cells: Sequence[Cell], work: Work) -> None:
         self._cells, self._work = cells, work
         self._judge = work.judge
-        self._found = {cell.run: self._latest(cell) for cell in cells if cell.run.is_finished}
+        self._found: dict[RunFolder, Run] = {}
+        for cell in cells:
+            self._look(cell)
         self._live = Live(auto_refresh=False) if sys.stdout.isatty() and cells else None
 
     def __enter__(self) -> Screen:
@@ -43,8 +51,8 @@ class Screen:
         if end:
             what = f"failed: {end.error} ({cell.run.log})"
         else:
-            self._found[cell.run] = self._latest(cell)
-            what = f"{self._judge.name} {self._judge.text(self._found[cell.run])}"
+            found = self._look(cell)
+            what = found.error or f"{self._judge.name} {self._judge.text(found.metric)}"
         line = (
             f"{len(self._found)} of {len(self._cells)} finished: {cell.row}, seed {cell.recipe.seed}, {what}"
         )
@@ -69,17 +77,36 @@ class Screen:
 
     def _state(self, cell: Cell, running: bool) -> str:
         if (found := self._found.get(cell.run)) is not None:
-            return f"[green]{self._judge.text(found)}[/]"
+            return "[red]damaged[/]" if found.error else f"[green]{self._judge.text(found.metric)}[/]"
         if cell.run in self._work.ends:
             return "[red]failed[/]"
         row = cell.run.last_row()
         if not running:
             return "begun" if row else "·"
-        share = (int(float(row["epoch"])) + 1) / cell.recipe.epochs if row else 0.0
-        return f"{share:4.0%}" + (f" [dim]{self._judge.text(self._latest(cell))}[/]" if row else "")
+        share, latest = 0.0, ""
+        with suppress(KeyError, ValueError):  # a damaged summary, which the run will write again
+            if row:
+                share = (int(float(row["epoch"])) + 1) / cell.recipe.epochs
+                latest = f" [dim]{self._judge.text(latest_metric(cell.run, self._judge))}[/]"
+        return f"{share:4.0%}{latest}"
 
-    def _latest(self, cell: Cell) -> float:
-        return latest_metric(cell.run, self._judge)
+    def _look(self, cell: Cell) -> Run:
+        """Read a run; keep it if it is finished."""
+        if found := self._work.found(cell):
+            self._found[cell.run] = found
+        return found or Run(cell.recipe.seed, error="not finished")
+
+
+def _gain(pair: PairedDifference) -> str:
+    """The difference and its interval as text, as far as the number of pairs gives them."""
+    if len(pair.seeds) > 1:
+        return f"{pair.mean:+.2f} [{pair.interval[0]:+.2f}, {pair.interval[1]:+.2f}]"
+    return f"{pair.mean:+.2f}, no interval" if pair.seeds else "-"
+
+
+def _p_text(p: float) -> str:
+    """A p-value as text; never 0, which would claim more than any data can."""
+    return "-" if math.isnan(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def as_text(comparison: Comparison, folder: Path) -> str:
@@ -91,9 +118,9 @@ def as_text(comparison: Comparison, folder: Path) -> str:
     lines = [("arm", f"{judge.name}, mean ± sd", f"against {summary.reference} [95 %]", "p (Holm)", "s/run")]
     for arm in summary.arms:
         pair = pairs.get(arm.name)
-        gain = f"{pair.mean:+.2f} [{pair.interval[0]:+.2f}, {pair.interval[1]:+.2f}]" if pair else ""
-        p = f"{pair.holm_p:.3f}" if pair else ""
-        lines.append((arm.name, f"{arm.mean:.2f} ± {judge.text(arm.sd)}", gain, p, f"{arm.seconds:.0f}"))
+        gain, p = (_gain(pair), _p_text(pair.holm_p)) if pair else ("", "")
+        mean = f"{arm.mean:.2f} ± {judge.text(arm.sd)}" if len(arm.seeds) > 1 else judge.text(arm.mean)
+        lines.append((arm.name, *((mean, gain, p, f"{arm.seconds:.0f}") if arm.seeds else ("-",) * 4)))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)) for line in lines]
     failed = [(arm.name, seed, error) for arm in summary.arms for seed, error in arm.errors.items()]

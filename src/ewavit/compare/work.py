@@ -20,8 +20,9 @@ from ewavit.compare.results import (
     ArmRuns,
     Comparison,
     Run,
-    latest_metric,
+    evaluated_epochs,
     read_run,
+    without_other_data,
 )
 from ewavit.errors import EwavitError, first_line
 from ewavit.files import replacing
@@ -113,8 +114,10 @@ class Work:
             problems = []
             for cell in self._tries(arm):
                 end = self.ends.get(cell.run)
-                if cell.run.is_finished:
-                    scores[cell.recipe.lr].append(latest_metric(cell.run, self.judge))
+                if (found := self.found(cell)) and found.error is None:
+                    scores[cell.recipe.lr].append(found.metric)
+                elif found:
+                    problems.append(f"no learning rate yet: tuning run {cell.run.path.name}: {found.error}")
                 elif end and end.kind is Kind.DIVERGED:
                     scores[cell.recipe.lr].append(None)
                 else:
@@ -234,7 +237,7 @@ class Work:
             recipe=self._shared(),
             seeds=self.seeds,
             judge=self.judge,
-            arms=tuple(ArmRuns(arm, self._lr(arm) or math.nan, tuple(self._ended(arm))) for arm in self.arms),
+            arms=self._results(),
             tuning=tuple(self._tried()),
             limited=self.limited,
         )
@@ -244,24 +247,43 @@ class Work:
         part = f"the first {recipe.limit:,} training {kind} of " if recipe.limit else ""
         return f"{part}{recipe.data}{f', by held-out training {kind},' if recipe.holdout else ''}"
 
-    def _ended(self, arm: Arm) -> Iterator[Run]:
+    def found(self, cell: Cell) -> Run | None:
+        """A finished run, with an error if its files are damaged; None if it is not finished."""
+        if not cell.run.is_finished:
+            return None
+        seed = cell.recipe.seed
+        try:
+            return read_run(cell.run, seed, self.judge, evaluated_epochs(cell.recipe))
+        except EwavitError as problem:
+            return Run(seed, error=str(problem))
+
+    def _results(self) -> tuple[ArmRuns, ...]:
+        """The runs of all arms that have finished or failed."""
+        ended = {arm.name: list(self._ended(arm)) for arm in self.arms}
+        checked = without_other_data(dict(pair for pairs in ended.values() for pair in pairs))
+        return tuple(
+            ArmRuns(arm, self._lr(arm) or math.nan, tuple(checked[run] for run, _ in ended[arm.name]))
+            for arm in self.arms
+        )
+
+    def _ended(self, arm: Arm) -> Iterator[tuple[RunFolder, Run]]:
         for seed in self.seeds:
             run = RunFolder(self.folder / "runs" / f"{arm.name}-{seed}")
-            if run.is_finished:
-                yield read_run(run, seed, self.judge)
-            elif error := self.untuned.get(arm.name):
-                yield Run(seed, error=error)
+            if error := self.untuned.get(arm.name):
+                yield run, Run(seed, error=error)
+            elif self._lr(arm) and (found := self.found(self._run(arm, seed))):
+                yield run, found
             elif end := self.ends.get(run):
-                yield Run(seed, error=end.error)
+                yield run, Run(seed, error=end.error)
 
     def _tried(self) -> Iterator[dict[str, Any]]:
         for arm in (arm for arm in self.arms if arm.tuned):
             for cell in self._tries(arm):
-                done = cell.run.is_finished
-                if done or cell.run in self.ends or arm.name in self.chosen:
-                    found = latest_metric(cell.run, self.judge) if done else math.nan
+                found = self.found(cell)
+                if found or cell.run in self.ends or arm.name in self.chosen:
+                    metric = found.metric if found and found.error is None else math.nan
                     facts = {"arm": arm.name, "lr": cell.recipe.lr, "seed": cell.recipe.seed}
-                    yield {**facts, self.judge.column: found}
+                    yield {**facts, self.judge.column: metric}
 
 
 def best_lr(scores: Mapping[float, Sequence[float | None]], judge: Judge) -> float | None:

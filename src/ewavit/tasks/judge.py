@@ -15,6 +15,9 @@ class Judge:
         unit: unit of its values, e.g. "%".
         difference_unit: unit of a difference between two values, e.g. "points".
         higher_is_better: False for a metric such as an error rate.
+        bounds: the least and the greatest possible value; None if there are none.
+        share_of_samples: whether a value is the percentage of samples with a right prediction. It comes in
+            steps of 100 / samples.
     """
 
     column: str
@@ -22,6 +25,8 @@ class Judge:
     unit: str = "%"
     difference_unit: str = "points"
     higher_is_better: bool = True
+    bounds: tuple[float, float] | None = None
+    share_of_samples: bool = False
 
     @property
     def sign(self) -> int:
@@ -33,5 +38,5 @@ class Judge:
         return f"{value:.2f} {self.unit}".rstrip()
 
 
-TOP1 = Judge("top1", "top-1")
-INSTANCE_IOU = Judge("instance_iou", "instance mIoU")
+TOP1 = Judge("top1", "top-1", bounds=(0, 100), share_of_samples=True)
+INSTANCE_IOU = Judge("instance_iou", "instance mIoU", bounds=(0, 100))
