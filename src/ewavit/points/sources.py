@@ -1,7 +1,7 @@
 """Readers of point clouds: the published formats, a folder of clouds, and generated solids.
 
 Each returns a `PointSet`: clouds of one size in memory, centred and scaled into the unit sphere. A cloud that
-is corrupt, empty, not finite or too small raises an EwavitError that names it.
+is corrupt, empty, not finite, collapsed or too small raises an EwavitError that names it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ewavit.errors import EwavitError, first_line
-from ewavit.points.files import Floats, checked, library, load_file
+from ewavit.points.files import TEXT_SUFFIXES, Floats, checked, library, load_file, without_missing
 from ewavit.points.solids import make_solids
 
 Ints = npt.NDArray[np.int64]
@@ -38,7 +38,7 @@ _SCANOBJECTNN_FILES = {  # variant: folder, rest of the file names
 }
 FORMATS = ("solids", "modelnet10:PATH", "modelnet40:PATH", *(f"{name}:PATH" for name in _SCANOBJECTNN_FILES),
            "shapenetpart:PATH", "points:PATH")  # fmt: skip
-SUFFIXES = (".ply", ".pcd", ".off", ".npy", ".npz")
+SUFFIXES = (".ply", ".pcd", ".off", ".npy", ".npz", *TEXT_SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,8 @@ def read_points(spec: str, num_points: int, skip_bad: bool = False) -> PointSet:
             resampled text files or of the h5 files, or an .npz file that `save_points` wrote);
             "obj_bg:PATH", "obj_only:PATH" or "pb_t50_rs:PATH" (ScanObjectNN's h5 files); "shapenetpart:PATH";
             or "points:PATH" (train/ and val/ or test/, each with a folder of files per class: .ply, .pcd,
-            .off, .npy or .npz).
+            .off, .npy, .npz, or text in .txt, .xyz, .csv or .pts). In organised clouds the points that are
+            NaN are left out.
         num_points: points that a cloud must have; up to twice as many are kept. Clouds with labelled parts
             may have fewer and are filled up by repetition.
         skip_bad: skip and count bad clouds instead of raising an error.
@@ -172,7 +173,7 @@ class _Reader:
 
 def _loaded(cloud: _Cloud, wanted: int, rng: np.random.Generator) -> npt.NDArray[Any]:
     try:
-        return cloud.load(wanted, rng)
+        return without_missing(cloud.load(wanted, rng))
     except EwavitError:
         raise
     except Exception as problem:  # readers raise many things on damaged files
