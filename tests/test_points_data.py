@@ -1,5 +1,7 @@
 """Readers of point clouds, each on a tiny set in its published layout; solids, augmentation, votes, IoU."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -216,7 +218,7 @@ def test_what_a_set_lacks_is_named(tmp_path):
         (f"obj_bg:{folder}", "has no main_split/training_objectdataset.h5"),
         (f"points:{folder}", r"differ \(bed, desk\)"),
         (f"points:{empty}", "test/bed has no clouds"),
-        (f"points:{text}", "must hold train/ and val/ or test/"),
+        (f"points:{text}", "text has no train/: it must hold train/ and val/"),
         (f"shapenetpart:{folder}", "synsetoffset2category.txt is missing"),
         (f"shapenetpart:{parts}", "t1.txt has parts of another category"),
         ("modelnet10", "no folder or file ''"),
@@ -224,6 +226,43 @@ def test_what_a_set_lacks_is_named(tmp_path):
     ):
         with pytest.raises(EwavitError, match=message):
             read(spec)
+
+
+def held_out(root, val: str | None, inner: str = "train"):
+    """A folder of clouds whose evaluation split is called `val`, or is missing; opened with holdout then."""
+    point_sets.write_folder(root)
+    shutil.rmtree(root / "test") if val is None else (root / "test").rename(root / val)
+    if not inner:
+        for name in CLASSES:
+            (root / "train" / name).rename(root / name)
+        (root / "train").rmdir()
+    options = {} if val else {"holdout": 0.25}
+    return open_data(f"points:{root}", DataOptions(batch_size=2, num_points=NUM_POINTS, **options))
+
+
+@pytest.mark.parametrize("val", ["val", "valid", "validation", "test"])
+def test_a_folder_of_clouds_has_its_validation_folder_under_each_usual_name(tmp_path, val):
+    data = held_out(tmp_path, val)
+    assert (data.num_train, data.num_eval) == (14, 2)
+
+
+@pytest.mark.parametrize("inner", ["train", ""])
+def test_clouds_are_held_out_of_a_folder_without_other_splits(tmp_path, inner):
+    data = held_out(tmp_path, None, inner)
+    assert (data.classes, data.num_train, data.num_eval) == (CLASSES, 10, 4)
+    assert len(list(data.eval_batches())) == 2
+
+
+def test_hidden_clouds_and_links_to_a_folder_above_do_not_count_and_other_formats_are_counted(tmp_path):
+    folder = point_sets.write_folder(tmp_path) / "train" / "bed"
+    for hidden in (".ipynb_checkpoints", "@eaDir"):
+        (folder / hidden).mkdir()
+        np.save(folder / hidden / "a.npy", cloud(0))
+    (folder / "up").symlink_to("..")
+    (folder / "a.laz").write_bytes(b"")
+    data = open_data(f"points:{tmp_path}", DataOptions(batch_size=2, num_points=NUM_POINTS))
+    assert (data.classes, data.num_train) == (CLASSES, 14)
+    assert data.notes == ("beside the clouds there are 1 file of other formats (.laz 1), which are not read",)
 
 
 # --- coordinates far away, missing points, text ---

@@ -186,6 +186,8 @@ class TrainingRun:
             recipe.save(self.files.args)
             layers = moe_layers(self.state.model)
             opening = report.opening(self.folder, self.state.card, self.data, recipe, len(layers))
+            for note in self.data.notes:
+                report.say(f"note: {note}")
             resumed = f", resumed at epoch {progress.epoch + 1}, batch {progress.batch}"
             report.say(f"{opening}, {self.accelerator.device}{resumed if progress.update else ''}")
         if recipe.tensorboard:
