@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from ewavit.data.batches import Data, Inputs
 from ewavit.errors import EwavitError
-from ewavit.points.batches import CloudInputs, PointData
+from ewavit.points.batches import CloudInputs
 from ewavit.points.transformer import create_point_model, load_point_checkpoint
 from ewavit.tasks.classification import Classification
 from ewavit.tasks.task import Mixing
@@ -76,14 +76,15 @@ class CloudClassification(Classification):
         return None
 
     def picture(self, data: Data, predictions: Sequence[tuple[int, int]], path: Path) -> None:
-        if not predictions or not isinstance(data, PointData):
+        clouds: Callable[[Sequence[int]], Any] | None = getattr(data, "evaluation_clouds", None)
+        if not predictions or clouds is None:
             return
         order = np.random.default_rng(0).permutation(len(predictions)).tolist()
         wrong = [index for index in order if predictions[index][0] != predictions[index][1]][: SHOWN // 2]
         right = [index for index in order if predictions[index][0] == predictions[index][1]]
         chosen = right[: SHOWN - len(wrong)] + wrong
         named = [tuple(data.classes[number] for number in predictions[index]) for index in chosen]
-        draw_clouds(data.evaluation_clouds(chosen), named, path)
+        draw_clouds(clouds(chosen), named, path)
 
 
 def draw_clouds(clouds: Any, names: Sequence[tuple[str, ...]], path: Path) -> None:
