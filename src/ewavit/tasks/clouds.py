@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 from ewavit.data.batches import Data, Inputs
+from ewavit.data.weight_files import read_weights
 from ewavit.errors import EwavitError
 from ewavit.points.batches import CloudInputs
-from ewavit.points.transformer import create_point_model, load_point_checkpoint
+from ewavit.points.transformer import create_point_model, load_point_weights
 from ewavit.tasks.classification import Classification
 from ewavit.tasks.task import Mixing
+from ewavit.tasks.weights import LoadReport
 
 SHOWN = 10  # clouds in the picture of a run
 
@@ -42,6 +44,7 @@ class CloudClassification(Classification):
         *,
         pretrained: bool = False,
         initial_checkpoint: str | None = None,
+        say: Callable[[str], None] | None = None,
         **kwargs: Any,
     ) -> tuple[nn.Module, dict[str, Any]]:
         if pretrained:
@@ -51,7 +54,12 @@ class CloudClassification(Classification):
         settings = {"num_classes": inputs.num_classes, **kwargs}
         model = create_point_model(name, **settings)
         if initial_checkpoint is not None:
-            load_point_checkpoint(model, initial_checkpoint)
+            weights = read_weights(Path(initial_checkpoint))
+            new, left_over = load_point_weights(model, weights, initial_checkpoint)
+            loaded = [key for key in model.state_dict() if key not in new]
+            if say is not None:
+                report = LoadReport(initial_checkpoint, loaded, new=new, left_over=left_over)
+                say("\n".join(report.lines()))
         with torch.no_grad():
             model.eval()(inputs.sample())
         return model.train(), settings

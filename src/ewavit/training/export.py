@@ -22,6 +22,7 @@ from ewavit.data.batches import Data
 from ewavit.data.options import DataOptions
 from ewavit.data.relabelled import with_classes
 from ewavit.errors import EwavitError
+from ewavit.files import is_torch_file
 from ewavit.tasks.task import Metrics
 from ewavit.training.building import expand_by_recipe
 from ewavit.training.card import ModelCard, RoutedMixture
@@ -51,6 +52,11 @@ def load_model(source: Path) -> tuple[nn.Module, ModelCard]:
     if (source / "state.json").exists() or (source.is_dir() and not RunFolder(source).model.exists()):
         return _from_checkpoint(source)
     file = RunFolder(source).model if source.is_dir() else source
+    if is_torch_file(file):
+        raise EwavitError(
+            f"{file} is a file of torch.save, which does not say its model, data and preprocessing: give the "
+            f"run or a file that ewavit wrote, or train from its weights with --initial-checkpoint {file}"
+        )
     try:
         with safe_open(file, "pt") as handle:
             metadata = handle.metadata() or {}
