@@ -711,8 +711,8 @@ def test_files_of_other_formats_are_counted_aloud(tmp_path: Path) -> None:
     (folder / "val" / "dog" / "f").write_bytes(b"")
     data = open_data(str(folder), DataOptions(batch_size=2, workers=0))
     assert data.notes == (
-        "beside the training images there are 3 files of other formats (.heic 2, .gif 1), which are not read",
-        "beside the evaluation images there are 1 file of other formats (no suffix 1), which are not read",
+        "not read beside the training images: 3 files of other formats (.heic 2, .gif 1)",
+        "not read beside the evaluation images: 1 file of other formats (no suffix 1)",
     )
     for image in (folder / "train" / "cat").glob("*.png"):
         image.unlink()

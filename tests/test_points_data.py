@@ -262,7 +262,7 @@ def test_hidden_clouds_and_links_to_a_folder_above_do_not_count_and_other_format
     (folder / "a.laz").write_bytes(b"")
     data = open_data(f"points:{tmp_path}", DataOptions(batch_size=2, num_points=NUM_POINTS))
     assert (data.classes, data.num_train) == (CLASSES, 14)
-    assert data.notes == ("beside the clouds there are 1 file of other formats (.laz 1), which are not read",)
+    assert data.notes == ("not read beside the clouds: 1 file of other formats (.laz 1)",)
 
 
 # --- coordinates far away, missing points, text ---

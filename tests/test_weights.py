@@ -122,6 +122,14 @@ WRAPPED = {
         "teacher": {**prefixed(state, "backbone."), "head.mlp.0.weight": torch.ones(4, 4)},
         "dino_loss": {"center": torch.ones(1, 4)},
     },
+    "target": lambda state: {
+        "encoder": prefixed(zeros(state), "module."), "predictor": OTHER,
+        "target_encoder": prefixed(state, "module."),
+    },
+    "decoder with blocks": lambda state: {
+        **prefixed(state, "encoder."),
+        **prefixed({key: value[:1] for key, value in state.items() if "blocks" in key}, "semantic_decoder."),
+    },
     "momentum": lambda state: {
         "state_dict": {
             **prefixed(zeros(state), "module.momentum_encoder."),

@@ -261,7 +261,7 @@ class LoaderData(Data):
         self.classes = train.classes
         sources = {"training": train} if val is train else {"training": train, "evaluation": val}
         self.notes = tuple(
-            f"beside the {split} images there are {formats_text(source.others)}, which are not read"
+            f"not read beside the {split} images: {formats_text(source.others)}"
             for split, source in sources.items()
             if isinstance(source, FileImages) and source.others
         )

@@ -82,7 +82,7 @@ class PointData(Data):
         self.img_size, self.mean, self.std = 0, (), ()
         self._bad = points.bad
         if points.others:
-            self.notes = (f"beside the clouds there are {formats_text(points.others)}, which are not read",)
+            self.notes = (f"not read beside the clouds: {formats_text(points.others)}",)
 
     @classmethod
     def open(cls, spec: str, options: DataOptions) -> PointData:

@@ -22,7 +22,7 @@ MOST_NAMED = 4  # keys in a message
 # What wrappers put into keys.
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 # Of several copies of the weights in a file the first kind here is taken; any other name is before the last.
-_COPIES = ("ema", "teacher", "state_dict")
+_COPIES = ("ema", "teacher", "target", "dict")  # `dict` is that of state_dict
 _LAST_COPIES = ("momentum", "student")
 # In files whose names only timm knows the weights are in the first of these.
 _CONTAINERS = ("state_dict_ema.", "model_ema.", "state_dict.", "model.", "")
@@ -188,9 +188,10 @@ def _unwrapped(
 
 def _copy(prefix: str) -> int:
     """The place of a copy of the weights among the copies in a file."""
-    if any(word in prefix for word in _LAST_COPIES):
+    words = re.split(r"[._]", prefix)
+    if any(word in words for word in _LAST_COPIES):
         return len(_COPIES) + 1
-    return next((place for place, word in enumerate(_COPIES) if word in prefix), len(_COPIES))
+    return next((place for place, word in enumerate(_COPIES) if word in words), len(_COPIES))
 
 
 def _fit_heads(
