@@ -658,6 +658,18 @@ def test_images_are_upright_as_exif_says(tmp_path: Path, suffix: str, orientatio
     torch.testing.assert_close(found, torch.from_numpy(upright).permute(2, 0, 1).float(), atol=3, rtol=0)
 
 
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_16_bit_images_are_turned_upright_too(tmp_path: Path, suffix: str) -> None:
+    values = (np.arange(16 * 16).reshape(16, 16) * 257).astype(np.uint16)
+    exif = Image.Exif()
+    exif[274] = 6
+    folder = write_pixels(tmp_path, values)
+    (folder / "val" / "a" / "0.png").unlink()
+    Image.fromarray(np.rot90(values, 1).copy()).save(folder / "val" / "a" / f"0{suffix}", exif=exif)
+    expected = torch.arange(256).float().view(16, 16).expand(3, -1, -1)
+    torch.testing.assert_close(eval_pixels(folder), expected, atol=0.01, rtol=0)
+
+
 def test_damaged_exif_beside_good_pixels_is_ignored(tmp_path: Path) -> None:
     folder = write_pixels(tmp_path, np.full((16, 16, 3), 90, np.uint8))
     Image.new("RGB", (16, 16), (90, 90, 90)).save(folder / "val" / "a" / "0.png", exif=b"Exif\0\0MM\0*\0\0")

@@ -220,10 +220,10 @@ def decoded(image: Image.Image, mode: str) -> Image.Image:
         raise ValueError(
             f"its values are {kind} (mode {image.mode}) without a fixed range; save it with 8 or 16 bits"
         )
-    if orientation in _UPRIGHT:
-        image = image.transpose(_UPRIGHT[orientation])
     if wide:
         image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+    if orientation in _UPRIGHT:
+        image = image.transpose(_UPRIGHT[orientation])
     return image.convert(mode)
 
 
