@@ -155,6 +155,36 @@ def test_corrupt_image_is_named_or_skipped_and_counted(capsys, tmp_path):
     assert "on 40 images" in capsys.readouterr().out
 
 
+def test_a_folder_of_class_folders_is_trained_on_and_evaluated_with_holdout(capsys, tmp_path):
+    folder = image_folder(tmp_path / "data") / "train"
+    (folder / "cat" / "more.heic").write_bytes(b"")
+    flags = ["--data", str(folder), "--model", TINY["model"], "--model-kwargs", TINY["model_kwargs"]]
+    flags += [
+        "--batch-size",
+        "8",
+        "--epochs",
+        "1",
+        "--workers",
+        "0",
+        "--output",
+        str(tmp_path),
+        "--name",
+        "run",
+    ]
+    line = refused(capsys, tmp_path, "train", *flags)
+    assert "has no train/" in line
+    assert "give --holdout 0.2" in line
+    assert main(["train", *flags, "--holdout", "0.2"]) == 0
+    said = capsys.readouterr().out
+    assert "note: not read beside the training images: 1 file of other formats (.heic 1)" in said
+    top1 = said.rpartition("top-1 ")[2].partition(" on")[0]
+    assert main(["evaluate", str(tmp_path / "run"), "--workers", "0", "--holdout", "0.2"]) == 0
+    out, err = capsys.readouterr()
+    assert f"top-1 {top1}" in out
+    assert ".heic 1" in err
+    assert main(["evaluate", str(tmp_path / "run"), "--workers", "0"]) == 2
+
+
 def test_existing_run_is_not_overwritten(capsys, tmp_path):
     arguments = ["train", *SMALL, "--output", str(tmp_path), "--name", "run"]
     assert main(arguments) == 0

@@ -439,7 +439,7 @@ def test_cifar_100_uses_the_fine_labels(tmp_path: Path) -> None:
 # --- sets read from files ---
 
 
-@pytest.mark.parametrize("val", ["val", "validation", "test"])
+@pytest.mark.parametrize("val", ["val", "validation", "valid", "test"])
 def test_a_folder_of_class_folders_is_read(tmp_path: Path, val: str) -> None:
     data = open_data(str(write_folder(tmp_path, val=val)), DataOptions(batch_size=5, workers=0))
     assert (data.classes, data.num_train, data.num_eval) == (("cat", "dog", "eel"), 12, 12)
@@ -579,6 +579,184 @@ def test_torchvision_sets_open_through_timm(tmp_path: Path) -> None:
     assert sorted(next(data.train_batches(0))[1].tolist()) == [0, 0, 1, 1, 2, 2]
 
 
+# --- values of other types, orientation, files that do not count ---
+
+
+def write_pixels(root: Path, pixels: np.ndarray, suffix: str = ".png") -> Path:
+    """Write train/ and val/ of two classes with one image each, all of these pixels."""
+    for place in ("train/a", "train/b", "val/a", "val/b"):
+        (root / place).mkdir(parents=True)
+        Image.fromarray(pixels).save(root / place / f"0{suffix}")
+    return root
+
+
+def eval_pixels(folder: Path, **options: Any) -> torch.Tensor:
+    """The first evaluation image, in 0..255."""
+    data = open_data(str(folder), DataOptions(batch_size=2, workers=0, **options))
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (data.mean, data.std))
+    return (next(data.eval_batches())[0][0] * std + mean) * 255
+
+
+@pytest.mark.parametrize(
+    ("suffix", "order"),
+    [(".png", "<u2"), (".tif", "<u2"), (".tiff", "<u2"), (".pgm", "<u2"), (".png", ">u2"), (".tif", ">u2")],
+)
+def test_16_bit_images_are_scaled_and_not_cut_off(tmp_path: Path, suffix: str, order: str) -> None:
+    values = np.linspace(0, 65535, 16 * 16).round().reshape(16, 16)
+    found = eval_pixels(write_pixels(tmp_path, values.astype(order), suffix))
+    expected = torch.from_numpy(values / 257).float().expand(3, -1, -1)
+    torch.testing.assert_close(found, expected, atol=0.51, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "suffix", "mode"), [("i4", ".tif", "I"), ("f4", ".tif", "F"), ("f4", ".tiff", "F")]
+)
+@pytest.mark.parametrize("largest", [1.0, 255.0, 1e6])
+def test_images_without_a_fixed_range_are_refused_by_name(
+    tmp_path: Path, kind: str, suffix: str, mode: str, largest: float
+) -> None:
+    folder = write_pixels(tmp_path, np.full((16, 16), largest, kind), suffix)
+    for skip in (False, True):
+        data = open_data(str(folder), DataOptions(batch_size=1, workers=0, skip_bad_images=skip))
+        message = error_of(list, data.eval_batches())
+        assert skip or (f"val/a/0{suffix}" in message and f"(mode {mode})" in message)
+
+
+def test_dark_16_bit_images_get_a_note(tmp_path: Path) -> None:
+    for largest, notes in ((4095, 1), (65535, 0)):
+        folder = write_pixels(tmp_path / str(largest), np.full((16, 16), largest, np.uint16))
+        data = open_data(str(folder), DataOptions(batch_size=1, workers=0))
+        assert len(data.notes) == notes
+        assert not notes or "up to 4095 of 65535, scaled to 16 of 255" in data.notes[0]
+
+
+def test_16_bit_images_of_torchvisions_image_folder_are_scaled_too(tmp_path: Path) -> None:
+    folder = write_pixels(tmp_path, np.full((16, 16), 30000, np.uint16))
+    data = open_data("torch/image_folder", DataOptions(data_dir=str(folder), batch_size=2, workers=0))
+    pixels = (next(data.eval_batches())[0] * torch.tensor(data.std).view(3, 1, 1)).mean((0, 2, 3))
+    torch.testing.assert_close((pixels + torch.tensor(data.mean)) * 255, torch.full((3,), 117.0))
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif", ".webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_upright_as_exif_says(tmp_path: Path, suffix: str, orientation: int) -> None:
+    upright = np.zeros((16, 16, 3), np.uint8)
+    upright[:8, :8], upright[:8, 8:], upright[8:, :8] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    stored = {
+        1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
+        5: upright.transpose(1, 0, 2), 6: np.rot90(upright, 1), 7: upright[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(upright, -1),
+    }[orientation]  # fmt: skip
+    write_pixels(tmp_path, upright)
+    exif = Image.Exif()
+    exif[274] = orientation
+    options = {"quality": 100, "subsampling": 0} if suffix == ".jpg" else {"lossless": True}
+    options = {} if suffix in (".png", ".tif") else options
+    (tmp_path / "val" / "a" / "0.png").unlink()
+    Image.fromarray(stored).save(tmp_path / "val" / "a" / f"0{suffix}", exif=exif, **options)
+    found = eval_pixels(tmp_path)
+    torch.testing.assert_close(found, torch.from_numpy(upright).permute(2, 0, 1).float(), atol=3, rtol=0)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_16_bit_images_are_turned_upright_too(tmp_path: Path, suffix: str) -> None:
+    values = (np.arange(16 * 16).reshape(16, 16) * 257).astype(np.uint16)
+    exif = Image.Exif()
+    exif[274] = 6
+    folder = write_pixels(tmp_path, values)
+    (folder / "val" / "a" / "0.png").unlink()
+    Image.fromarray(np.rot90(values, 1).copy()).save(folder / "val" / "a" / f"0{suffix}", exif=exif)
+    expected = torch.arange(256).float().view(16, 16).expand(3, -1, -1)
+    torch.testing.assert_close(eval_pixels(folder), expected, atol=0.01, rtol=0)
+
+
+def test_damaged_exif_beside_good_pixels_is_ignored(tmp_path: Path) -> None:
+    folder = write_pixels(tmp_path, np.full((16, 16, 3), 90, np.uint8))
+    Image.new("RGB", (16, 16), (90, 90, 90)).save(folder / "val" / "a" / "0.png", exif=b"Exif\0\0MM\0*\0\0")
+    torch.testing.assert_close(eval_pixels(folder), torch.full((3, 16, 16), 90.0), atol=0.01, rtol=0)
+
+
+def _hide(place: Path, name: str) -> None:
+    (place / name).mkdir(parents=True)
+    Image.new("RGB", (16, 16)).save(place / name / "copy.png")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda place: _hide(place, ".ipynb_checkpoints"),
+        lambda place: _hide(place, "@eaDir"),
+        lambda place: _hide(place, "deep/__MACOSX"),
+        lambda place: _hide(place.parent, ".cache"),
+        lambda place: _hide(place.parent, "@eaDir"),
+        lambda place: (place / "._0.png").write_bytes(b""),
+        lambda place: (place / "self").symlink_to("."),
+        lambda place: (place / "up").symlink_to(".."),
+        lambda place: (place / "far_up").symlink_to(place.parent.parent.parent.absolute()),
+        lambda place: (place.parent / "self").symlink_to("."),
+        lambda place: (place.parent / "root").symlink_to("../.."),
+    ],
+)
+def test_hidden_folders_and_links_to_a_folder_above_do_not_count(tmp_path: Path, change: Any) -> None:
+    folder = write_folder(tmp_path / "around" / "set")
+    change(folder / "train" / "cat")
+    data = open_data(str(folder), DataOptions(batch_size=2, workers=0))
+    assert (data.classes, data.num_train, data.notes) == (("cat", "dog", "eel"), 12, ())
+
+
+def test_links_to_other_places_are_followed_once(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "set")
+    _hide(tmp_path, "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(folder / "train")
+    for name in ("one", "two"):
+        (folder / "train" / "cat" / name).symlink_to(tmp_path / "elsewhere")
+    (folder / "train" / "dog").rename(tmp_path / "dogs")
+    (folder / "train" / "dog").symlink_to(tmp_path / "dogs")
+    data = open_data(str(folder), DataOptions(batch_size=2, workers=0))
+    assert (data.classes, data.num_train) == (("cat", "dog", "eel"), 13)
+
+
+def test_files_of_other_formats_are_counted_aloud(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path)
+    for name in ("a.heic", "b.HEIC", "c.gif", "d.txt", ".e.gif"):
+        (folder / "train" / "cat" / name).write_bytes(b"")
+    (folder / "val" / "dog" / "f").write_bytes(b"")
+    data = open_data(str(folder), DataOptions(batch_size=2, workers=0))
+    assert data.notes == (
+        "not read beside the training images: 3 files of other formats (.heic 2, .gif 1)",
+        "not read beside the evaluation images: 1 file of other formats (no suffix 1)",
+    )
+    for image in (folder / "train" / "cat").glob("*.png"):
+        image.unlink()
+    message = error_of(opened, str(folder), batch_size=2)
+    assert "train/cat has no images, but 3 files of other formats (.heic 2, .gif 1)" in message
+
+
+@pytest.mark.parametrize("layout", ["train alone", "classes alone", "another name"])
+def test_holdout_needs_no_evaluation_folder(tmp_path: Path, layout: str) -> None:
+    folder = write_folder(tmp_path, per_class=10)
+    shutil.rmtree(folder / "val")
+    options: dict[str, Any] = {"batch_size": 4, "workers": 0, "augmentation": PLAIN}
+    if layout == "another name":
+        (folder / "train").rename(folder / "images")
+        options["train_split"] = "images"
+    elif layout == "classes alone":
+        for name in ("cat", "dog", "eel"):
+            (folder / "train" / name).rename(folder / name)
+        (folder / "train").rmdir()
+        assert "give --holdout 0.2" in error_of(opened, str(folder), **options)
+    data = opened(str(folder), **options, holdout=0.2)
+    assert (data.classes, data.num_train, data.num_eval) == (("cat", "dog", "eel"), 24, 6)
+    batches = [*data.train_batches(0), *data.eval_batches()]
+    assert len({image.numpy().tobytes() for images, _ in batches for image in images}) == 30
+
+
+def test_a_folder_with_an_evaluation_split_alone_is_not_taken_for_one_of_classes(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path)
+    (folder / "train").rename(folder / "trian")
+    assert "has no train/" in error_of(opened, str(folder), batch_size=2, holdout=0.2)
+
+
 class _Reader:
     """Stands for one of timm's streaming readers: shuffles with the epoch, cannot seek."""
 
@@ -601,7 +779,11 @@ class _Reader:
         order = list(range(20))
         if self.is_training:
             random.Random(self.epoch).shuffle(order)
-        return ((Image.new("RGB", (16, 16), (10 * i, 0, 0)), i % 3) for i in order)
+        return ((self.picture(i), i % 3) for i in order)
+
+    @staticmethod
+    def picture(number: int) -> Image.Image:
+        return Image.new("RGB", (16, 16), (10 * number, 0, 0))
 
 
 def test_a_streamed_set_repeats_its_epochs_and_skips_by_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -616,6 +798,10 @@ def test_a_streamed_set_repeats_its_epochs_and_skips_by_drawing(monkeypatch: pyt
     assert same(whole[1:], list(data.train_batches(1, start=1)))
     assert not same(whole, list(data.train_batches(2)))
     assert torch.cat([labels for _, labels in data.eval_batches()]).tolist() == [i % 3 for i in range(20)]
+    monkeypatch.setattr(_Reader, "picture", lambda _, number: Image.new("F", (16, 16), number))
+    assert "wds/set: an image of the stream cannot be read: its values are floats" in error_of(
+        list, data.eval_batches()
+    )
     assert "limit" in error_of(opened, "wds/set", batch_size=8, limit=4)
 
 
@@ -787,6 +973,7 @@ def test_damaged_cifar_files_are_named(tmp_path: Path) -> None:
         [1, 2],
         {b"data": np.zeros((2, 3000), np.uint8), b"labels": [0, 1]},
         {b"data": np.zeros((2, 3072), np.uint8), b"labels": [0]},
+        {b"data": np.zeros((2, 3072), np.float32), b"labels": [0, 1]},
         {b"data": np.zeros((2, 3072), np.uint8), b"labels": [0, 10]},
         {b"labels": [0, 1]},
     ):

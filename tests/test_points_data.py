@@ -1,5 +1,7 @@
 """Readers of point clouds, each on a tiny set in its published layout; solids, augmentation, votes, IoU."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -216,7 +218,7 @@ def test_what_a_set_lacks_is_named(tmp_path):
         (f"obj_bg:{folder}", "has no main_split/training_objectdataset.h5"),
         (f"points:{folder}", r"differ \(bed, desk\)"),
         (f"points:{empty}", "test/bed has no clouds"),
-        (f"points:{text}", "must hold train/ and val/ or test/"),
+        (f"points:{text}", "text has no train/: it must hold train/ and val/"),
         (f"shapenetpart:{folder}", "synsetoffset2category.txt is missing"),
         (f"shapenetpart:{parts}", "t1.txt has parts of another category"),
         ("modelnet10", "no folder or file ''"),
@@ -224,6 +226,154 @@ def test_what_a_set_lacks_is_named(tmp_path):
     ):
         with pytest.raises(EwavitError, match=message):
             read(spec)
+
+
+def held_out(root, val: str | None, inner: str = "train"):
+    """A folder of clouds whose evaluation split is called `val`, or is missing; opened with holdout then."""
+    point_sets.write_folder(root)
+    shutil.rmtree(root / "test") if val is None else (root / "test").rename(root / val)
+    if not inner:
+        for name in CLASSES:
+            (root / "train" / name).rename(root / name)
+        (root / "train").rmdir()
+    options = {} if val else {"holdout": 0.25}
+    return open_data(f"points:{root}", DataOptions(batch_size=2, num_points=NUM_POINTS, **options))
+
+
+@pytest.mark.parametrize("val", ["val", "valid", "validation", "test"])
+def test_a_folder_of_clouds_has_its_validation_folder_under_each_usual_name(tmp_path, val):
+    data = held_out(tmp_path, val)
+    assert (data.num_train, data.num_eval) == (14, 2)
+
+
+@pytest.mark.parametrize("inner", ["train", ""])
+def test_clouds_are_held_out_of_a_folder_without_other_splits(tmp_path, inner):
+    data = held_out(tmp_path, None, inner)
+    assert (data.classes, data.num_train, data.num_eval) == (CLASSES, 10, 4)
+    assert len(list(data.eval_batches())) == 2
+
+
+def test_hidden_clouds_and_links_to_a_folder_above_do_not_count_and_other_formats_are_counted(tmp_path):
+    folder = point_sets.write_folder(tmp_path) / "train" / "bed"
+    for hidden in (".ipynb_checkpoints", "@eaDir"):
+        (folder / hidden).mkdir()
+        np.save(folder / hidden / "a.npy", cloud(0))
+    (folder / "up").symlink_to("..")
+    (folder / "a.laz").write_bytes(b"")
+    data = open_data(f"points:{tmp_path}", DataOptions(batch_size=2, num_points=NUM_POINTS))
+    assert (data.classes, data.num_train) == (CLASSES, 14)
+    assert data.notes == ("not read beside the clouds: 1 file of other formats (.laz 1)",)
+
+
+# --- coordinates far away, missing points, text ---
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.int64])
+@pytest.mark.parametrize("offset", [0, 1e3, -5.4e6, 1e12])
+def test_map_coordinates_keep_the_shape_of_the_object(kind, offset):
+    shape = (1000 * np.random.default_rng(0).normal(size=(64, 3))).round()
+    found = checked((shape + np.array([offset, -offset, 0])).astype(kind), "somewhere", 4)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, normalised(shape), atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e-300, 1e-20, 1e20, 1e300])
+def test_very_large_and_very_small_clouds_are_scaled_as_others(size):
+    np.testing.assert_allclose(
+        checked(size * cloud(0).astype(np.float64), "somewhere", 4), normalised(cloud(0)), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("far", [1e9, -1e30, 1e300])
+def test_a_cloud_that_an_outlier_collapses_is_an_error(far):
+    points = cloud(0).astype(np.float64)
+    points[3, 1] = far
+    with pytest.raises(EwavitError, match=r"somewhere collapses .*outlier"):
+        checked(points, "somewhere", 4)
+
+
+def test_map_coordinates_of_every_reader_keep_the_shape(tmp_path):
+    far = cloud(0).astype(np.float64) + np.array([5e5, 5.4e6, 100])
+    for name in CLASSES:
+        for split in ("train", "val"):
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            np.save(folder / "a.npy", far)
+            np.savez(folder / "b.npz", points=far)
+            np.savetxt(folder / "c.csv", far, delimiter=",", header="x,y,z", comments="")
+            point_sets.write_pcd(folder / "d.pcd", far, "ascii")
+    for points in read(f"points:{tmp_path}").train_points:
+        assert same_cloud(points, cloud(0))
+
+
+def holes(kind: type) -> np.ndarray:
+    """An organised cloud of 8 x 10 pixels, of which every fourth has no depth."""
+    image = np.concatenate([cloud(0, 80), np.ones((80, 1))], 1).reshape(8, 10, 4).astype(kind)
+    image[:, ::4, 2] = np.nan
+    return image
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("flat", [True, False])
+def test_missing_points_of_an_organised_cloud_are_left_out(tmp_path, kind, flat):
+    image = holes(kind)
+    measured = image[~np.isnan(image[..., 2])][:, :3]
+    for name in CLASSES:
+        for split in ("train", "val"):
+            (tmp_path / split / name).mkdir(parents=True)
+            np.save(tmp_path / split / name / "a.npy", image.reshape(-1, 4) if flat else image)
+            point_sets.write_pcd(tmp_path / split / name / "b.pcd", image.reshape(-1, 4)[:, :3], "binary")
+    found = read(f"points:{tmp_path}", 20)
+    assert found.bad == 0
+    assert found.train_points.shape == (4, 40, 3)
+    assert all(same_cloud(points, measured) for points in found.train_points)
+
+
+def test_a_cloud_of_missing_points_alone_is_named(tmp_path):
+    point_sets.write_folder(tmp_path)
+    np.save(tmp_path / "train" / "bed" / "z.npy", np.full((4, 10, 3), np.nan))
+    with pytest.raises(EwavitError, match=r"z\.npy has coordinates that are not finite"):
+        read(f"points:{tmp_path}")
+    assert read(f"points:{tmp_path}", skip_bad=True).bad == 1
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".xyz", ".csv", ".pts", ".XYZ"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1 2 3\n-4 5 6e-1\n",
+        "\ufeff1,2,3\n-4,5,0.6",
+        "1, 2, 3\n-4, 5, 0.6\n\n",
+        "1;2;3\n-4;5;0,6\n",
+        "2\n1 2 3 255\n-4 5 0.6 0\n",
+        "# made by hand\n1\t2\t3\n-4\t5\t0.6",
+        "//X Y Z R\n1 2 3 9\n-4 5 0.6 9",
+        'scan no,"Z",X,y\n7,3,1,2\n7,0.6,-4,5\n',
+        "//made by\n// x;y;z\n1;2;3\n-4;5;0.6",
+    ],
+)
+def test_text_of_every_kind_is_read(tmp_path, suffix, text):
+    file = tmp_path / f"cloud{suffix}"
+    file.write_text(text)
+    points = load_file(file, 8, np.random.default_rng(0))
+    assert points[:, :3].tolist() == [[1, 2, 3], [-4, 5, 0.6]]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("r,g,b,px,py,pz\n1,2,3,4,5,6\n", "does not name x, y, z"),
+        ("x,y,z\n1,2,3,4\n", "does not name x, y, z and every other column"),
+        ("1,5 2,5 3,5\n4,5 5,5 6,5\n", "decimal points"),
+        ("1,2,chair\n", "chair"),
+        ("1 2 3\n4 5\n", "columns"),
+    ],
+)
+def test_text_that_could_be_misread_is_refused(tmp_path, text, message):
+    file = tmp_path / "cloud.csv"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_file(file, 8, np.random.default_rng(0))
 
 
 # --- solids ---

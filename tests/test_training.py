@@ -1,15 +1,18 @@
 """Properties of whole runs: exact resumption, what a run leaves behind, evaluation, export, two processes."""
 
 import csv
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 import yaml
 from accelerate import Accelerator
+from PIL import Image
 from safetensors.torch import load_file
 
 from ewavit import EwavitError
@@ -159,6 +162,89 @@ def test_export_that_computes_something_else_leaves_no_file(finished, tmp_path, 
     with pytest.raises(EwavitError, match="differ"):
         export(finished.run, tmp_path / "plain.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+# --- class names decide, not positions ---
+
+COLOURS = {"c1": (250, 10, 10), "c2": (10, 250, 10), "c10": (10, 10, 250)}  # sorted plainly: c1, c10, c2
+
+
+def write_colours(root: Path, renamed: dict[str, str] | None = None) -> Path:
+    """A folder of three classes, each of one colour; some classes under another name."""
+    for split, count in (("train", 12), ("val", 4)):
+        for name, colour in COLOURS.items():
+            folder = root / split / (renamed or {}).get(name, name)
+            folder.mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (14, 14), colour).save(folder / f"{number}.png")
+    return root
+
+
+def colour_recipe(tmp_path: Path, name: str, folder: Path, **settings) -> Recipe:
+    more = {"limit": None, "batch_size": 12, "epochs": 6, "lr": 0.003, "workers": 0, "experts": 2}
+    return recipe(tmp_path, name, data=str(folder), **more | settings)
+
+
+@pytest.fixture(scope="module")
+def coloured(tmp_path_factory):
+    """A finished run on the colours, 100 % right."""
+    root = tmp_path_factory.mktemp("colours")
+    result = train(colour_recipe(root, "run", write_colours(root / "data")))
+    assert result.row["eval_top1"] == 100
+    return result.run, root / "data"
+
+
+def test_data_with_the_classes_in_another_order_are_evaluated_by_name(coloured, tmp_path):
+    run, folder = coloured
+    plainly_sorted = {"data": "torch/image_folder", "data_dir": str(folder), "workers": 0}
+    assert evaluate(run, **plainly_sorted).values == pytest.approx(evaluate(run, workers=0).values)
+    export(run, tmp_path / "file.onnx")
+    assert evaluate(tmp_path / "file.onnx", **plainly_sorted)["top1"] == 100
+
+
+@pytest.mark.parametrize(
+    ("renamed", "words"),
+    [
+        ({"c1": "x1"}, ["1 only in the data: x1", "1 only in the model: c1"]),
+        ({"c1": "x1", "c2": "c1"}, ["1 only in the data: x1", "1 only in the model: c2"]),
+        ({"c1": "C1", "c2": "C2", "c10": "C10"}, ["3 only in the data: C1, C2, C10"]),
+    ],
+)
+def test_renamed_classes_are_refused_by_name(coloured, tmp_path, renamed, words):
+    other = write_colours(tmp_path / "renamed", renamed)
+    run, _ = coloured
+    for call in (
+        lambda: evaluate(run, str(other), workers=0),
+        lambda: export(run, tmp_path / "file.safetensors", str(other)),
+    ):
+        with pytest.raises(EwavitError) as caught:
+            call()
+        assert all(word in str(caught.value) for word in words)
+    assert not (tmp_path / "file.safetensors").exists()
+
+
+def test_fewer_classes_are_refused_by_name(coloured, tmp_path):
+    other = write_colours(tmp_path / "fewer")
+    for split in ("train", "val"):
+        shutil.rmtree(other / split / "c2")
+    with pytest.raises(EwavitError, match="1 only in the model: c2"):
+        evaluate(coloured[0], str(other), workers=0)
+
+
+def test_a_run_resumes_on_data_with_the_classes_in_another_order(tmp_path, monkeypatch):
+    folder = write_colours(tmp_path / "data")
+    whole = train(colour_recipe(tmp_path, "whole", folder))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 15)
+        with pytest.raises(Interrupted):
+            train(colour_recipe(tmp_path, "parts", folder))
+    with pytest.raises(EwavitError, match="1 only in the data: x1"):
+        resume(tmp_path / "parts", data=str(write_colours(tmp_path / "other", {"c1": "x1"})))
+    resumed = resume(tmp_path / "parts", data="torch/image_folder", data_dir=str(folder))
+    assert resumed.row["eval_top1"] == 100
+    # The order of the images is another one, and so are the weights; the labels are not.
+    assert resumed.row["train_loss"] == pytest.approx(whole.row["train_loss"], abs=0.2)
+    assert load_model(tmp_path / "parts")[1].classes == ("c1", "c2", "c10")
 
 
 def test_the_experts_learning_rate_is_scaled_and_nothing_else(tmp_path):

@@ -187,7 +187,9 @@ def _add_evaluate(commands: _Commands) -> None:
         ("batch-size", 128, "images per batch; routed tokens of one batch compete for the experts' capacity"),
         ("workers", 4, "processes that read images"),
         ("data-dir", None, "root folder of timm data sets"),
+        ("train-split", "train", "training split"),
         ("val-split", "validation", "evaluation split"),
+        ("holdout", 0.0, "evaluate on the share of the training images that --holdout held out"),
         ("votes", 1, "passes over each cloud, averaged"),
     ):
         kind = str if default is None else type(default)
@@ -470,7 +472,10 @@ def _comparison_yaml(path: str | Path, what: str, own: dict[str, dict[str, Any] 
 def _evaluate(options: argparse.Namespace) -> int:
     from ewavit.training.export import evaluate
 
-    names = ("data", "batch_size", "workers", "data_dir", "val_split", "votes", "skip_bad_images")
+    names = (
+        "data", "batch_size", "workers", "data_dir", "train_split", "val_split", "holdout", "votes",
+        "skip_bad_images",
+    )  # fmt: skip
     metrics = evaluate(options.source, **{name: getattr(options, name) for name in names})
     print(json.dumps(metrics.as_dict()) if options.json else metrics.sentence)
     return 0

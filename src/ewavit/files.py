@@ -1,4 +1,4 @@
-"""`replacing`: write a file whole or not at all."""
+"""`replacing`: write a file whole or not at all. `is_torch_file`: recognise a pickle."""
 
 from __future__ import annotations
 
@@ -31,3 +31,14 @@ def replacing(path: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
         else:
             partial.unlink(missing_ok=True)
+
+
+def is_torch_file(file: Path) -> bool:
+    """Whether a file was written by `torch.save`: a zip archive, or in old versions a pickle."""
+    if not file.is_file():
+        return False
+    with file.open("rb") as handle:
+        start = handle.read(4)
+    return start == b"PK\x03\x04" or (
+        start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
+    )

@@ -22,7 +22,7 @@ from torch import nn
 from ewavit.core.experts import SeparateExperts
 from ewavit.core.moe import MoE
 from ewavit.errors import EwavitError
-from ewavit.files import replacing
+from ewavit.files import is_torch_file, replacing
 
 EXPERTS = "ewavit_experts"  # the metadata key that lists the tensors of the experts
 INDEX = ".safetensors.index.json"
@@ -101,6 +101,11 @@ def expert_metadata(model: nn.Module) -> dict[str, str]:
     return {EXPERTS: json.dumps(found)} if found else {}
 
 
+def is_expert_key(key: str) -> bool:
+    """Whether a key of a state dict names a tensor of experts."""
+    return _EXPERT_KEY.fullmatch(key) is not None
+
+
 def is_checkpoint_file(source: Path) -> bool:
     """Whether `collapse_checkpoint` reads this, by its name: a file or a folder of shards."""
     return source.suffix == ".safetensors" or source.name.endswith(INDEX) or any(source.glob(f"*{INDEX}"))
@@ -167,6 +172,12 @@ def _open(source: Path) -> _Source:
     if not source.is_file():
         raise EwavitError(
             f"no file {source}: give a .safetensors file, an index of shards, or the folder of either"
+        )
+    if is_torch_file(source):
+        raise EwavitError(
+            f"{source} is a file of torch.save, and only safetensors are collapsed in pieces: load it into "
+            "the model and call ewavit.collapse(model), or write safetensors.torch.save_file("
+            "model.state_dict(), FILE, ewavit.expert_metadata(model))"
         )
     if not source.name.endswith(INDEX):
         tensors, metadata = _read_header(source)

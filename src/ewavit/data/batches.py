@@ -132,6 +132,7 @@ class Data(ABC):
         num_train: training samples, after `limit` and `holdout`, over all ranks.
         num_eval: evaluation samples, over all ranks.
         batches_per_epoch: full training batches per rank.
+        notes: what a user should know about the files, in sentences.
     """
 
     name: str
@@ -145,6 +146,7 @@ class Data(ABC):
     num_train: int
     num_eval: int
     batches_per_epoch: int
+    notes: tuple[str, ...] = ()
 
     @property
     def num_classes(self) -> int:

@@ -14,27 +14,34 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data import create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import Compose
 
 from ewavit.data.augmentation import Augmentation
 from ewavit.data.batches import Batch, Data, Statistics, entropy, hold_out, take_first
+from ewavit.data.folders import formats_text
 from ewavit.data.options import DataOptions
 from ewavit.data.sources import (
+    FileImages,
     ImageSource,
     Ints,
     UnreadableImage,
     class_names,
+    decoded,
+    is_16_bit,
     is_timm,
     open_timm,
     read_folder,
     read_timm,
 )
-from ewavit.errors import EwavitError
+from ewavit.errors import EwavitError, first_line
 
 PROBED = 64  # images inspected for their size and mode
+DARK = 2**14  # a set of 16-bit images with all values below this is worth a note
 
 BadImages = list[tuple[str, str]]  # (where, reason)
 Sample = tuple[Tensor | None, int, BadImages]  # no image: none was readable
@@ -130,17 +137,30 @@ def common_size(sizes: set[tuple[int, int]]) -> int | None:
     return width if len(sizes) == 1 and width == height <= 224 else None
 
 
-def look_at(source: ImageSource) -> tuple[int | None, int]:
-    """Find the common size (see `common_size`) and the channels, 1 or 3, from 64 images spread over a set."""
-    sizes, modes = set(), set()
+def look_at(source: ImageSource) -> tuple[int | None, int, str | None]:
+    """Look at 64 images spread over a set.
+
+    Returns:
+        The common size (see `common_size`), the channels, 1 or 3, and a note if 16-bit images are so dark
+        that few grey levels are left of them.
+    """
+    sizes, modes, brightest = set(), set(), 0
     for index in np.unique(np.linspace(0, len(source) - 1, PROBED).astype(int)):
         try:
             image, _ = source.open(int(index))
+            if is_16_bit(image):
+                brightest = max(brightest, int(np.asarray(image).max()))
         except Exception:  # a batch that needs the image will name it
             continue
         sizes.add(image.size)
         modes.add(image.mode)
-    return common_size(sizes), 1 if modes == {"L"} else 3
+    note = None
+    if 0 < brightest < DARK:
+        note = (
+            f"the 16-bit images have values up to {brightest} of 65535, scaled to "
+            f"{(brightest + 128) // 257} of 255: scale the files to their whole range"
+        )
+    return common_size(sizes), 1 if modes == {"L"} else 3, note
 
 
 def usual_statistics(in_chans: int) -> Statistics:
@@ -236,9 +256,16 @@ class LoaderData(Data):
         options: DataOptions,
     ) -> None:
         plan = options.plan(len(indices), len(eval_indices))
-        native_size, self.in_chans = look_at(train)
+        native_size, self.in_chans, dark = look_at(train)
         self.name = name
         self.classes = train.classes
+        sources = {"training": train} if val is train else {"training": train, "evaluation": val}
+        self.notes = tuple(
+            f"not read beside the {split} images: {formats_text(source.others)}"
+            for split, source in sources.items()
+            if isinstance(source, FileImages) and source.others
+        )
+        self.notes += () if dark is None else (dark,)
         self.img_size = options.img_size or native_size or 224
         self.num_train, self.num_eval = plan.num_train, plan.num_eval
         self.batches_per_epoch = plan.batches_per_epoch
@@ -272,18 +299,19 @@ class LoaderData(Data):
             EwavitError: a split or a class is missing, or an option does not work for the set.
         """
         train: ImageSource
-        val: ImageSource
+        val: ImageSource | None
+        splits, holding = (options.train_split, options.val_split), options.holdout > 0
         if is_timm(spec):
             name = spec
-            train, val = read_timm(spec, options.data_dir, options.train_split, options.val_split)
+            train, val = read_timm(spec, options.data_dir, *splits, holding)
         else:
             path = Path(spec).expanduser()
             name = path.resolve().name
-            train, val = read_folder(path, options.train_split, options.val_split)
+            train, val = read_folder(path, *splits, holding)
         limit = options.limit
         indices = np.arange(len(train)) if limit is None else take_first(train.labels(), limit)
         indices, held = hold_out(indices, options.holdout)
-        if options.holdout:
+        if val is None:
             return cls(name, train, indices, train, held, options)
         return cls(name, train, indices, val, np.arange(len(val)), options)
 
@@ -334,6 +362,18 @@ def _loader(samples: Samples, keys: BatchKeys, options: DataOptions) -> DataLoad
     )
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Decode an image of a stream, see `decoded`.
+
+    Raises:
+        EwavitError: its values have no fixed range.
+    """
+    try:
+        return decoded(image, "RGB")
+    except ValueError as problem:
+        raise EwavitError(f"an image of the stream cannot be read: {first_line(problem)}") from None
+
+
 class StreamData(Data):
     """One of timm's streamed sets (wds/, tfds/, hfids/). They cannot seek: `start` reads and drops batches.
 
@@ -354,11 +394,13 @@ class StreamData(Data):
 
     def __init__(self, spec: str, options: DataOptions) -> None:
         def stream(split: str, is_training: bool) -> Any:
-            given = {
+            given: dict[str, Any] = {
                 "is_training": is_training,
                 "batch_size": options.batch_size,
                 "seed": options.seed % 2**31,
             }
+            if not spec.lower().startswith("tfds/"):
+                given["input_img_mode"] = ""  # as stored; timm would cut 16-bit values off
             return open_timm(spec, options.data_dir, split, **given)
 
         self._train, self._eval = stream(options.train_split, True), stream(options.val_split, False)
@@ -367,7 +409,7 @@ class StreamData(Data):
         # The lengths are those of one rank.
         self.num_train = len(self._train) * options.world_size
         self.num_eval = len(self._eval) * options.world_size
-        self.in_chans = 3  # timm's readers convert to RGB
+        self.in_chans = 3
         self.mean, self.std = options.statistics or usual_statistics(self.in_chans)
 
         self.classes = class_names(self._train.reader)
@@ -385,8 +427,11 @@ class StreamData(Data):
                 f"{spec} has fewer than two classes in {options.val_split}: give another set or split"
             )
         self.img_size = options.img_size or common_size(sizes) or 224
-        self._train.transform, self._eval.transform = transforms(
-            options.augmentation, self.img_size, common_size(sizes), (self.mean, self.std)
+        self._train.transform, self._eval.transform = (
+            Compose([to_rgb, transform])
+            for transform in transforms(
+                options.augmentation, self.img_size, common_size(sizes), (self.mean, self.std)
+            )
         )
         self._train.set_loader_cfg(num_workers=self._workers)
         self._eval.set_loader_cfg(num_workers=self._workers)
@@ -426,6 +471,10 @@ class StreamData(Data):
             pin_memory=device.type == "cuda",
             generator=generator,
         )
-        for images, labels in loader:
-            images = images.to(device, non_blocking=True)
-            yield normalize(images, (self.mean, self.std)), labels.to(device, non_blocking=True)
+        try:
+            for images, labels in loader:
+                images = images.to(device, non_blocking=True)
+                yield normalize(images, (self.mean, self.std)), labels.to(device, non_blocking=True)
+        except EwavitError as problem:  # torch puts the worker's traceback before the message
+            message = str(problem).strip().splitlines()[-1].rpartition("EwavitError: ")[2]
+            raise EwavitError(f"{self.name}: {message}") from None

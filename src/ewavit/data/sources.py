@@ -9,19 +9,21 @@ import importlib.util
 import os
 import pickle
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from timm.data import create_dataset
 from timm.data.dataset import ImageDataset
 from timm.utils.misc import natural_key
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder
 
+from ewavit.data.folders import class_folders, files_below, formats_text, split_folders
 from ewavit.errors import EwavitError, first_line
 
 Ints = npt.NDArray[np.int64]
@@ -115,7 +117,10 @@ def _unpickle(path: Path) -> dict[bytes, Any]:
 def _cifar_batch(path: Path, label_key: str, num_classes: int) -> tuple[npt.NDArray[np.uint8], Ints]:
     content = _unpickle(path)
     try:
-        images = np.asarray(content[b"data"], dtype=np.uint8).reshape(-1, 3, 32, 32)
+        images = np.asarray(content[b"data"])
+        if images.dtype != np.uint8:
+            raise ValueError(f"its images are {images.dtype}, not uint8")
+        images = images.reshape(-1, 3, 32, 32)
         labels = np.asarray(content[label_key.encode()], dtype=np.int64)
     except (KeyError, ValueError, TypeError) as error:
         raise EwavitError(f"CIFAR file {path} is damaged ({first_line(error)}): download it again") from error
@@ -185,6 +190,48 @@ class UnreadableImage(Exception):
         self.reason = reason
 
 
+_UPRIGHT = {  # EXIF's orientation -> what brings the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def decoded(image: Image.Image, mode: str) -> Image.Image:
+    """Decode an image upright, as EXIF says, in PIL mode "L" or "RGB".
+
+    16-bit values are scaled from 0..65535. PIL would cut them, and all other values above 255, off at 255.
+
+    Raises:
+        ValueError: the values are of a type without a fixed range (32 bits, floats).
+    """
+    image.load()  # PIL brings some formats upright itself, and removes the orientation
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # damaged EXIF beside good pixels
+        orientation = None
+    wide = is_16_bit(image)
+    if image.mode[0] in "IF" and not wide:
+        kind = "floats" if image.mode == "F" else "32-bit integers"
+        raise ValueError(
+            f"its values are {kind} (mode {image.mode}) without a fixed range; save it with 8 or 16 bits"
+        )
+    if wide:
+        image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+    if orientation in _UPRIGHT:
+        image = image.transpose(_UPRIGHT[orientation])
+    return image.convert(mode)
+
+
+def is_16_bit(image: Image.Image) -> bool:
+    """Whether the values of an image are 0..65535; PIL opens such .pgm, and older PIL .png, as 32 bits."""
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG"))
+
+
 class ImageSource(ABC):
     """One split of an image set; images are decoded one by one, on request."""
 
@@ -206,27 +253,45 @@ class ImageSource(ABC):
         """All labels, (images,)."""
 
     def load(self, index: int, mode: str) -> tuple[Image.Image, int]:
-        """Decode image `index` in PIL mode "L" or "RGB".
+        """Decode image `index`, see `decoded`.
 
         Raises:
-            UnreadableImage: the file is missing or damaged.
+            UnreadableImage: the file is missing or damaged, or its values have no fixed range.
         """
         try:
             image, label = self.open(index)
-            return image.convert(mode), label
+            return decoded(image, mode), label
         except Exception as error:  # decoders raise many things on damaged bytes
-            reason = "not an image" if isinstance(error, UnidentifiedImageError) else first_line(error)
+            reason = (
+                "no image that PIL can read"
+                if isinstance(error, UnidentifiedImageError)
+                else first_line(error)
+            )
             raise UnreadableImage(self.where(index), reason) from error
 
 
 class FileImages(ImageSource):
-    """Image files with their labels."""
+    """Image files with their labels.
 
-    def __init__(self, paths: Sequence[str], labels: Sequence[int], classes: tuple[str, ...]) -> None:
+    Args:
+        paths: the files, (images,).
+        labels: their classes, (images,).
+        classes: names of the classes.
+        others: number of files beside them in formats that are not read, by suffix.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        labels: Sequence[int],
+        classes: tuple[str, ...],
+        others: Mapping[str, int] | None = None,
+    ) -> None:
         # arrays, not lists: forked workers share the memory; bytes take a quarter of str
         self.paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
         self.targets = np.array(labels, dtype=np.int64)
         self.classes = classes
+        self.others = others or {}
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -257,6 +322,9 @@ class TimmImages(ImageSource):
         return len(self.dataset)
 
     def open(self, index: int) -> tuple[Image.Image, int]:
+        if isinstance(self.dataset, ImageFolder):  # its own loader would cut 16-bit values off
+            path, label = self.dataset.samples[index]
+            return Image.open(path), int(label)
         if self.reader is None:
             image, label = self.dataset[index]
             return image, int(label)
@@ -288,33 +356,31 @@ def class_names(holder: Any) -> tuple[str, ...]:
     return tuple(name if isinstance(name, str) else ", ".join(map(str, name)) for name in names)
 
 
-def _images_below(folder: Path) -> list[str]:
-    found = [
-        os.path.join(root, file)
-        for root, _, files in os.walk(folder, followlinks=True)
-        for file in files
-        if file.lower().endswith(IMG_EXTENSIONS) and not file.startswith(".")
-    ]
-    return sorted(found)
+# --- folders ---
 
 
 def _read_class_folders(folder: Path) -> FileImages:
-    names = [entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
-    classes = tuple(sorted(names, key=natural_key))  # timm's order, so that its tools agree about labels
+    classes = tuple(
+        sorted(class_folders(folder), key=natural_key)
+    )  # timm's order: its tools agree about labels
     if len(classes) < 2:
         has = f"one class only ({classes[0]})" if classes else "no class folders"
         raise EwavitError(f"{folder} holds {has}: give at least two folders of images, one per class")
     paths: list[str] = []
     labels: list[int] = []
+    others: Counter[str] = Counter()
     for label, name in enumerate(classes):
-        images = _images_below(folder / name)
+        images, beside = files_below(folder / name, IMG_EXTENSIONS)
         if not images:
+            but = f", but {formats_text(beside)}" if beside else ""
             raise EwavitError(
-                f"class folder {folder / name} has no images: fill it, or remove it from all splits"
+                f"class folder {folder / name} has no images{but}: fill it with {', '.join(IMG_EXTENSIONS)} "
+                "files, or remove it from all splits"
             )
         paths += images
         labels += [label] * len(images)
-    return FileImages(paths, labels, classes)
+        others += beside
+    return FileImages(paths, labels, classes, others)
 
 
 def _read_tiny_imagenet_val(folder: Path, classes: tuple[str, ...]) -> FileImages:
@@ -332,30 +398,27 @@ def _read_tiny_imagenet_val(folder: Path, classes: tuple[str, ...]) -> FileImage
     return FileImages(paths, [index[row[1]] for row in rows], classes)
 
 
-def read_folder(path: Path, train_split: str, val_split: str) -> tuple[FileImages, FileImages]:
+def read_folder(
+    path: Path, train_split: str, val_split: str, holdout: bool = False
+) -> tuple[FileImages, FileImages | None]:
     """Find the training and the evaluation images of a folder of class folders or of Tiny-ImageNet.
 
     Args:
-        path: a folder with train/ and val/ (or `val_split`, validation/, test/), each with one folder per
-            class. Or Tiny-ImageNet or the folder that contains it; there val/ has one folder of images and
-            val_annotations.txt.
+        path: see `split_folders`. Or Tiny-ImageNet or the folder that contains it; there val/ has one folder
+            of images and val_annotations.txt.
         train_split: name of the training folder.
         val_split: name of the evaluation folder, tried before the usual names.
+        holdout: whether evaluation takes training images; then there are no evaluation images here.
 
     Raises:
         EwavitError: a split is missing, has fewer than two classes or an empty class, or the classes differ.
     """
     tiny = path / "tiny-imagenet-200"
     path = tiny if tiny.is_dir() else path
-    val_folders = [path / name for name in (val_split, "val", "validation", "test") if (path / name).is_dir()]
-    train_folder = path / train_split
-    if not train_folder.is_dir() or not val_folders:
-        missing = f"{train_split}/" if not train_folder.is_dir() else "val/"
-        raise EwavitError(
-            f"{path} has no {missing}: it must hold train/ and val/, each with one folder per class"
-        )
+    train_folder, val_folder = split_folders(path, train_split, val_split, holdout, "images")
     train = _read_class_folders(train_folder)
-    val_folder = val_folders[0]
+    if val_folder is None:
+        return train, None
     if (val_folder / "val_annotations.txt").is_file() and (val_folder / "images").is_dir():
         return train, _read_tiny_imagenet_val(val_folder, train.classes)
     val = _read_class_folders(val_folder)
@@ -422,17 +485,21 @@ def is_folder(spec: str) -> bool:
 
 
 def read_timm(
-    spec: str, data_dir: str | None, train_split: str, val_split: str
-) -> tuple[TimmImages, TimmImages]:
-    """Open both splits of a map-style set of timm's.
+    spec: str, data_dir: str | None, train_split: str, val_split: str, holdout: bool = False
+) -> tuple[TimmImages, TimmImages | None]:
+    """Open both splits of a map-style set of timm's; with `holdout` the training split alone.
 
     Raises:
         EwavitError: the set cannot be opened, has one class only, or its splits have different classes.
     """
-    train, val = (TimmImages(open_timm(spec, data_dir, split), spec) for split in (train_split, val_split))
+    train = TimmImages(open_timm(spec, data_dir, train_split), spec)
+    val = None if holdout else TimmImages(open_timm(spec, data_dir, val_split), spec)
     if not train.classes:  # without names: count them
-        train.classes = val.classes = tuple(str(i) for i in range(int(train.labels().max()) + 1))
+        train.classes = tuple(str(i) for i in range(int(train.labels().max()) + 1))
+        if val is not None:
+            val.classes = train.classes
     if len(train.classes) < 2:
         raise EwavitError(f"{spec} has one class only: give a set with at least two")
-    check_same_classes(train.classes, val.classes, spec)
+    if val is not None:
+        check_same_classes(train.classes, val.classes, spec)
     return train, val

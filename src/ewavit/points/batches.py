@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ewavit.data.batches import Batch, Data, Inputs, hold_out, take_first
+from ewavit.data.folders import formats_text
 from ewavit.data.options import DataOptions
 from ewavit.data.sources import Ints
 from ewavit.errors import EwavitError
@@ -80,6 +81,8 @@ class PointData(Data):
         self.in_chans = 3 + NUM_CATEGORIES if points.categories else 3
         self.img_size, self.mean, self.std = 0, (), ()
         self._bad = points.bad
+        if points.others:
+            self.notes = (f"not read beside the clouds: {formats_text(points.others)}",)
 
     @classmethod
     def open(cls, spec: str, options: DataOptions) -> PointData:
@@ -92,7 +95,7 @@ class PointData(Data):
         if given := [name for name, value in of_images.items() if value]:
             raise EwavitError(f"{given[0]} is for images: leave it out for the point clouds of {spec}")
         num_points = options.num_points or (2048 if has_parts(spec) else 1024)
-        points = read_points(spec, num_points, options.skip_bad_images)
+        points = read_points(spec, num_points, options.skip_bad_images, options.holdout > 0)
         by = points.train_labels if points.train_category is None else points.train_category
         indices, held = hold_out(take_first(by, options.limit), options.holdout)
         if options.holdout:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import numpy.typing as npt
 from ewavit.errors import EwavitError
 
 Floats = npt.NDArray[np.float32]
+TEXT_SUFFIXES = (".txt", ".xyz", ".csv", ".pts")
+FINEST = 1e-6  # distance in a cloud of radius 1 below which two points are one to a float32 model
+MOST_COLUMNS = 32  # of a point; a last dimension above this is not one of points
 
 
 def checked(points: npt.NDArray[Any], where: str, least: int) -> Floats:
@@ -26,40 +30,73 @@ def checked(points: npt.NDArray[Any], where: str, least: int) -> Floats:
         Coordinates (points, 3), float32, centred and scaled to radius 1.
 
     Raises:
-        EwavitError: the array is no cloud, has too few points, or they are not finite or all the same.
+        EwavitError: the array is no cloud, has too few points, or they are not finite, all the same, or the
+            same once they are scaled.
     """
     if points.ndim != 2 or points.shape[1] < 3 or not len(points):
         what = "is empty" if points.ndim == 2 and not len(points) else f"has the shape {points.shape}"
         raise EwavitError(f"{where} {what}: a cloud is an array (points, 3), with at least {least} points")
-    points = points[:, :3].astype(np.float32)
+    points = points[:, :3].astype(np.float64)  # map coordinates have no room for the object in float32
     if not np.isfinite(points).all():
         raise EwavitError(f"{where} has coordinates that are not finite: repair or remove it")
     if len(points) < least:
         raise EwavitError(
             f"{where} has {len(points)} points: remove it, or choose --num-points {len(points)}"
         )
-    points = points - points.mean(0)
-    radius = np.sqrt((points**2).sum(1).max())
-    if not radius > 0:
+    centred = points / (np.abs(points).max() or 1.0)  # else the squares of large values overflow
+    centred = centred - centred.mean(0)
+    radius = np.sqrt((centred**2).sum(1).max())
+    if not (points != points[0]).any() or not radius > 0:
         raise EwavitError(f"{where} has all its points in one place: remove it")
-    return np.asarray(points / radius, np.float32)
+    scaled = np.asarray(centred / radius, np.float32)
+    before, after = _distinct(centred), _distinct(np.round(scaled / FINEST))
+    if 2 * after < before:
+        raise EwavitError(
+            f"{where} collapses when it is scaled to radius 1 ({before:,} places become {after:,}), as with "
+            "an outlier far away: repair or remove it"
+        )
+    return scaled
+
+
+def _distinct(points: npt.NDArray[Any]) -> int:
+    """The number of distinct values along the axis that has the most."""
+    return max(len(np.unique(axis)) for axis in points.T)
+
+
+def without_missing(points: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The points of an organised cloud that were measured; the others are NaN by convention.
+
+    Args:
+        points: (points, 3 or more), or (rows, columns, 3 or more) as depth cameras write them.
+
+    Returns:
+        Points (points, 3 or more) without NaN in x, y or z. Arrays that are no such cloud, and clouds of NaN
+        alone, are returned as they are.
+    """
+    if points.ndim == 3 and 3 <= points.shape[2] <= MOST_COLUMNS:
+        points = points.reshape(-1, points.shape[2])
+    if points.ndim != 2 or points.shape[1] < 3 or points.dtype.kind != "f":
+        return points
+    measured = ~np.isnan(points[:, :3]).any(1)
+    return points[measured] if measured.any() else points
 
 
 def load_file(path: Path, wanted: int, rng: np.random.Generator) -> npt.NDArray[Any]:
     """Read the points of a file.
 
     Args:
-        path: .npy, .npz (one array, or one called `points`), .pcd, .txt (one point per line), or a mesh or
-            cloud that trimesh reads, such as .ply and .off.
+        path: .npy, .npz (one array, or one called `points`), .pcd, text (see `read_text`), or a mesh or cloud
+            that trimesh reads, such as .ply and .off.
         wanted: number of points to sample from a mesh, uniformly by area.
         rng: random numbers for the sampling.
 
     Returns:
-        Points (points, 3 or more).
+        Points (points, 3 or more); of an organised .npy or .npz file (rows, columns, 3 or more).
 
     Raises:
         EwavitError: trimesh is not installed.
-        ValueError: an .npz file holds several arrays, none of them called `points`.
+        ValueError: an .npz file holds several arrays, none of them called `points`. Damaged files raise other
+            errors as well.
     """
     suffix = path.suffix.lower()
     if suffix == ".npy":
@@ -72,14 +109,61 @@ def load_file(path: Path, wanted: int, rng: np.random.Generator) -> npt.NDArray[
             return np.asarray(stored["points" if "points" in names else names[0]])
     if suffix == ".pcd":
         return read_pcd(path)
-    if suffix == ".txt":
-        text = path.read_text()
-        return np.loadtxt(text.splitlines(), delimiter="," if "," in text else None, ndmin=2)
+    if suffix in TEXT_SUFFIXES:
+        return read_text(path)
     trimesh = library("trimesh")
     shape = trimesh.load(path, process=False)
     if len(getattr(shape, "faces", ())):
         return np.asarray(trimesh.sample.sample_surface(shape, wanted, seed=rng)[0])
     return np.asarray(getattr(shape, "vertices", np.empty((0, 3))))
+
+
+def read_text(path: Path) -> npt.NDArray[np.float64]:
+    """Read a text file with one point per line.
+
+    Numbers are separated by blanks, commas or semicolons. Lines that begin with # or // are comments. A
+    header with x, y and z gives their columns; without one they are the first three. A line with one number
+    before the points is their count.
+
+    Returns:
+        Points (points, columns), x, y, z first.
+
+    Raises:
+        ValueError: the header names no x, y and z, lines differ in length, or a number cannot be read.
+    """
+    lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
+    lines = [line for line in lines if line]
+    start = next((number for number, line in enumerate(lines) if _numbers(line)), len(lines))
+    if start + 1 < len(lines) and len(_words(lines[start])) == 1 < len(_words(lines[start + 1])):
+        start += 1  # the count of the points
+    rows, text = lines[start:], "\n".join(lines[start : start + 100])
+    delimiter = next((sign for sign in ";," if sign in text), None)
+    if delimiter == ";":
+        rows = [line.replace(",", ".") for line in rows]  # then a comma is a decimal point
+    elif re.search(r"\d,\d\S*(?<!,)[ \t]+[-+]?\d+,\d", text):
+        raise ValueError("blanks and commas both separate its numbers; write decimal points")
+    table = np.loadtxt(rows, delimiter=delimiter, comments=["#", "//"], ndmin=2)
+    for line in lines[:start]:
+        names = [name.strip(" \t\"'").lower() for name in line.lstrip("#/ ").split(delimiter)]
+        if {"x", "y", "z"} <= set(names) and len(names) == table.shape[1]:
+            first = [names.index(axis) for axis in "xyz"]
+            return table[:, first + [number for number in range(len(names)) if number not in first]]
+        if not line.startswith(("#", "//")) and len(names) > 1:
+            raise ValueError(f"its header {line[:40]!r} does not name x, y, z and every other column")
+    return table
+
+
+def _words(line: str) -> list[str]:
+    return re.split(r"[\s,;]+", line.strip())
+
+
+def _numbers(line: str) -> bool:
+    """Whether a line of a text file begins with a number."""
+    try:
+        float(_words(line)[0])
+    except ValueError:
+        return False
+    return True
 
 
 _PCD_TYPES = {"F": "f", "I": "i", "U": "u"}

@@ -1,22 +1,24 @@
 """Readers of point clouds: the published formats, a folder of clouds, and generated solids.
 
 Each returns a `PointSet`: clouds of one size in memory, centred and scaled into the unit sphere. A cloud that
-is corrupt, empty, not finite or too small raises an EwavitError that names it.
+is corrupt, empty, not finite, collapsed or too small raises an EwavitError that names it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ewavit.data.folders import class_folders, files_below, split_folders
 from ewavit.errors import EwavitError, first_line
-from ewavit.points.files import Floats, checked, library, load_file
+from ewavit.points.files import TEXT_SUFFIXES, Floats, checked, library, load_file, without_missing
 from ewavit.points.solids import make_solids
 
 Ints = npt.NDArray[np.int64]
@@ -38,7 +40,7 @@ _SCANOBJECTNN_FILES = {  # variant: folder, rest of the file names
 }
 FORMATS = ("solids", "modelnet10:PATH", "modelnet40:PATH", *(f"{name}:PATH" for name in _SCANOBJECTNN_FILES),
            "shapenetpart:PATH", "points:PATH")  # fmt: skip
-SUFFIXES = (".ply", ".pcd", ".off", ".npy", ".npz")
+SUFFIXES = (".ply", ".pcd", ".off", ".npy", ".npz", *TEXT_SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class PointSet:
         categories: the parts of each category; empty for a set without parts.
         train_category: category of each cloud, (clouds,); None for a set without parts.
         eval_category: as `train_category`.
+        others: number of files beside the clouds in formats that are not read, by suffix.
     """
 
     name: str
@@ -68,6 +71,7 @@ class PointSet:
     categories: tuple[tuple[int, ...], ...] = ()
     train_category: Ints | None = None
     eval_category: Ints | None = None
+    others: Mapping[str, int] = field(default_factory=dict)
 
     def holding_out(self, indices: Ints) -> PointSet:
         """The set with the training clouds of these indices in place of the evaluation clouds."""
@@ -87,18 +91,19 @@ class _Cloud:
     label: int
 
 
-def read_points(spec: str, num_points: int, skip_bad: bool = False) -> PointSet:
+def read_points(spec: str, num_points: int, skip_bad: bool = False, holdout: bool = False) -> PointSet:
     """Read a set of point clouds.
 
     Args:
         spec: "solids" (generated); "modelnet10:PATH" or "modelnet40:PATH" (a folder of .off meshes, of the
             resampled text files or of the h5 files, or an .npz file that `save_points` wrote);
             "obj_bg:PATH", "obj_only:PATH" or "pb_t50_rs:PATH" (ScanObjectNN's h5 files); "shapenetpart:PATH";
-            or "points:PATH" (train/ and val/ or test/, each with a folder of files per class: .ply, .pcd,
-            .off, .npy or .npz).
+            or "points:PATH" (train/ and val/, validation/, valid/ or test/, each with a folder per class of
+            .ply, .pcd, .off, .npy, .npz, .txt, .xyz, .csv or .pts files). Missing points, NaN, are left out.
         num_points: points that a cloud must have; up to twice as many are kept. Clouds with labelled parts
             may have fewer and are filled up by repetition.
         skip_bad: skip and count bad clouds instead of raising an error.
+        holdout: whether evaluation takes training clouds; a folder of clouds needs no val/ then.
 
     Raises:
         EwavitError: the format is unknown, files are missing, or a cloud is bad.
@@ -117,7 +122,7 @@ def read_points(spec: str, num_points: int, skip_bad: bool = False) -> PointSet:
     if kind == "shapenetpart":
         return _read_shapenetpart(reader, path)
     if kind == "points":
-        return _read_folder(reader, path)
+        return _read_folder(reader, path, holdout)
     raise EwavitError(f"unknown point data {spec!r}: give {', '.join(FORMATS)}")
 
 
@@ -172,7 +177,7 @@ class _Reader:
 
 def _loaded(cloud: _Cloud, wanted: int, rng: np.random.Generator) -> npt.NDArray[Any]:
     try:
-        return cloud.load(wanted, rng)
+        return without_missing(cloud.load(wanted, rng))
     except EwavitError:
         raise
     except Exception as problem:  # readers raise many things on damaged files
@@ -289,49 +294,58 @@ def _read_scanobjectnn(reader: _Reader, kind: str, path: Path) -> PointSet:
     return _classification(reader, kind, SCANOBJECTNN, train, test, path)
 
 
-def _read_folder(reader: _Reader, path: Path) -> PointSet:
-    held = next((path / name for name in ("val", "test") if (path / name).is_dir()), None)
-    if not (path / "train").is_dir() or held is None:
+def _read_folder(reader: _Reader, path: Path, holdout: bool) -> PointSet:
+    folders = [
+        folder for folder in split_folders(path, "train", None, holdout, "clouds") if folder is not None
+    ]
+    names = [sorted(class_folders(folder)) for folder in folders]
+    if names[0] != names[-1]:
+        odd = sorted(set(names[0]) ^ set(names[-1]))
         raise EwavitError(
-            f"{path} must hold train/ and val/ or test/, each with one folder of clouds per class"
-        )
-    names = [sorted(f.name for f in split.iterdir() if f.is_dir() and not f.name.startswith("."))
-             for split in (path / "train", held)]  # fmt: skip
-    if names[0] != names[1]:
-        odd = sorted(set(names[0]) ^ set(names[1]))
-        raise EwavitError(
-            f"{path}: train/ and {held.name}/ differ ({', '.join(odd[:5])}): make them the same"
+            f"{path}: train/ and {folders[-1].name}/ differ ({', '.join(odd[:5])}): make them the same"
         )
     splits: list[list[_Cloud]] = []
-    for split in (path / "train", held):
+    others: Counter[str] = Counter()
+    for folder in folders:
         clouds = []
         for label, name in enumerate(names[0]):
-            files = sorted(f for f in (split / name).rglob("*") if f.suffix.lower() in SUFFIXES)
+            files, beside = files_below(folder / name, SUFFIXES)
             if not files:
                 raise EwavitError(
-                    f"{split / name} has no clouds: fill it with {', '.join(SUFFIXES)} files, or remove it"
+                    f"{folder / name} has no clouds: fill it with {', '.join(SUFFIXES)} files, or remove it"
                 )
-            clouds += [_of_file(file, label) for file in files]
+            clouds += [_of_file(Path(file), label) for file in files]
+            others += beside
         splits.append(clouds)
-    return _classification(reader, path.resolve().name, names[0], splits[0], splits[1], path)
+    held = splits[1] if len(splits) > 1 else None
+    found = _classification(reader, path.resolve().name, names[0], splits[0], held, path)
+    return replace(found, others=others)
 
 
 def _classification(
-    reader: _Reader, name: str, classes: Sequence[str], train: list[_Cloud], test: list[_Cloud], path: Path
+    reader: _Reader,
+    name: str,
+    classes: Sequence[str],
+    train: list[_Cloud],
+    test: list[_Cloud] | None,
+    path: Path,
 ) -> PointSet:
+    """The clouds of both splits; without a test split the set has no evaluation clouds yet."""
     if len(classes) < 2:
         raise EwavitError(f"{path} has {len(classes)} classes: give a set with at least two")
-    for split, clouds in (("train", train), ("test", test)):
+    splits = {"train": train} if test is None else {"train": train, "test": test}
+    for split, clouds in splits.items():
         if not clouds:
             raise EwavitError(f"{path} has no {split} clouds: complete the set")
         if wrong := next((c for c in clouds if not 0 <= c.label < len(classes)), None):
             raise EwavitError(
                 f"{wrong.where} belongs to none of the {len(classes)} classes: download the set again"
             )
-    (train_points, train_labels), (eval_points, eval_labels) = reader.read(train), reader.read(test)
-    if not len(train_points) or not len(eval_points):
+    read = [reader.read(clouds) for clouds in splits.values()]
+    if not all(len(points) for points, _ in read):
         raise EwavitError(f"{path} has no readable clouds ({reader.bad} bad): download the set again")
-    return PointSet(name, tuple(classes), train_points, train_labels, eval_points, eval_labels, reader.bad)
+    held = read[1] if test is not None else reader.read(())
+    return PointSet(name, tuple(classes), *read[0], *held, reader.bad)
 
 
 def _lines(file: Path) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ewavit.data.weight_files import named_tensors, read_weights
 from ewavit.errors import EwavitError, first_line
 from ewavit.points.ops import farthest_point_sample, gather_points, interpolate, knn
 
@@ -398,7 +399,7 @@ def load_point_checkpoint(model: nn.Module, file: str | Path) -> list[str]:
 
     Args:
         model: a model from `create_point_model`; changed in place.
-        file: a .safetensors file, or a torch file; only tensors and numbers are unpickled.
+        file: see `ewavit.data.weight_files.read_weights`.
 
     Returns:
         The names of the parameters and buffers that keep their fresh values.
@@ -406,7 +407,25 @@ def load_point_checkpoint(model: nn.Module, file: str | Path) -> list[str]:
     Raises:
         EwavitError: the file cannot be read or holds another model.
     """
-    weights = point_state_dict(_read_weights(Path(file)))
+    return load_point_weights(model, read_weights(Path(file)), str(file))[0]
+
+
+def load_point_weights(model: nn.Module, state: Mapping[str, Any], where: str) -> tuple[list[str], list[str]]:
+    """Load weights that were read already, see `load_point_checkpoint`.
+
+    Args:
+        model: a model from `create_point_model`; changed in place.
+        state: what the file holds.
+        where: the file, for messages.
+
+    Returns:
+        The names of the parameters and buffers that keep their fresh values, and the keys of the file that
+        were left over.
+
+    Raises:
+        EwavitError: the weights are those of another model.
+    """
+    weights = point_state_dict(state)
     own = model.state_dict()
     other_head = {
         key for key, value in weights.items()
@@ -424,37 +443,10 @@ def load_point_checkpoint(model: nn.Module, file: str | Path) -> list[str]:
     ]  # fmt: skip
     if misfits:
         raise EwavitError(
-            f"{file} is the checkpoint of another model ({misfits[0]}; {len(misfits)} differences): "
+            f"{where} is the checkpoint of another model ({misfits[0]}; {len(misfits)} differences): "
             "choose the model and settings of the checkpoint"
         )
     model.load_state_dict(weights, strict=False)
-    return [key for key in own if key not in weights]
-
-
-def _read_weights(file: Path) -> Mapping[str, Any]:
-    if not file.is_file():
-        raise EwavitError(f"no file {file}: give a checkpoint of a point transformer")
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(file)
-        # Published files keep their accuracy beside the weights, as a numpy number.
-        with torch.serialization.safe_globals(_numpy_numbers()):
-            state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as problem:  # whatever a damaged or foreign file makes the readers raise
-        raise EwavitError(
-            f"{file} cannot be read as weights ({first_line(problem)}): give a torch or .safetensors file"
-        ) from None
-    if not isinstance(state, Mapping):
-        raise EwavitError(f"{file} holds a {type(state).__name__}, not weights by name: give a checkpoint")
-    return state
-
-
-def _numpy_numbers() -> list[Any]:
-    """The functions and types of a pickled numpy number; none of them runs code from the file."""
-    import numpy as np
-
-    scalar = np.float64(0).__reduce__()[0]
-    old = (scalar, "numpy.core.multiarray.scalar")  # before numpy 2
-    return [scalar, old, np.dtype, *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8"))]
+    used = {id(value) for value in weights.values()}
+    left_over = [key for key, value in named_tensors(state) if id(value) not in used]
+    return [key for key in own if key not in weights], left_over

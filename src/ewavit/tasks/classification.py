@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +42,11 @@ class Classification(Task):
         *,
         pretrained: bool = False,
         initial_checkpoint: str | None = None,
+        say: Callable[[str], None] | None = None,
         **kwargs: Any,
     ) -> tuple[nn.Module, dict[str, Any]]:
         assert isinstance(inputs, ImageInputs)
-        return build_timm_model(name, inputs, pretrained, initial_checkpoint, kwargs)
+        return build_timm_model(name, inputs, pretrained, initial_checkpoint, say, kwargs)
 
     def create_model(self, name: str, settings: Mapping[str, Any]) -> nn.Module:
         model: nn.Module = timm.create_model(name, **settings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 from ewavit.data.batches import Data, Inputs
+from ewavit.data.weight_files import read_weights
 from ewavit.errors import EwavitError
-from ewavit.points.batches import CloudInputs, PointData
-from ewavit.points.transformer import create_point_model, load_point_checkpoint
+from ewavit.points.batches import CloudInputs
+from ewavit.points.transformer import create_point_model, load_point_weights
 from ewavit.tasks.classification import Classification
 from ewavit.tasks.task import Mixing
+from ewavit.tasks.weights import LoadReport
 
 SHOWN = 10  # clouds in the picture of a run
 
@@ -42,6 +44,7 @@ class CloudClassification(Classification):
         *,
         pretrained: bool = False,
         initial_checkpoint: str | None = None,
+        say: Callable[[str], None] | None = None,
         **kwargs: Any,
     ) -> tuple[nn.Module, dict[str, Any]]:
         if pretrained:
@@ -51,7 +54,12 @@ class CloudClassification(Classification):
         settings = {"num_classes": inputs.num_classes, **kwargs}
         model = create_point_model(name, **settings)
         if initial_checkpoint is not None:
-            load_point_checkpoint(model, initial_checkpoint)
+            weights = read_weights(Path(initial_checkpoint))
+            new, left_over = load_point_weights(model, weights, initial_checkpoint)
+            loaded = [key for key in model.state_dict() if key not in new]
+            if say is not None:
+                report = LoadReport(initial_checkpoint, loaded, new=new, left_over=left_over)
+                say("\n".join(report.lines()))
         with torch.no_grad():
             model.eval()(inputs.sample())
         return model.train(), settings
@@ -76,14 +84,15 @@ class CloudClassification(Classification):
         return None
 
     def picture(self, data: Data, predictions: Sequence[tuple[int, int]], path: Path) -> None:
-        if not predictions or not isinstance(data, PointData):
+        clouds: Callable[[Sequence[int]], Any] | None = getattr(data, "evaluation_clouds", None)
+        if not predictions or clouds is None:
             return
         order = np.random.default_rng(0).permutation(len(predictions)).tolist()
         wrong = [index for index in order if predictions[index][0] != predictions[index][1]][: SHOWN // 2]
         right = [index for index in order if predictions[index][0] == predictions[index][1]]
         chosen = right[: SHOWN - len(wrong)] + wrong
         named = [tuple(data.classes[number] for number in predictions[index]) for index in chosen]
-        draw_clouds(data.evaluation_clouds(chosen), named, path)
+        draw_clouds(clouds(chosen), named, path)
 
 
 def draw_clouds(clouds: Any, names: Sequence[tuple[str, ...]], path: Path) -> None:

@@ -99,6 +99,7 @@ class Task(ABC):
         *,
         pretrained: bool = False,
         initial_checkpoint: str | None = None,
+        say: Callable[[str], None] | None = None,
         **kwargs: Any,
     ) -> tuple[nn.Module, dict[str, Any]]:
         """Build a model for the inputs, with this task's head, and check it with one forward pass.
@@ -107,8 +108,9 @@ class Task(ABC):
             name: name of the model.
             inputs: shape of the inputs and number of classes.
             pretrained: load the pretrained weights of the library.
-            initial_checkpoint: file with weights of the same model; its head is loaded if the numbers of
-                classes agree.
+            initial_checkpoint: file with weights of the same model, or a run's folder, see
+                `ewavit.tasks.weights`; its head is loaded if the numbers of classes agree.
+            say: gets three lines about what was loaded from the file, resized, new and left over.
             kwargs: settings of the model.
 
         Returns:

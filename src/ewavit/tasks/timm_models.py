@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import difflib
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import timm
 import torch
-from timm.models import load_state_dict
 from torch import nn
 
 from ewavit.data.batches import ImageInputs
 from ewavit.errors import EwavitError, first_line
 from ewavit.points.transformer import MODELS as POINT_MODELS
+from ewavit.tasks.weights import LoadReport, fit, misfit
 
 MOST_PATCHES = 4096
 FEWEST_PATCHES = 4
 
 
 def build_timm_model(
-    name: str, inputs: ImageInputs, pretrained: bool, initial_checkpoint: str | None, kwargs: dict[str, Any]
+    name: str,
+    inputs: ImageInputs,
+    pretrained: bool,
+    initial_checkpoint: str | None,
+    say: Callable[[str], None] | None,
+    kwargs: dict[str, Any],
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Build a timm model for the images; arguments as in `Task.build_model`.
 
@@ -45,7 +50,9 @@ def build_timm_model(
         "num_classes": inputs.num_classes, "in_chans": inputs.in_chans, "img_size": img_size, **kwargs
     }  # fmt: skip
     if initial_checkpoint is not None:
-        model = _from_file(name, initial_checkpoint, settings)
+        model, report = _from_file(name, initial_checkpoint, settings)
+        if say is not None:
+            say("\n".join(report.lines()))
     else:
         model = _create(name, settings, pretrained=pretrained)
     patch_embed = getattr(model, "patch_embed", None)
@@ -79,34 +86,30 @@ def _create(name: str, settings: dict[str, Any], **more: Any) -> nn.Module:
         raise EwavitError(f"timm could not build {name} with {given}: {first_line(problem)}") from None
 
 
-def _from_file(name: str, file: str, settings: dict[str, Any]) -> nn.Module:
-    """Load a model from a file, strictly; the head is new if the file has another number of classes."""
-    if not Path(file).is_file():
-        raise EwavitError(f"no file {file}: --initial-checkpoint takes a file with the weights of {name}")
-    try:
-        weights = load_state_dict(file)
-    except Exception as problem:  # whatever a damaged or foreign file makes the readers raise
-        raise EwavitError(f"{file} cannot be read as weights ({first_line(problem)})") from None
+def _from_file(name: str, file: str, settings: dict[str, Any]) -> tuple[nn.Module, LoadReport]:
+    """Build a model with the weights of a file; heads are new where the file has none for the classes."""
     config = timm.get_pretrained_cfg(name.split(".")[0])
-    head = getattr(config, "classifier", None)
-    head_weight = weights.get(f"{head}.weight") if isinstance(head, str) else None
+    classifier = getattr(config, "classifier", None) or ()
+    heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     num_classes = settings["num_classes"]
-    classes = num_classes if head_weight is None else head_weight.shape[0]
-    overlay = {"state_dict": weights, "num_classes": classes}
-    stem = (
-        weights.get(f"{config.first_conv}.weight") if config and isinstance(config.first_conv, str) else None
-    )
-    if stem is not None:
+    with torch.random.fork_rng(devices=[]):  # a fresh head is drawn for the model that is returned, not here
+        own = _create(name, settings).state_dict()
+    fitted = fit(file, own, heads, num_classes)
+    overlay = {"state_dict": dict(fitted.weights), "num_classes": fitted.num_classes}
+    first_conv = config.first_conv if config and isinstance(config.first_conv, str) else None
+    if (stem := fitted.weights.get(f"{first_conv}.weight")) is not None:
         overlay["input_size"] = (stem.shape[1], *config.input_size[1:])
     try:
-        settings["num_classes"] = classes
-        model = _create(name, settings, pretrained=True, pretrained_cfg_overlay=overlay)
-        settings["num_classes"] = num_classes
-    except EwavitError as problem:
-        raise EwavitError(f"{file} does not hold the weights of {name}: {problem}") from None
-    if classes != num_classes:
+        stored = {**settings, "num_classes": fitted.num_classes}
+        model = _create(name, stored, pretrained=True, pretrained_cfg_overlay=overlay)
+    except EwavitError:
+        raise EwavitError(
+            f"{file} does not hold the weights of {name} with these settings "
+            f"({misfit(fitted, own, heads)}): choose the --model and --model-kwargs of the file"
+        ) from None
+    if fitted.num_classes != num_classes:
         model.reset_classifier(num_classes)  # type: ignore[operator]
-    return model
+    return model, fitted.report
 
 
 def fitting_patch(img_size: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,9 @@ from ewavit.core.moe import moe_layers
 from ewavit.core.surgery import collapse, dense_state_dict
 from ewavit.data.batches import Data
 from ewavit.data.options import DataOptions
+from ewavit.data.relabelled import with_classes
 from ewavit.errors import EwavitError
+from ewavit.files import is_torch_file
 from ewavit.tasks.task import Metrics
 from ewavit.training.building import expand_by_recipe
 from ewavit.training.card import ModelCard, RoutedMixture
@@ -49,6 +52,11 @@ def load_model(source: Path) -> tuple[nn.Module, ModelCard]:
     if (source / "state.json").exists() or (source.is_dir() and not RunFolder(source).model.exists()):
         return _from_checkpoint(source)
     file = RunFolder(source).model if source.is_dir() else source
+    if is_torch_file(file):
+        raise EwavitError(
+            f"{file} is a file of torch.save, which does not say its model, data and preprocessing: give the "
+            f"run or a file that ewavit wrote, or train from its weights with --initial-checkpoint {file}"
+        )
     try:
         with safe_open(file, "pt") as handle:
             metadata = handle.metadata() or {}
@@ -142,18 +150,20 @@ def evaluate(source: Path, data: str | None = None, batch_size: int = 128, **dat
 
     Args:
         source: a run's folder, a checkpoint folder, a safetensors or an ONNX file that ewavit wrote.
-        data: data spec; the one it was trained on unless given.
+        data: data spec; the one it was trained on unless given. Its classes are matched by name.
         batch_size: images per batch.
         data_options: further fields of `DataOptions`.
 
     Raises:
-        EwavitError: the source or the data cannot be read, or their classes or image sizes differ.
+        EwavitError: the source or the data cannot be read, or the names of their classes differ.
     """
     predict, card = predictor(source)
     opened = _open_for(card, data, DataOptions(batch_size=batch_size, **data_options))
     device = torch.device("cuda" if torch.cuda.is_available() and isinstance(predict, nn.Module) else "cpu")
     if isinstance(predict, nn.Module):
         predict.to(device)
+    for note in opened.notes:
+        print(f"note: {note}", file=sys.stderr)
     meter = card.task.meter(opened, device)
     return evaluate_batches(opened.voting(predict), opened.eval_batches(), meter)
 
@@ -163,12 +173,12 @@ def _open_for(card: ModelCard, spec: str | None, options: DataOptions) -> Data:
         options, img_size=card.img_size or None, num_points=card.num_points, mean=card.mean, std=card.std
     )
     data = open_data(spec or card.data, options)
-    if data.in_chans != card.in_chans or data.num_classes != len(card.classes):
+    if data.in_chans != card.in_chans:
         raise EwavitError(
-            f"{data.name} has {data.num_classes} classes and {data.in_chans} channels, the model "
-            f"{len(card.classes)} and {card.in_chans}: give the data that it was trained for"
+            f"{data.name} has {data.in_chans} channels, the model {card.in_chans}: give the data that it was "
+            "trained for"
         )
-    return data
+    return with_classes(data, card.classes)
 
 
 def export(source: Path, to: Path, data: str | None = None, mean_expert: bool = False) -> str:

@@ -30,6 +30,7 @@ from ewavit.core.moe import moe_layers
 from ewavit.core.routing import scale_auxiliary_loss
 from ewavit.core.surgery import collapsed
 from ewavit.data.batches import Batch, seed_all
+from ewavit.data.relabelled import with_classes
 from ewavit.errors import Diverged, EwavitError, Refused
 from ewavit.tasks.choice import task_for
 from ewavit.tasks.task import Metrics
@@ -160,6 +161,8 @@ class TrainingRun:
         device, processes = accelerator.device, accelerator.num_processes
         self.task = task_for(recipe.data)
         self.data = open_recipe_data(recipe, device, accelerator.process_index, processes)
+        if checkpoint is not None:  # the data may have moved, and its folders may sort otherwise
+            self.data = with_classes(self.data, checkpoint.facts["card"]["classes"])
         check_recipe_with_data(recipe, self.data, processes)
         self.updates_per_epoch = self.data.batches_per_epoch // recipe.grad_accum_steps
         seed_all(recipe.seed)
@@ -186,6 +189,8 @@ class TrainingRun:
             recipe.save(self.files.args)
             layers = moe_layers(self.state.model)
             opening = report.opening(self.folder, self.state.card, self.data, recipe, len(layers))
+            for note in self.data.notes:
+                report.say(f"note: {note}")
             resumed = f", resumed at epoch {progress.epoch + 1}, batch {progress.batch}"
             report.say(f"{opening}, {self.accelerator.device}{resumed if progress.update else ''}")
         if recipe.tensorboard:

@@ -92,7 +92,7 @@ class Recipe:
     )
     pretrained: bool = _model(False, "start from timm's pretrained weights; timm downloads them")
     initial_checkpoint: str | None = _model(
-        None, "start from this checkpoint of the same model; the head is new if the number of classes differs"
+        None, "start from this checkpoint or run of the same model; a head that does not fit is made new"
     )
     model_kwargs: str = _model("", "arguments of the model: key=value,key=value, e.g. patch_size=4,depth=6")
 

@@ -29,7 +29,7 @@ from ewavit.training.card import ModelCard
 from ewavit.training.checkpoint import Checkpoint, save_checkpoint
 from ewavit.training.prediction import SpreadPrediction
 from ewavit.training.recipe import Recipe
-from ewavit.training.report import Row
+from ewavit.training.report import Row, say
 from ewavit.training.weight_average import WeightAverage, weight_average
 
 
@@ -85,6 +85,7 @@ class TrainingState:
             data.inputs,
             pretrained=recipe.pretrained and checkpoint is None,
             initial_checkpoint=None if checkpoint else recipe.initial_checkpoint,
+            say=say if accelerator.is_main_process else None,
             **kwargs,
         )
         card = ModelCard.of(name, settings, recipe.data, data)
