@@ -700,8 +700,10 @@ def _hide(place: Path, name: str) -> None:
 def test_hidden_folders_and_links_to_a_folder_above_do_not_count(tmp_path: Path, change: Any) -> None:
     folder = write_folder(tmp_path / "around" / "set")
     change(folder / "train" / "cat")
-    data = open_data(str(folder), DataOptions(batch_size=2, workers=0))
-    assert (data.classes, data.num_train, data.notes) == (("cat", "dog", "eel"), 12, ())
+    for spec in (str(folder), "torch/image_folder"):
+        data = open_data(spec, DataOptions(batch_size=2, workers=0, data_dir=str(folder)))
+        assert (data.classes, data.num_train, data.notes) == (("cat", "dog", "eel"), 12, ())
+        assert {int(label) for _, labels in data.train_batches(0) for label in labels} == {0, 1, 2}
 
 
 def test_links_to_other_places_are_followed_once(tmp_path: Path) -> None:

@@ -322,9 +322,6 @@ class TimmImages(ImageSource):
         return len(self.dataset)
 
     def open(self, index: int) -> tuple[Image.Image, int]:
-        if isinstance(self.dataset, ImageFolder):  # its own loader would cut 16-bit values off
-            path, label = self.dataset.samples[index]
-            return Image.open(path), int(label)
         if self.reader is None:
             image, label = self.dataset[index]
             return image, int(label)
@@ -484,16 +481,30 @@ def is_folder(spec: str) -> bool:
     return Path(spec).expanduser().is_dir()
 
 
+def _timm_images(spec: str, data_dir: str | None, split: str) -> ImageSource:
+    """One split of a map-style set of timm's."""
+    dataset = open_timm(spec, data_dir, split)
+    if not isinstance(dataset, ImageFolder):
+        return TimmImages(dataset, spec)
+    # torchvision counts hidden folders and follows every link, and its loader cuts 16-bit values off.
+    folders = set(class_folders(Path(dataset.root)))
+    classes = tuple(name for name in dataset.classes if name in folders)
+    label = {dataset.class_to_idx[name]: number for number, name in enumerate(classes)}
+    below = {file for name in classes for file in files_below(Path(dataset.root) / name, IMG_EXTENSIONS)[0]}
+    samples = [(path, label[number]) for path, number in dataset.samples if path in below]
+    return FileImages([path for path, _ in samples], [number for _, number in samples], classes)
+
+
 def read_timm(
     spec: str, data_dir: str | None, train_split: str, val_split: str, holdout: bool = False
-) -> tuple[TimmImages, TimmImages | None]:
+) -> tuple[ImageSource, ImageSource | None]:
     """Open both splits of a map-style set of timm's; with `holdout` the training split alone.
 
     Raises:
         EwavitError: the set cannot be opened, has one class only, or its splits have different classes.
     """
-    train = TimmImages(open_timm(spec, data_dir, train_split), spec)
-    val = None if holdout else TimmImages(open_timm(spec, data_dir, val_split), spec)
+    train = _timm_images(spec, data_dir, train_split)
+    val = None if holdout else _timm_images(spec, data_dir, val_split)
     if not train.classes:  # without names: count them
         train.classes = tuple(str(i) for i in range(int(train.labels().max()) + 1))
         if val is not None:
