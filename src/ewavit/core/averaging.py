@@ -169,6 +169,12 @@ class ExpertAveraging:
         self.steps_done = 0
         self._hook: Any = None
 
+    def __repr__(self) -> str:
+        attached = "not attached" if self._hook is None else "attached"
+        return (
+            f"ExpertAveraging({self.schedule}, every={self.every}, steps_done={self.steps_done}, {attached})"
+        )
+
     @property
     def share_rate(self) -> float:
         """The share rate of the latest step."""

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ewavit.data.batches import Data, Inputs
-from ewavit.errors import EwavitError
+from ewavit.errors import EwavitError, first_line
 from ewavit.points.batches import CloudInputs, PointData
 from ewavit.points.transformer import create_point_model, load_point_checkpoint
 from ewavit.tasks.classification import Classification
@@ -52,8 +52,15 @@ class CloudClassification(Classification):
         model = create_point_model(name, **settings)
         if initial_checkpoint is not None:
             load_point_checkpoint(model, initial_checkpoint)
-        with torch.no_grad():
-            model.eval()(inputs.sample())
+        try:
+            with torch.no_grad():
+                model.eval()(inputs.sample())
+        except EwavitError:
+            raise
+        except Exception as problem:  # whatever a setting that does not work makes the layers raise
+            raise EwavitError(
+                f"{name} does not work with these --model-kwargs ({first_line(problem)}): change them"
+            ) from None
         return model.train(), settings
 
     def create_model(self, name: str, settings: Mapping[str, Any]) -> nn.Module:
