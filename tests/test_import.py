@@ -82,3 +82,8 @@ def test_an_unknown_name_is_an_attribute_error():
 
 def test_the_error_is_a_value_error():
     assert issubclass(ewa.EwavitError, ValueError)
+
+
+def test_dir_shows_the_public_names_only():
+    assert [name for name in dir(ewa) if not name.startswith("__")] == sorted({*ewa.__all__, "distributed"})
+    assert {"__version__", "__doc__", "__all__"} <= set(dir(ewa))

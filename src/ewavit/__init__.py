@@ -109,4 +109,5 @@ if not TYPE_CHECKING:  # else type checkers would accept any name
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    """The public names and the dunders; not the rooms and imports of this file."""
+    return sorted({*__all__, "distributed", *(name for name in globals() if name.startswith("__"))})

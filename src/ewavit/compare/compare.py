@@ -28,6 +28,7 @@ from ewavit.training.processes import collected_signals
 from ewavit.training.recipe import Recipe
 from ewavit.training.run_folder import RunFolder
 
+MOST_SEEDS = 10_000
 POLL = 0.5  # seconds between looks at signals and progress
 
 
@@ -116,6 +117,8 @@ def _check(arms: Sequence[Arm], seeds: int, lrs: Sequence[float], jobs: int | No
             raise EwavitError(f"ewavit compare needs {module}: pip install 'ewavit[compare]'")
     if seeds < 2:
         raise EwavitError(f"--seeds {seeds} gives no interval: choose 2 or more")
+    if seeds > MOST_SEEDS:
+        raise EwavitError(f"--seeds {seeds} is out of range: choose at most {MOST_SEEDS}")
     if jobs is not None and jobs < 1:
         raise EwavitError(f"--jobs {jobs} is too small: choose 1 or more")
     if wrong := [lr for lr in lrs if not 0 < lr < math.inf]:

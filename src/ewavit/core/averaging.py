@@ -205,6 +205,12 @@ class ExpertAveraging:
         for optimizer in self._optimizers:
             optimizer.param_groups[0][STEPS_KEY] = steps
 
+    def __repr__(self) -> str:
+        attached = "not attached" if self._hooks is None else "attached"
+        return (
+            f"ExpertAveraging({self.schedule}, every={self.every}, steps_done={self.steps_done}, {attached})"
+        )
+
     @property
     def share_rate(self) -> float:
         """The share rate of the latest step."""

@@ -156,7 +156,8 @@ def collapse_checkpoint(source: str | os.PathLike[str], target: str | os.PathLik
         ) from None
     finally:
         torch.set_num_threads(threads)
-    return f"wrote {target} ({written / 1e6:,.1f} MB): {mixtures} mixtures became FFNs, tensor by tensor"
+    what = "1 mixture" if mixtures == 1 else f"{mixtures} mixtures"
+    return f"wrote {target} ({written / 1e6:,.1f} MB): {what} collapsed, tensor by tensor"
 
 
 # Reading

@@ -392,7 +392,7 @@ class Summary:
     dense_parameters: int
 
     def __str__(self) -> str:
-        lines = [f"{len(self.layers)} mixtures of experts"]
+        lines = [f"{len(self.layers)} mixture{'' if len(self.layers) == 1 else 's'} of experts"]
         lines += [
             f"  {layer.name}: {layer.num_experts} x {layer.ffn} ({layer.experts}, {layer.dealt}), "
             f"{layer.dense_parameters:,} parameters each"

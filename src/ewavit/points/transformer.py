@@ -364,7 +364,7 @@ def create_point_model(name: str, num_classes: int, **kwargs: Any) -> nn.Module:
     kind, defaults = MODELS[name]
     try:
         return kind(num_classes=num_classes, **{**defaults, **kwargs})
-    except (TypeError, ValueError, RuntimeError) as problem:
+    except Exception as problem:  # whatever a setting that does not work makes the layers raise
         raise EwavitError(f"{name} cannot be built: {first_line(problem)}") from None
 
 

@@ -79,12 +79,12 @@ class ClassMeter(Meter):
 
     Args:
         kind: kind of the inputs in the sentence, "images" or "clouds".
-        num_classes: number of classes; with fewer than five, top-5 is top-`num_classes`.
+        num_classes: number of classes. With five or fewer, top-5 is always 100 % and no part of the sentence.
         device: device of the metrics.
     """
 
     def __init__(self, kind: str, num_classes: int, device: torch.device | str = "cpu") -> None:
-        self.kind = kind
+        self.kind, self.num_classes = kind, num_classes
         self.loss, self.count = MeanMetric().to(device), SumMetric().to(device)
         self.accuracy = {
             "top1": MulticlassAccuracy(num_classes, average="micro").to(device),
@@ -101,8 +101,9 @@ class ClassMeter(Meter):
     def compute(self) -> Metrics:
         percent = {name: round(100 * float(metric.compute()), 4) for name, metric in self.accuracy.items()}
         loss, count = float(self.loss.compute()), int(self.count.compute())
+        top5 = f"top-5 {percent['top5']:.2f} %, " if self.num_classes > 5 else ""
         sentence = (
             f"top-1 {percent['top1']:.2f} % (mean of classes {percent['mean_class']:.2f} %), "
-            f"top-5 {percent['top5']:.2f} %, loss {loss:.4f} on {count:,} {self.kind}"
+            f"{top5}loss {loss:.4f} on {count:,} {self.kind}"
         )
         return Metrics({"loss": loss, **percent}, count, self.kind, sentence)

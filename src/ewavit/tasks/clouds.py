@@ -12,7 +12,7 @@ from torch import nn
 
 from ewavit.data.batches import Data, Inputs
 from ewavit.data.weight_files import read_weights
-from ewavit.errors import EwavitError
+from ewavit.errors import EwavitError, first_line
 from ewavit.points.batches import CloudInputs
 from ewavit.points.transformer import create_point_model, load_point_weights
 from ewavit.tasks.classification import Classification
@@ -60,8 +60,15 @@ class CloudClassification(Classification):
             if say is not None:
                 report = LoadReport(initial_checkpoint, loaded, new=new, left_over=left_over)
                 say("\n".join(report.lines()))
-        with torch.no_grad():
-            model.eval()(inputs.sample())
+        try:
+            with torch.no_grad():
+                model.eval()(inputs.sample())
+        except EwavitError:
+            raise
+        except Exception as problem:  # whatever a setting that does not work makes the layers raise
+            raise EwavitError(
+                f"{name} does not work with these --model-kwargs ({first_line(problem)}): change them"
+            ) from None
         return model.train(), settings
 
     def create_model(self, name: str, settings: Mapping[str, Any]) -> nn.Module:

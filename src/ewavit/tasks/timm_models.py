@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -60,28 +61,35 @@ def build_timm_model(
     try:
         with torch.no_grad():
             was_training = model.training
-            model.eval()(inputs.sample())
+            output = model.eval()(inputs.sample())
             model.train(was_training)
-    except (RuntimeError, AssertionError, ValueError) as problem:
+    except Exception as problem:  # models raise what they like for images or settings that do not fit
         raise EwavitError(
             f"{name} cannot take {img_size}x{img_size} images ({first_line(problem)}): "
             "choose another --img-size, --model or --model-kwargs"
         ) from None
+    if not isinstance(output, torch.Tensor) or output.shape != (1, inputs.num_classes):
+        raise EwavitError(
+            f"{name} gives no logits for {inputs.num_classes} classes: choose another --model or "
+            "--model-kwargs"
+        )
     return model, settings
 
 
 def _create(name: str, settings: dict[str, Any], **more: Any) -> nn.Module:
     """Call `timm.create_model`; `img_size` is removed from `settings` if the model does not know it."""
     try:
-        try:
-            model: nn.Module = timm.create_model(name, **settings, **more)
-        except TypeError as problem:
-            if "img_size" not in str(problem):
-                raise
-            settings.pop("img_size")
-            model = timm.create_model(name, **settings, **more)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # the check names these
+            try:
+                model: nn.Module = timm.create_model(name, **settings, **more)
+            except TypeError as problem:
+                if "img_size" not in str(problem):
+                    raise
+                settings.pop("img_size")
+                model = timm.create_model(name, **settings, **more)
         return model
-    except (TypeError, ValueError, AssertionError, RuntimeError, OSError) as problem:
+    except Exception as problem:  # constructors raise what they like, e.g. ZeroDivisionError for no heads
         given = ", ".join(f"{key}={value}" for key, value in settings.items())
         raise EwavitError(f"timm could not build {name} with {given}: {first_line(problem)}") from None
 

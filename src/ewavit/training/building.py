@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 import timm
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ from ewavit.core.ffn import FFN
 from ewavit.core.moe import moe_layers
 from ewavit.core.surgery import expand, select_ffns
 from ewavit.data.batches import Data, ImageInputs, Inputs
-from ewavit.errors import EwavitError
+from ewavit.errors import EwavitError, first_line
 from ewavit.tasks.choice import task_for
 from ewavit.training.recipe import Recipe
 
@@ -142,7 +143,8 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """The optimizer that a recipe asks for, over a model that is expanded and on its device.
 
     Raises:
-        EwavitError: timm does not know it, or refuses its settings.
+        EwavitError: timm does not know it or refuses its settings, its package is not installed, or it needs
+            second derivatives.
     """
     fused = {"fused": True} if recipe.opt in ("adam", "adamw") else {}  # one pass over the weights
     try:
@@ -155,8 +157,17 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
             layer_decay=recipe.layer_decay,
             **fused,
         )
-    except (AssertionError, ValueError, KeyError) as problem:
-        raise EwavitError(f"timm could not build the optimizer {recipe.opt!r} ({problem})") from None
+    except Exception as problem:  # optimizers of several packages raise what they like
+        close = difflib.get_close_matches(recipe.opt, list_optimizers(), 3)
+        hint = f"did you mean {', '.join(close)}?" if recipe.opt not in close and close else "choose another"
+        raise EwavitError(
+            f"timm could not build the optimizer of --opt {recipe.opt} ({first_line(problem)}): {hint}"
+        ) from None
+    if getattr(optimizer, "is_second_order", False):
+        raise EwavitError(
+            f"--opt {recipe.opt} needs second derivatives, and training computes only first ones: choose "
+            "another optimizer, e.g. adamw"
+        )
     if recipe.expert_lr != 1.0:
         _scale_expert_lr(optimizer, model, recipe.expert_lr)
         if recipe.sched == "none":
@@ -186,8 +197,11 @@ def build_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, updates_pe
             step_on_epochs=False,
             updates_per_epoch=updates_per_epoch,
         )
-    except (AssertionError, ValueError) as problem:
-        raise EwavitError(f"timm could not build the schedule {recipe.sched!r} ({problem})") from None
+    except Exception as problem:  # also a division by zero or an overflow
+        raise EwavitError(
+            f"timm could not build the schedule of --sched {recipe.sched} ({first_line(problem)}): choose "
+            "other settings"
+        ) from None
     return scheduler
 
 

@@ -15,6 +15,7 @@ from ewavit.core.surgery import expand
 from ewavit.data.batches import Data, Inputs
 from ewavit.tasks.choice import task_for
 from ewavit.tasks.task import Task
+from ewavit.training.opening import absolute_spec
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class ModelCard:
     """What is needed to build a run's model again and to feed it; kept in its file's metadata.
 
     `model_kwargs` is all that `timm.create_model` takes beside the name. `metric` is the task's judging
-    metric on `data`, None within the first epoch. `mixture` is None for a plain model.
+    metric on `data`, None within the first epoch. `mixture` is None for a plain model. `absolute_data` and
+    `data_dir` are where the run read its data, as absolute paths; None in exported files.
     """
 
     model: str
@@ -52,14 +54,25 @@ class ModelCard:
     metric: float | None = None
     mixture: RoutedMixture | None = None
     num_points: int | None = None
+    absolute_data: str | None = None
+    data_dir: str | None = None
 
     @classmethod
-    def of(cls, model: str, model_kwargs: dict[str, Any], spec: str, data: Data) -> ModelCard:
+    def of(
+        cls,
+        model: str,
+        model_kwargs: dict[str, Any],
+        spec: str,
+        data: Data,
+        data_dir: str | None = None,
+    ) -> ModelCard:
         """The card of a timm model trained on some data."""
         kwargs = {key: value for key, value in model_kwargs.items() if key != "drop_path_rate"}
         mean, std = tuple(data.mean), tuple(data.std)
         card = cls(model, kwargs, tuple(data.classes), data.in_chans, data.img_size, mean, std, spec)
-        return replace(card, num_points=data.num_points)
+        root = None if data_dir is None else str(Path(data_dir).expanduser().absolute())
+        place = absolute_spec(spec)
+        return replace(card, num_points=data.num_points, absolute_data=place, data_dir=root)
 
     @classmethod
     def from_dict(cls, card: dict[str, Any]) -> ModelCard:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -157,6 +158,8 @@ def _split(tree: Any, key: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(tree, list | tuple):
         kind = "list" if isinstance(tree, list) else "tuple"
         return {kind: [_split(v, f"{key}.{i}", tensors) for i, v in enumerate(tree)]}
+    if isinstance(tree, torch.dtype):
+        return {"dtype": str(tree).removeprefix("torch.")}
     return {"value": tree}
 
 
@@ -167,6 +170,8 @@ def _join(node: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
         return tensors[content]
     if kind == "dict":
         return {k: _join(v, tensors) for k, v in content}
+    if kind == "dtype":
+        return getattr(torch, content)
     if kind == "value":
         return content
     joined = [_join(v, tensors) for v in content]

@@ -28,7 +28,7 @@ from ewavit.training.building import expand_by_recipe
 from ewavit.training.card import ModelCard, RoutedMixture
 from ewavit.training.checkpoint import load_checkpoint, save_tensors
 from ewavit.training.evaluation import evaluate_batches
-from ewavit.training.opening import open_data
+from ewavit.training.opening import found_spec, open_data, usable_workers
 from ewavit.training.recipe import Recipe
 from ewavit.training.report import Row
 from ewavit.training.run_folder import RunFolder
@@ -170,9 +170,10 @@ def evaluate(source: Path, data: str | None = None, batch_size: int = 128, **dat
 
 def _open_for(card: ModelCard, spec: str | None, options: DataOptions) -> Data:
     options = replace(
-        options, img_size=card.img_size or None, num_points=card.num_points, mean=card.mean, std=card.std
-    )
-    data = open_data(spec or card.data, options)
+        options, img_size=card.img_size or None, num_points=card.num_points, mean=card.mean, std=card.std,
+        data_dir=options.data_dir or card.data_dir, workers=usable_workers(options.workers),
+    )  # fmt: skip
+    data = open_data(spec or found_spec(card.data, card.absolute_data), options)
     if data.in_chans != card.in_chans:
         raise EwavitError(
             f"{data.name} has {data.in_chans} channels, the model {card.in_chans}: give the data that it was "
@@ -213,7 +214,7 @@ def export(source: Path, to: Path, data: str | None = None, mean_expert: bool = 
     if not to.parent.is_dir():
         raise EwavitError(f"no folder {to.parent}: make it first")
     model, card = load_model(source)
-    routed, of_file = bool(moe_layers(model)), card
+    routed, of_file = bool(moe_layers(model)), replace(card, absolute_data=None, data_dir=None)
     if routed:
         if not mean_expert:
             raise EwavitError(
@@ -221,7 +222,7 @@ def export(source: Path, to: Path, data: str | None = None, mean_expert: bool = 
                 f"ewavit.load({str(source)!r}), or --collapse to export the mean expert, another model"
             )
         collapse(model)
-        of_file = replace(card, metric=None, mixture=None)
+        of_file = replace(of_file, metric=None, mixture=None)
     partial = to.with_name(f"unchecked-{to.name}")
     try:
         if to.suffix == ".onnx":

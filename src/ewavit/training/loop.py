@@ -39,7 +39,7 @@ from ewavit.training.building import check_recipe_with_data
 from ewavit.training.checkpoint import Checkpoint, load_checkpoint
 from ewavit.training.evaluation import evaluate_batches, predictions
 from ewavit.training.export import save_models
-from ewavit.training.opening import open_recipe_data
+from ewavit.training.opening import found_spec, open_recipe_data
 from ewavit.training.processes import (
     Interrupted,
     start_accelerator,
@@ -102,7 +102,10 @@ def resume(run: Path, **changes: Any) -> Result:
         EwavitError: no run or no whole checkpoint there, or the run is finished.
     """
     checkpoint = load_checkpoint(run)
-    recipe = replace(Recipe.from_dict(checkpoint.facts["recipe"], str(checkpoint.path)), **changes)
+    recipe = Recipe.from_dict(checkpoint.facts["recipe"], str(checkpoint.path))
+    if "data" not in changes:
+        changes["data"] = found_spec(recipe.data, checkpoint.facts["card"].get("absolute_data"))
+    recipe = replace(recipe, **changes)
     model_file = RunFolder(run).model
     if checkpoint.facts["progress"]["epoch"] >= recipe.epochs and model_file.exists():
         if started_again():

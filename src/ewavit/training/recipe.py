@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import ast
 import math
+import numbers
 import operator
+import os
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import Field, asdict, dataclass, field, fields
 from functools import cache, partial
 from pathlib import Path
@@ -21,6 +25,15 @@ from ewavit.errors import EwavitError
 if TYPE_CHECKING:
     from ewavit.core.routing import TopK
 
+LARGEST = 10**9  # of any number without a closer limit: larger ones overflow in float32 or in a count
+_NOT_MODEL_KWARGS = {
+    "num_classes": "the data has a number of classes, leave it out",
+    "in_chans": "the data has a number of channels, leave it out",
+    "img_size": "give --img-size",
+    "pretrained": "give --pretrained",
+    "checkpoint_path": "give --initial-checkpoint",
+    "features_only": "features have no classes, leave it out",
+}
 GROUPS = (
     "data", "model", "experts", "optimisation", "augmentation", "precision and speed", "averages", "output",
 )  # fmt: skip
@@ -68,7 +81,7 @@ class Recipe:
         "(torch/..., hfds/..., wds/...) or point clouds such as modelnet10:PATH",
     )
     limit: int | None = _data(None, "use only the first N training images", least=1)
-    img_size: int | None = _data(None, "image side in pixels (default: that of the data)", least=1)
+    img_size: int | None = _data(None, "image side in pixels (default: that of the data)", least=1, most=4096)
     workers: int = _data(4, "processes that read images from files; ignored for data in memory", least=0)
     holdout: float = _data(
         0.0,
@@ -81,7 +94,7 @@ class Recipe:
     data_dir: str | None = _data(None, "root folder of timm data sets (torch/..., hfds/..., wds/...)")
     skip_bad_images: bool = _data(False, "skip images that cannot be read, and count them")
     num_points: int | None = _data(
-        None, "points per cloud (default: 1024, or 2048 for part segmentation)", least=1
+        None, "points per cloud (default: 1024, or 2048 for part segmentation)", least=1, most=100_000
     )
     votes: int = _data(
         1, "passes over each cloud in evaluation, averaged; all but one are augmented", least=1
@@ -94,7 +107,9 @@ class Recipe:
     initial_checkpoint: str | None = _model(
         None, "start from this checkpoint or run of the same model; a head that does not fit is made new"
     )
-    model_kwargs: str = _model("", "arguments of the model: key=value,key=value, e.g. patch_size=4,depth=6")
+    model_kwargs: str | Mapping[str, Any] = _model(  # kept as text
+        "", "arguments of the model: key=value,key=value, e.g. patch_size=4,depth=6"
+    )
 
     experts: int = _experts(
         4, "experts per mixture; 1 trains the dense baseline and ignores all other expert settings", least=1
@@ -155,20 +170,22 @@ class Recipe:
     )
     grad_accum_steps: int = _optimisation(1, "batches per optimizer step", least=1)
     layer_decay: float | None = _optimisation(
-        None, "factor on the learning rate from each layer to the one below, for fine-tuning", least=0
+        None, "factor on the learning rate from each layer to the one below, for fine-tuning", above=0, most=1
     )
     momentum: float = _optimisation(0.9, "momentum of SGD-like optimizers", least=0, most=1)
     decay_epochs: float = _optimisation(90.0, "epochs between two decays with --sched step", above=0)
     decay_rate: float = _optimisation(0.1, "factor of each decay with --sched step", least=0, most=1)
-    seed: int = _optimisation(42, "seed of initial weights, data order, augmentation and partitions", least=0)
+    seed: int = _optimisation(
+        42, "seed of initial weights, data order, augmentation and partitions", least=0, most=2**63 - 1
+    )
 
     aa: str | None = _augmentation(
         None,
         "AutoAugment or RandAugment policy, e.g. rand-m9-mstd0.5-inc1; for clouds e.g. "
         "scale1.5-shift0.2-rotz180",
     )
-    mixup: float = _augmentation(0.0, "mixup alpha; each image has its own draw", least=0)
-    cutmix: float = _augmentation(0.0, "cutmix alpha; each image has its own draw", least=0)
+    mixup: float = _augmentation(0.0, "mixup alpha; each image has its own draw", least=0, most=1000)
+    cutmix: float = _augmentation(0.0, "cutmix alpha; each image has its own draw", least=0, most=1000)
     smoothing: float = _augmentation(0.1, "label smoothing", least=0, most=1)
     drop_path: float | None = _augmentation(None, "stochastic depth rate", least=0, below=1)
     hflip: float = _augmentation(0.5, "probability of a horizontal flip", least=0, most=1)
@@ -212,8 +229,10 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for setting in fields(self):
-            _check_value(setting, getattr(self, setting.name))
-        if self.name is not None and self.name != Path(self.name).name:
+            value = _converted(setting, getattr(self, setting.name))
+            _check_value(setting, value)
+            object.__setattr__(self, setting.name, value)
+        if self.name is not None and (self.name != Path(self.name).name or self.name == ".."):
             raise EwavitError(f"--name {self.name!r} is not one folder's name: give its place with --output")
         self._check_experts()
         self._check_averages()
@@ -284,22 +303,10 @@ class Recipe:
         Raises:
             EwavitError: a part is not of the form key=value.
         """
-        result: dict[str, Any] = {}
-        part = ""
-        for piece in self.model_kwargs.split(",") if self.model_kwargs else ():
-            part = f"{part},{piece}" if part else piece
-            if part.count("(") + part.count("[") > part.count(")") + part.count("]"):
-                continue  # a comma inside a tuple or list
-            key, equals, value = part.partition("=")
-            if not equals or not key.strip().isidentifier():
-                raise EwavitError(f"--model-kwargs {part!r} is not key=value: write patch_size=4,depth=6")
-            try:
-                result[key.strip()] = ast.literal_eval(value.strip())
-            except (ValueError, SyntaxError):
-                result[key.strip()] = value.strip()
-            part = ""
-        if part:
-            raise EwavitError(f"--model-kwargs {part!r} has an open bracket: close it")
+        result = _parsed_kwargs(str(self.model_kwargs))
+        for name, remedy in _NOT_MODEL_KWARGS.items():
+            if name in result:
+                raise EwavitError(f"--model-kwargs {name}={result[name]} does not work: {remedy}")
         return result
 
     def save(self, path: Path) -> None:
@@ -319,16 +326,81 @@ class Recipe:
         return cls(**settings)
 
 
+def model_kwargs_text(kwargs: Mapping[str, Any]) -> str:
+    """Arguments of a model as the text that `--model-kwargs` takes.
+
+    Raises:
+        EwavitError: a value is no Python literal, so that text cannot hold it.
+    """
+    plain = ",".join(f"{key}={value}" for key, value in kwargs.items())
+    for text in (plain, ",".join(f"{key}={value!r}" for key, value in kwargs.items())):
+        with suppress(EwavitError):
+            if _parsed_kwargs(text) == dict(kwargs):
+                return text
+    raise EwavitError(
+        f"--model-kwargs {dict(kwargs)!r} cannot be written as text: use numbers, strings without commas, "
+        "tuples, lists, True, False and None"
+    )
+
+
+def _parsed_kwargs(text: str) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    part = ""
+    for piece in text.split(",") if text else ():
+        part = f"{part},{piece}" if part else piece
+        if sum(map(part.count, "([{")) > sum(map(part.count, ")]}")):
+            continue  # a comma inside a tuple, list or dict
+        key, equals, value = (word.strip() for word in part.partition("="))
+        if not equals or not key.isidentifier():
+            raise EwavitError(f"--model-kwargs {part!r} is not key=value: write patch_size=4,depth=6")
+        try:
+            result[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            result[key] = value
+        part = ""
+    if part:
+        raise EwavitError(f"--model-kwargs {part!r} has an open bracket: close it")
+    return result
+
+
+def _converted(setting: Field[Any], value: Any) -> Any:
+    """A value in its setting's type: paths and the model's arguments as text, numpy's numbers as Python's."""
+    kind, name = kinds()[setting.name], f"--{flag(setting.name)}"
+    if value is None and setting.default is None:
+        return None
+    if kind is str:
+        if isinstance(value, Mapping) and setting.name == "model_kwargs":
+            return model_kwargs_text(value)
+        if isinstance(value, str | os.PathLike):
+            return os.fspath(value)
+    elif isinstance(value, numbers.Real) and (kind is not bool or value in (0, 1)):
+        with suppress(ValueError, OverflowError):  # not a number, infinity, or too large
+            if (converted := kind(value)) == value or kind is float:
+                return converted
+        if kind is float or not math.isfinite(value):
+            raise EwavitError(f"{name} {value} does not work: choose a finite number")
+    wanted = {str: "text", bool: "True or False", int: "a whole number", float: "a number"}[kind]
+    raise EwavitError(f"{name} {value!r} does not work: give {wanted}")
+
+
 def _check_value(setting: Field[Any], value: Any) -> None:
     """Refuse a value that its setting does not allow."""
     name = f"--{flag(setting.name)}"
     if choices(setting.name) and value not in choices(setting.name):
         raise EwavitError(f"{name} {value!r} is unknown: choose one of {', '.join(choices(setting.name))}")
+    if isinstance(value, str) and not value and setting.default != "":
+        raise EwavitError(f"{name} is empty: give a value, or leave out {name}")
+    if isinstance(value, str) and "\0" in value:
+        raise EwavitError(f"{name} {value!r} holds a NUL character: remove it")
     if isinstance(value, float) and not math.isfinite(value):
         raise EwavitError(f"{name} {value} does not work: choose a finite number")
+    if not isinstance(value, int | float):
+        return
     limits = [(setting.metadata[limit], holds, words) for limit, holds, words in _LIMITS]
+    if setting.metadata["most"] is None and setting.metadata["below"] is None:
+        limits.append((LARGEST, operator.le, "at most {}"))
     limits = [(limit, holds, words) for limit, holds, words in limits if limit is not None]
-    if value is not None and not all(holds(value, limit) for limit, holds, _ in limits):
+    if not all(holds(value, limit) for limit, holds, _ in limits):
         allowed = " and ".join(words.format(limit) for limit, _, words in limits)
         raise EwavitError(f"{name} {value} is out of range: choose {allowed}")
 

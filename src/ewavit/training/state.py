@@ -88,7 +88,7 @@ class TrainingState:
             say=say if accelerator.is_main_process else None,
             **kwargs,
         )
-        card = ModelCard.of(name, settings, recipe.data, data)
+        card = ModelCard.of(name, settings, recipe.data, data, recipe.data_dir)
         if recipe.placement == "replicas":
             dense.to(accelerator.device)  # where the processes can send it to each other
         model = expand_by_recipe(dense, recipe, data.inputs.sample()).to(accelerator.device)
@@ -157,9 +157,10 @@ class TrainingState:
             )
         layers = list(moe_layers(self.model))
         if checkpoint.facts["layers"] != layers:
+            theirs, mine = (", ".join(names) or "none" for names in (checkpoint.facts["layers"], layers))
             raise EwavitError(
-                f"{checkpoint.path} has {len(checkpoint.facts['layers'])} mixtures "
-                f"({', '.join(checkpoint.facts['layers'])}), this model {len(layers)}: it is another model's"
+                f"{checkpoint.path} is the checkpoint of another model: its mixtures are {theirs}, this "
+                f"model's are {mine}"
             )
         training = checkpoint.training
         state = {"model": checkpoint.model, "optimizer": training["optimizer"]}

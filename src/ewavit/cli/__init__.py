@@ -10,45 +10,42 @@ import json
 import os
 import shlex
 import sys
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from ewavit import __version__
+from ewavit.cli.parser import (
+    Help,
+    Parser,
+    did_you_mean,
+    nonempty,
+    nonempty_path,
+    number,
+    shortened,
+    typed,
+    whole_number,
+)
 from ewavit.errors import EwavitError, first_line
 
 try:
     import yaml
 
-    from ewavit.training.recipe import GROUPS, Recipe, choices, flag, kinds, settings
+    from ewavit.training.recipe import GROUPS, Recipe, choices, flag, kinds, model_kwargs_text, settings
 except ModuleNotFoundError as missing:
     sys.exit(f"ewavit: the command line needs {missing.name}: pip install 'ewavit[train]'")
 
 if TYPE_CHECKING:
     from ewavit.data.batches import Data
 
-    _Commands = argparse._SubParsersAction["_Parser"]
+    _Commands = argparse._SubParsersAction[Parser]
 
 # OpenMP threads wait for each other in a loop of so many rounds, then they sleep. libgomp's 300,000 take
 # milliseconds, and on busy cores a step has hundreds of waits; 5,000 cost nothing on free cores
 # (benchmarks/busy_cores.py).
 SPIN_COUNT = "5000"
+COMMANDS = ("train", "plan", "bench", "compare", "evaluate", "export")
 _OF_COMPARISON = {"arms", "seeds", "lrs", "jobs"}  # what the YAML of a comparison holds beside a recipe
-
-
-class _Parser(argparse.ArgumentParser):
-    """An argparse parser that raises wrong input as one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise EwavitError(f"{message} (see {self.prog} --help)")
-
-
-class _Help(argparse.HelpFormatter):
-    """Help texts that do not break flags and names at a hyphen."""
-
-    def _split_lines(self, text: str, width: int) -> list[str]:
-        return textwrap.wrap(text, width, break_on_hyphens=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # read once, when torch is imported
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
+        if wrong := [word for word in arguments if "\0" in word]:
+            raise EwavitError(f"{shortened(wrong[0])!r} holds a NUL character: remove it")
         options = build_parser().parse_args(arguments)
         options.words = arguments
         command: Callable[[argparse.Namespace], int] = options.command
@@ -72,26 +71,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(stop.code or 0)
     except EwavitError as problem:
         if os.environ.get("RANK", "0") == "0":
-            print(f"ewavit: {first_line(problem)}", file=sys.stderr)
+            print(f"ewavit: {shortened(first_line(problem))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
         return 141
-    except OSError as problem:  # a full disk, a folder that may not be written
-        print(f"ewavit: {problem}", file=sys.stderr)
+    except OSError as problem:  # a full disk, a folder that may not be written, a name that is too long
+        print(f"ewavit: {shortened(first_line(EwavitError(problem)))}", file=sys.stderr)
         return 2
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; a parsed command line has its function in `command`."""
-    parser = _Parser(
+    parser = Parser(
         "ewavit",
         description="Train a Vision Transformer as a mixture of averaged experts and deploy the plain model.",
         epilog="ewavit COMMAND --help explains a command and all of its flags.",
     )
     parser.add_argument("--version", action="version", version=f"ewavit {__version__}")
-    commands = parser.add_subparsers(required=True, title="commands", metavar="COMMAND", parser_class=_Parser)
+    commands = parser.add_subparsers(required=True, title="commands", metavar="COMMAND", parser_class=Parser)
     _add_train(commands)
     _add_plan(commands)
     _add_bench(commands)
@@ -105,7 +104,7 @@ def _command(
     commands: _Commands, name: str, run: Callable[[argparse.Namespace], int], summary: str, description: str
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(
-        name, help=summary, description=description, allow_abbrev=False, formatter_class=_Help
+        name, help=summary, description=description, allow_abbrev=False, formatter_class=Help
     )
     parser.set_defaults(command=run)
     return parser
@@ -121,7 +120,9 @@ def _add_train(commands: _Commands) -> None:
         "epoch and pictures.",
     )
     _add_recipe(parser)
-    parser.add_argument("--resume", metavar="RUN", help="continue this run exactly, with its own settings")
+    parser.add_argument(
+        "--resume", metavar="RUN", type=nonempty_path, help="continue this run exactly, with its own settings"
+    )
 
 
 def _add_plan(commands: _Commands) -> None:
@@ -135,7 +136,7 @@ def _add_plan(commands: _Commands) -> None:
     _add_recipe(parser)
     parser.add_argument(
         "--devices",
-        **_typed(int),
+        **typed(int),
         help="also show the memory of each of N devices, for the dense model and for the mixture",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -152,7 +153,7 @@ def _add_bench(commands: _Commands) -> None:
         "activations.",
     )
     _add_recipe(parser)
-    parser.add_argument("--rounds", default=20, **_typed(int), help="timed steps of each model (default: 20)")
+    parser.add_argument("--rounds", default=20, **typed(int), help="timed steps of each model (default: 20)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -180,7 +181,10 @@ def _add_evaluate(commands: _Commands) -> None:
         "Evaluate the model of a run, a checkpoint or an exported file.",
     )
     parser.add_argument(
-        "source", metavar="RUN_OR_FILE", type=Path, help="folder of a run, checkpoint, .safetensors or .onnx"
+        "source",
+        metavar="RUN_OR_FILE",
+        type=nonempty_path,
+        help="folder of a run, checkpoint, .safetensors or .onnx",
     )
     for name, default, help_text in (
         ("data", None, "data set (default: that of the training)"),
@@ -193,7 +197,8 @@ def _add_evaluate(commands: _Commands) -> None:
         ("votes", 1, "passes over each cloud, averaged"),
     ):
         kind = str if default is None else type(default)
-        parser.add_argument(f"--{name}", default=default, **_typed(kind), help=help_text + _said(default))
+        options = typed(kind) | ({"type": nonempty} if kind is str else {})
+        parser.add_argument(f"--{name}", default=default, **options, help=help_text + _said(default))
     parser.add_argument("--skip-bad-images", action="store_true", help="skip images that cannot be read")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -211,29 +216,28 @@ def _add_export(commands: _Commands) -> None:
     parser.add_argument(
         "source",
         metavar="RUN_OR_FILE",
-        type=Path,
+        type=nonempty_path,
         help="folder of a run, its checkpoint, or .safetensors of any expanded model (shards: their index or "
         "folder)",
     )
     parser.add_argument(
         "--to",
         required=True,
-        type=Path,
+        type=nonempty_path,
         metavar="FILE",
         help="file to write, .safetensors or .onnx; for shards also a new folder",
     )
     parser.add_argument(
-        "--data", metavar="TEXT", help="data set that checks the accuracy (default: that of the run)"
+        "--data",
+        metavar="TEXT",
+        type=nonempty,
+        help="data set that checks the accuracy (default: that of the run)",
     )
     parser.add_argument(
         "--collapse",
         action="store_true",
         help="export the plain model with the mean expert of a routed run (a different model)",
     )
-
-
-def _typed(kind: type) -> dict[str, Any]:
-    return {"type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
 
 
 def _said(default: object) -> str:
@@ -244,7 +248,10 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     """One flag per setting of `Recipe`; absent flags stay absent, so that YAML and defaults can fill them."""
     parser.usage = "%(prog)s [options]"
     parser.add_argument(
-        "--config", metavar="FILE.yaml", help="read settings from YAML; the command line overrides them"
+        "--config",
+        metavar="FILE.yaml",
+        type=nonempty_path,
+        help="read settings from YAML; the command line overrides them",
     )
     groups = {title: parser.add_argument_group(title) for title in GROUPS}
     for setting in settings():
@@ -256,7 +263,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
         elif named := choices(setting.name):
             options["choices"] = named
         else:
-            options |= _typed(kind)
+            options |= typed(kind)
         groups[setting.metadata["group"]].add_argument(
             f"--{flag(setting.name)}", dest=setting.name, default=argparse.SUPPRESS, **options
         )
@@ -270,7 +277,7 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
         return [word.strip() for word in text.split(",") if word.strip()]
 
     def numbers(text: str) -> list[float]:
-        return [float(word) for word in names(text)]
+        return [number(word) for word in names(text)]
 
     group = parser.add_argument_group("comparison")
     for name, kind, metavar, help_text in (
@@ -281,9 +288,9 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
             f"arms to train: {', '.join(BUILT_IN)} or arms of the YAML file; NAME-lr also tunes the learning "
             "rate of NAME (default: dense,ewa)",
         ),
-        ("seeds", int, "N", "seeds of each arm: --seed, --seed + 1, ... (default: 5)"),
+        ("seeds", whole_number, "N", "seeds of each arm: --seed, --seed + 1, ... (default: 5)"),
         ("lrs", numbers, "X,X,...", "learning rates that NAME-lr arms choose from, on held-out data"),
-        ("jobs", int, "N", "runs at the same time (default: one per GPU, or one per CPU core)"),
+        ("jobs", whole_number, "N", "runs at the same time (default: one per GPU, or one per CPU core)"),
     ):
         group.add_argument(f"--{name}", type=kind, metavar=metavar, help=help_text, default=argparse.SUPPRESS)
     group.add_argument(
@@ -300,7 +307,8 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
 
 def _presets() -> dict[str, Path]:
     return {
-        file.stem: file for file in sorted((Path(__file__).parent / "compare" / "presets").glob("*.yaml"))
+        file.stem: file
+        for file in sorted((Path(__file__).parent.parent / "compare" / "presets").glob("*.yaml"))
     }
 
 
@@ -337,11 +345,12 @@ def _parsed(content: Mapping[str, Any], source: str, command: str) -> dict[str, 
     words = []
     for name, value in content.items():
         if name not in known:
-            raise EwavitError(f"{source} has the unknown setting {name!r}: see ewavit {command} --help")
+            hint = did_you_mean(name, known) or f": see ewavit {command} --help"
+            raise EwavitError(f"{source} has the unknown setting {name!r}{hint}")
         if isinstance(value, bool):
             words.append(f"--{flag(name)}" if value else f"--no-{flag(name)}")
         elif name == "model_kwargs" and isinstance(value, dict):
-            words.append("--model-kwargs=" + ",".join(f"{k}={v}" for k, v in value.items()))
+            words.append(f"--model-kwargs={model_kwargs_text(value)}")
         elif name in _OF_COMPARISON and isinstance(value, list):
             words.append(f"--{name}=" + ",".join(map(str, value)))
         elif value is not None:
@@ -369,7 +378,7 @@ def _train(options: argparse.Namespace) -> int:
         if options.resume is None:
             train(recipe)
         else:
-            resume(Path(options.resume), **given)
+            resume(options.resume, **given)
     except (Interrupted, ProcessLost) as stopped:
         print(f"ewavit: {stopped}", file=sys.stderr)
         return stopped.exit_status
@@ -486,7 +495,3 @@ def _export(options: argparse.Namespace) -> int:
 
     print(export(options.source, options.to, options.data, mean_expert=options.collapse))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
