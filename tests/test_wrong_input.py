@@ -471,7 +471,6 @@ OF_A_RUN = [
     (["train", "--resume", "RUN"], "finished"),
     (["train", "--resume", "RUN", "--data", ""], "--data"),
     (["train", "--resume", "RUN", "--lr", "1"], "leave out --lr"),
-    (["train", *SMALL, "--initial-checkpoint", "RUN"], "RUN"),
     (["train", "--config", "RUN"], "RUN"),
 ]  # fmt: skip
 
