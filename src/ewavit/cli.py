@@ -220,7 +220,8 @@ def _add_export(commands: _Commands) -> None:
         required=True,
         type=Path,
         metavar="FILE",
-        help="file to write, .safetensors or .onnx; for shards also a new folder",
+        help="file to write, .safetensors or .onnx; or a new folder, for shards, or for the model with the "
+        "config.json that timm loads it by (local-dir:FOLDER)",
     )
     parser.add_argument(
         "--data", metavar="TEXT", help="data set that checks the accuracy (default: that of the run)"

@@ -67,7 +67,9 @@ class CloudClassification(Classification):
     def create_model(self, name: str, settings: Mapping[str, Any]) -> nn.Module:
         return create_point_model(name, **settings)
 
-    def loading_code(self, name: str, settings: Mapping[str, Any], file: Path) -> str:
+    def loading_code(
+        self, name: str, settings: Mapping[str, Any], file: Path, pretrained_cfg: Mapping[str, Any]
+    ) -> str:
         arguments = ", ".join(f"{key}={value!r}" for key, value in settings.items())
         return (
             "from ewavit.points.transformer import create_point_model, load_point_checkpoint\n"
@@ -75,7 +77,7 @@ class CloudClassification(Classification):
             f"load_point_checkpoint(model, {str(file)!r})"
         )
 
-    def input_text(self, inputs: Inputs, mean: Sequence[float], std: Sequence[float]) -> str:
+    def input_text(self, inputs: Inputs) -> str:
         assert isinstance(inputs, CloudInputs)
         shape = f"(batch, {inputs.num_points}, {inputs.in_chans})"
         return f"clouds {shape}, centred and scaled into the unit sphere"

@@ -126,12 +126,21 @@ class Task(ABC):
         """Create the same model as `build_model`, from its name and settings, with fresh weights."""
 
     @abstractmethod
-    def loading_code(self, name: str, settings: Mapping[str, Any], file: Path) -> str:
-        """Python code that loads a plain model of this task from a file."""
+    def loading_code(
+        self, name: str, settings: Mapping[str, Any], file: Path, pretrained_cfg: Mapping[str, Any]
+    ) -> str:
+        """Python code that loads a plain model of this task from a file.
+
+        Args:
+            name: name of the model.
+            settings: settings of the model.
+            file: the weights.
+            pretrained_cfg: how to prepare images, under timm's names; empty for clouds.
+        """
 
     @abstractmethod
-    def input_text(self, inputs: Inputs, mean: Sequence[float], std: Sequence[float]) -> str:
-        """A description of the model's inputs and their normalisation."""
+    def input_text(self, inputs: Inputs) -> str:
+        """A description of the model's inputs and their preparation, by the lines of `loading_code`."""
 
     # Learning.
 

@@ -47,6 +47,11 @@ class RunFolder:
         return self.path / "model.safetensors"
 
     @property
+    def config(self) -> Path:
+        """What timm needs beside `model` to load the folder; not for clouds and mixtures."""
+        return self.path / "config.json"
+
+    @property
     def average(self) -> Path:
         """The averaged weights of a finished run that keeps an average."""
         return self.path / "model-average.safetensors"

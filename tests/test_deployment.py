@@ -1,0 +1,218 @@
+"""What a run leaves for other tools: timm, torchvision and transformers prepare images as the run did."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors import safe_open
+from timm.data import create_transform, resolve_model_data_config
+from torchvision.datasets import ImageFolder
+
+import ewavit
+from ewavit.data.sources import read_bundled
+from ewavit.errors import EwavitError
+from ewavit.training.export import evaluate, export, load_model
+from ewavit.training.loop import train
+from runs import TINY, recipe
+
+MODEL = {"model_kwargs": "patch_size=8,embed_dim=32,depth=2,num_heads=2", "img_size": 32, "lr": 3e-3}
+SIZES = ((40, 40), (61, 44), (32, 32), (33, 70), (90, 48))
+
+
+def write_folder(root: Path, mode: str = "RGB", sizes=SIZES, train_images=96, val_images=90) -> Path:
+    """Three classes of noisy stripes of different directions, in images of several sizes."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", train_images), ("val", val_images)):
+        for number in range(count):
+            label, (width, height) = number % 3, sizes[number % len(sizes)]
+            y, x = np.mgrid[:height, :width]
+            stripes = np.sin(0.7 * (x, y, x + y)[label] + generator.uniform(0, 6))
+            pixels = 128 + 40 * stripes[..., None] + generator.normal(0, 70, (height, width, 3))
+            image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).convert(mode)
+            path = root / split / f"stripes, {label}" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path)
+    return root
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("stripes"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, folder):
+    settings = {**TINY, **MODEL, "data": str(folder), "epochs": 3, "limit": None, "workers": 0}
+    return train(recipe(tmp_path_factory.mktemp("runs"), "folder", **settings))
+
+
+def accuracy(model, transform, images) -> float:
+    with torch.no_grad():
+        right = [model(transform(image)[None]).argmax().item() == label for image, label in images]
+    return 100 * sum(right) / len(right)
+
+
+def timm_transform(model):
+    return create_transform(**resolve_model_data_config(model))
+
+
+def in_pil_mode(images, mode):
+    return [(image.convert(mode), label) for image, label in images]
+
+
+def test_plain_timm_loads_the_folder_of_a_run_and_finds_its_accuracy(finished, folder):
+    code = f"""
+import sys, timm, torch
+from timm.data import create_transform, resolve_model_data_config
+from torchvision.datasets import ImageFolder
+model = timm.create_model("local-dir:" + {str(finished.run)!r}, pretrained=True).eval()
+transform = create_transform(**resolve_model_data_config(model))
+images = ImageFolder({str(folder / "val")!r}, transform)
+with torch.no_grad():
+    right = sum(int(model(image[None]).argmax() == label) for image, label in images)
+print(100 * right / len(images))
+assert "ewavit" not in sys.modules
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert float(said) == pytest.approx(finished.row["eval_top1"], abs=1e-3)
+    assert 34 < finished.row["eval_top1"] < 100  # so that the preprocessing matters
+
+
+def test_the_accuracy_hangs_on_the_preprocessing(finished, folder):
+    images = in_pil_mode(ImageFolder(folder / "val"), "RGB")
+    model, card = load_model(finished.run)
+    others = [{"crop_pct": 0.3}, {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}]
+    for other in others:
+        found = accuracy(model, create_transform(**{**card.pretrained_cfg, **other}), images)
+        assert found != pytest.approx(finished.row["eval_top1"], abs=1e-3), other
+
+
+def test_a_run_of_images_of_one_channel_is_prepared_by_timm_as_in_the_run(tmp_path):
+    data = write_folder(tmp_path / "grey", mode="L")
+    settings = {**TINY, **MODEL, "data": str(data), "limit": None, "workers": 0}
+    done = train(recipe(tmp_path, "grey", **settings))
+    model = timm.create_model(f"local-dir:{done.run}", pretrained=True).eval()
+    images = in_pil_mode(ImageFolder(data / "val"), "L")
+    assert accuracy(model, timm_transform(model), images) == pytest.approx(done.row["eval_top1"], abs=1e-3)
+
+
+def test_images_of_the_models_size_are_evaluated_as_stored_by_timm_too(tmp_path):
+    data = write_folder(tmp_path / "small", sizes=((32, 32),), val_images=30)
+    settings = {**TINY, **MODEL, "img_size": None, "data": str(data), "limit": None, "workers": 0}
+    done = train(recipe(tmp_path, "small", **settings))
+    model = timm.create_model(f"local-dir:{done.run}", pretrained=True).eval()
+    config = resolve_model_data_config(model)
+    assert (config["input_size"], config["crop_pct"]) == ((3, 32, 32), 1.0)
+    images = in_pil_mode(ImageFolder(data / "val"), "RGB")
+    assert accuracy(model, timm_transform(model), images) == pytest.approx(done.row["eval_top1"], abs=1e-3)
+
+
+def test_a_run_of_a_set_in_memory_is_prepared_by_timm_as_in_the_run(tmp_path):
+    done = train(recipe(tmp_path, "memory"))
+    model = timm.create_model(f"local-dir:{done.run}", pretrained=True).eval()
+    arrays = read_bundled()
+    images = zip(map(Image.fromarray, arrays.eval_images[:, 0]), arrays.eval_labels.tolist(), strict=True)
+    assert accuracy(model, timm_transform(model), list(images)) == pytest.approx(
+        done.row["eval_top1"], abs=1e-3
+    )
+
+
+def names_of(code):
+    names: dict = {}
+    exec(code, names)
+    return names
+
+
+@pytest.mark.parametrize("to", ["plain.safetensors", "plain"])
+def test_the_printed_lines_of_a_run_and_of_an_exported_file_find_the_accuracy(finished, folder, tmp_path, to):
+    images = in_pil_mode(ImageFolder(folder / "val"), "RGB")
+    _, card = load_model(finished.run)
+    said = export(finished.run, tmp_path / to)
+    file = tmp_path / "plain/model.safetensors" if to == "plain" else tmp_path / to
+    exported = said.split("load it with\n\n")[1].split("\n\nand give it")[0]
+    assert exported == card.loading_code(file)
+    assert "local-dir" in card.loading_code(finished.model_file)
+    for code in (card.loading_code(finished.model_file), exported):
+        names = names_of(code)
+        model = names["model"]
+        for transform in (names["transform"], timm_transform(model)):
+            found = accuracy(model, transform, images)
+            assert found == pytest.approx(finished.row["eval_top1"], abs=1e-3)
+
+
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("interpolation", ["bilinear", "nearest"])
+def test_the_printed_transform_is_that_of_timm(finished, folder, crop_mode, interpolation):
+    _, card = load_model(finished.run)
+    card = replace(card, crop_mode=crop_mode, interpolation=interpolation, crop_pct=0.9)
+    printed = names_of(card.loading_code(finished.model_file))["transform"]
+    ours = create_transform(**card.pretrained_cfg)
+    for image, _ in in_pil_mode(list(ImageFolder(folder / "val"))[:5], "RGB"):
+        assert torch.equal(printed(image), ours(image))
+
+
+def test_transformers_prepares_images_from_the_folder_of_a_run(finished, folder):
+    transformers = pytest.importorskip("transformers")
+    processor = transformers.AutoImageProcessor.from_pretrained(finished.run)
+    model = transformers.AutoModelForImageClassification.from_pretrained(finished.run).eval()
+    assert set(model.config.id2label.values()) == {"stripes, 0", "stripes, 1", "stripes, 2"}
+    plain = timm.create_model(f"local-dir:{finished.run}", pretrained=True).eval()
+    image = in_pil_mode(ImageFolder(folder / "val"), "RGB")[1][0]
+    pixels = processor(image)["pixel_values"]
+    assert torch.equal(pixels[0], timm_transform(plain)(image))
+    with torch.no_grad():
+        assert torch.allclose(model(pixels).logits, plain(pixels), atol=1e-6)
+
+
+def test_a_loaded_model_knows_its_preprocessing(finished):
+    model = ewavit.load(finished.run)
+    assert resolve_model_data_config(model)["crop_pct"] == 0.875
+    assert resolve_model_data_config(model)["input_size"] == (3, 32, 32)
+
+
+def test_the_metadata_of_a_file_has_timms_pretrained_cfg(finished):
+    with safe_open(finished.model_file, "pt") as file:
+        found = json.loads(file.metadata()["pretrained_cfg"])
+    assert found.keys() == {"input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"}
+
+
+def test_evaluation_prepares_other_images_as_the_run_did(finished, tmp_path):
+    """Images of the model's size would be taken as stored in a run of their own."""
+    data = write_folder(tmp_path / "small", sizes=((32, 32),), val_images=30)
+    images = in_pil_mode(ImageFolder(data / "val"), "RGB")
+    model = timm.create_model(f"local-dir:{finished.run}", pretrained=True).eval()
+    found = evaluate(finished.run, str(data), workers=0)
+    assert found["top1"] == pytest.approx(accuracy(model, timm_transform(model), images), abs=1e-3)
+
+
+def test_a_file_of_an_older_version_is_still_evaluated(finished, tmp_path):
+    from ewavit.training.card import ModelCard
+    from ewavit.training.checkpoint import save_tensors
+
+    model, card = load_model(finished.run)
+    old = {k: v for k, v in asdict(card).items() if k not in ("interpolation", "crop_pct", "crop_mode")}
+    assert ModelCard.from_dict(old).pretrained_cfg == {}
+    file = tmp_path / "old.safetensors"
+    save_tensors(model.state_dict(), file, {"ewavit": json.dumps(old)})
+    assert evaluate(file, workers=0)["top1"] == pytest.approx(finished.row["eval_top1"], abs=1e-3)
+    assert "T.Compose" not in ModelCard.from_dict(old).loading_code(file)
+
+
+def test_a_folder_is_exported_whole_or_not_at_all(finished, tmp_path, monkeypatch):
+    to = tmp_path / "plain"
+    with monkeypatch.context() as patch:
+        patch.setattr("ewavit.training.export.LARGEST_DIFFERENCE", -1.0)
+        with pytest.raises(EwavitError, match="differ"):
+            export(finished.run, to)
+    assert list(tmp_path.iterdir()) == []
+    export(finished.run, to)
+    assert sorted(file.name for file in to.iterdir()) == ["config.json", "model.safetensors"]
+    with pytest.raises(EwavitError, match="exists already"):
+        export(finished.run, to)
