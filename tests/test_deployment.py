@@ -1,8 +1,10 @@
 """What a run leaves for other tools: timm, torchvision and transformers prepare images as the run did."""
 
+import csv
 import json
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,10 +18,15 @@ from timm.data import create_transform, resolve_model_data_config
 from torchvision.datasets import ImageFolder
 
 import ewavit
+from ewavit.cli import main
+from ewavit.compare.results import read_run
 from ewavit.data.sources import read_bundled
 from ewavit.errors import EwavitError
+from ewavit.tasks.confusion import Confusion
+from ewavit.tasks.judge import TOP1
 from ewavit.training.export import evaluate, export, load_model
 from ewavit.training.loop import train
+from ewavit.training.run_folder import RunFolder
 from runs import TINY, recipe
 
 MODEL = {"model_kwargs": "patch_size=8,embed_dim=32,depth=2,num_heads=2", "img_size": 32, "lr": 3e-3}
@@ -216,3 +223,105 @@ def test_a_folder_is_exported_whole_or_not_at_all(finished, tmp_path, monkeypatc
     assert sorted(file.name for file in to.iterdir()) == ["config.json", "model.safetensors"]
     with pytest.raises(EwavitError, match="exists already"):
         export(finished.run, to)
+
+
+def predicted(run: Path) -> list[dict[str, str]]:
+    with (run / "predictions.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_predictions_name_the_file_and_the_classes(finished, folder):
+    rows = predicted(finished.run)
+    images = ImageFolder(folder / "val")
+    assert len(rows) == len(images)
+    model, _ = load_model(finished.run)
+    transform = timm_transform(model)
+    for row in rows:
+        path = folder / row["input"]
+        assert path.parent.name == row["class"] == images.classes[int(row["label"])]
+        logits = model(transform(Image.open(path))[None])[0].detach()
+        assert images.classes[int(logits.argmax())] == row["predicted_class"]
+        assert float(row["probability"]) == pytest.approx(float(logits.softmax(0).max()), abs=1e-4)
+        top = [images.classes[label] for label in logits.argsort(descending=True)]
+        assert row["top5"].split("|") == top
+
+
+def test_a_comparison_reads_predictions_of_classes_with_commas_and_spaces(finished):
+    read = read_run(RunFolder(finished.run), 0, TOP1)
+    assert read.labels.tolist() == [int(row["label"]) for row in predicted(finished.run)]
+    assert 100 * (read.labels == read.predictions).mean() == pytest.approx(
+        finished.row["eval_top1"], abs=1e-3
+    )
+
+
+def test_predictions_leave_out_skipped_images_and_name_the_others(tmp_path):
+    data = write_folder(tmp_path / "data", train_images=48, val_images=15)
+    broken = sorted((data / "val").rglob("*.png"))[4]
+    broken.write_bytes(b"no image")
+    settings = {**TINY, **MODEL, "data": str(data), "limit": None, "workers": 0, "epochs": 1}
+    done = train(recipe(tmp_path, "skipping", skip_bad_images=True, **settings))
+    names = [row["input"] for row in predicted(done.run)]
+    assert len(names) == 14
+    assert str(broken.relative_to(data)) not in names
+    assert all(Path(row["input"]).parent.name == row["class"] for row in predicted(done.run))
+
+
+def test_predictions_of_held_out_images_name_them(tmp_path):
+    data = write_folder(tmp_path / "data", train_images=60, val_images=15)
+    settings = {**TINY, **MODEL, "data": str(data), "limit": None, "workers": 0, "epochs": 1}
+    done = train(recipe(tmp_path, "held", holdout=0.25, **settings))
+    names = [row["input"] for row in predicted(done.run)]
+    assert len(names) == 15
+    assert all(name.startswith("train/") and (data / name).is_file() for name in names)
+
+
+def test_the_confusion_matrix_counts_the_predictions(finished, tmp_path, capsys):
+    file = tmp_path / "confusion.csv"
+    assert main(["evaluate", str(finished.run), "--workers", "0", "--confusion", str(file)]) == 0
+    rows = list(csv.reader(file.open(newline="")))
+    classes = rows[0][1:]
+    counts = np.zeros((3, 3), int)
+    for row in predicted(finished.run):
+        counts[int(row["label"]), int(row["prediction"])] += 1
+    assert [row[0] for row in rows[1:]] == classes == ["stripes, 0", "stripes, 1", "stripes, 2"]
+    assert np.array_equal(np.array([row[1:] for row in rows[1:]], int), counts)
+    with Image.open(tmp_path / "confusion.png") as picture:
+        assert len(picture.convert("RGB").getcolors(2**20)) > 20
+
+
+def test_evaluate_per_class_agrees_with_the_predictions(finished, capsys):
+    command = ["evaluate", str(finished.run), "--workers", "0", "--per-class"]
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    rows = predicted(finished.run)
+    assert found["top1"] == pytest.approx(finished.row["eval_top1"], abs=1e-3)
+    for row in found["classes"]:
+        of_class = [each for each in rows if each["class"] == row["class"]]
+        said_so = [each for each in rows if each["predicted_class"] == row["class"]]
+        right = sum(each["predicted_class"] == row["class"] for each in of_class)
+        assert row["images"] == len(of_class)
+        assert row["recall"] == pytest.approx(100 * right / len(of_class), abs=1e-3)
+        if said_so:
+            assert row["precision"] == pytest.approx(100 * right / len(said_so), abs=1e-3)
+        assert f"{row['recall']:.2f} %" in text
+        mistakes = Counter(
+            each["predicted_class"] for each in of_class if each["predicted_class"] != row["class"]
+        )
+        assert row["times"] == max(mistakes.values(), default=0) == mistakes[row["mistaken_for"]]
+
+
+def test_a_class_without_inputs_has_no_recall():
+    found = Confusion(("a", "b", "c"), np.array([[2, 0, 0], [0, 0, 0], [1, 0, 0]]), "images")
+    rows = found.per_class()
+    assert [row["recall"] for row in rows] == [100, None, 0]
+    assert [row["precision"] for row in rows] == [pytest.approx(66.6667), None, None]
+    assert [row["mistaken_for"] for row in rows] == [None, None, "a"]
+    assert len(found.table().splitlines()) == 4
+
+
+@pytest.mark.parametrize("to", ["confusion.txt", "missing/confusion.csv"])
+def test_a_confusion_matrix_that_cannot_be_written_is_refused_first(finished, tmp_path, capsys, to):
+    assert main(["evaluate", str(finished.run), "--confusion", str(tmp_path / to)]) == 2
+    assert ".csv" in capsys.readouterr().err

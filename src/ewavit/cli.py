@@ -195,6 +195,17 @@ def _add_evaluate(commands: _Commands) -> None:
         kind = str if default is None else type(default)
         parser.add_argument(f"--{name}", default=default, **_typed(kind), help=help_text + _said(default))
     parser.add_argument("--skip-bad-images", action="store_true", help="skip images that cannot be read")
+    parser.add_argument(
+        "--per-class",
+        action="store_true",
+        help="also print recall, precision and the usual mistake of each class",
+    )
+    parser.add_argument(
+        "--confusion",
+        type=Path,
+        metavar="FILE.csv",
+        help="write the confusion matrix (row: true class, column: predicted class) and a picture, FILE.png",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -477,8 +488,24 @@ def _evaluate(options: argparse.Namespace) -> int:
         "data", "batch_size", "workers", "data_dir", "train_split", "val_split", "holdout", "votes",
         "skip_bad_images",
     )  # fmt: skip
-    metrics = evaluate(options.source, **{name: getattr(options, name) for name in names})
-    print(json.dumps(metrics.as_dict()) if options.json else metrics.sentence)
+    given = {name: getattr(options, name) for name in names}
+    to: Path | None = options.confusion
+    if to is not None and (to.suffix != ".csv" or not to.parent.is_dir()):
+        raise EwavitError(
+            f"--confusion {to} does not work: give a path that ends in .csv, in an existing folder"
+        )
+    metrics = evaluate(options.source, confusion=options.per_class or to is not None, **given)
+    found = metrics.confusion
+    if to is not None and found is not None:
+        found.write(to)
+        found.draw(to.with_suffix(".png"), f"{options.source}: {metrics.count:,} {metrics.kind}")
+    if options.json:
+        classes = {"classes": found.per_class()} if options.per_class and found is not None else {}
+        print(json.dumps({**metrics.as_dict(), **classes}))
+    else:
+        print(metrics.sentence)
+        if options.per_class and found is not None:
+            print(found.table())
     return 0
 
 

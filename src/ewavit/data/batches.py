@@ -187,6 +187,10 @@ class Data(ABC):
         """
         return predict
 
+    def eval_names(self) -> list[str] | None:
+        """Names of the inputs of this rank's latest `eval_batches`, in order; None if they have none."""
+        return None
+
     @property
     def num_skipped(self) -> int:
         """Number of distinct unreadable samples skipped so far on this rank."""

@@ -275,6 +275,8 @@ class LoaderData(Data):
         self._device = options.device
         self._skip = options.skip_bad_images
         self._bad: set[str] = set()
+        self._bad_of_pass: set[str] = set()  # of the latest pass over training or evaluation images
+        self._val, self._eval_indices = val, eval_indices
 
         mode = "L" if self.in_chans == 1 else "RGB"
         to_train, to_eval = transforms(
@@ -328,10 +330,16 @@ class LoaderData(Data):
     def eval_batches(self) -> Iterator[Batch]:
         return self._batches(self._eval_loader, self._eval_keys, 0, self._plan.eval_indices())
 
+    def eval_names(self) -> list[str]:
+        numbers = (int(number) for batch in self._plan.eval_indices() for number in batch)
+        names = (self._val.where(int(self._eval_indices[number])) for number in numbers)
+        return [name for name in names if name not in self._bad_of_pass]
+
     def _batches(
         self, loader: DataLoader[Any], keys: BatchKeys, epoch: int, batches: Iterable[Ints]
     ) -> Iterator[Batch]:
         keys.epoch, keys.batches = epoch, batches
+        self._bad_of_pass = set()
         any_bad = any_good = False
         for images, labels, bad in loader:
             for where, reason in bad:
@@ -342,6 +350,7 @@ class LoaderData(Data):
                         "with --skip-bad-images"
                     )
                 self._bad.add(where)
+                self._bad_of_pass.add(where)
                 any_bad = True
             if len(labels):
                 any_good = True

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, SumMetric
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from ewavit.data.augmentation import Mix
 from ewavit.data.batches import Data, ImageInputs, Inputs
+from ewavit.tasks.confusion import Confusion
 from ewavit.tasks.judge import TOP1
 from ewavit.tasks.task import Meter, Metrics, Mixing, Task
 from ewavit.tasks.timm_models import as_arguments, build_timm_model, fitting_patch, is_timm_folder
@@ -115,3 +118,26 @@ class ClassMeter(Meter):
             f"top-5 {percent['top5']:.2f} %, loss {loss:.4f} on {count:,} {self.kind}"
         )
         return Metrics({"loss": loss, **percent}, count, self.kind, sentence)
+
+
+class ConfusionMeter(Meter):
+    """Adds a confusion matrix to the metrics of another meter.
+
+    Args:
+        meter: the other one, empty.
+        classes: names of the classes.
+        device: device of the counts.
+    """
+
+    def __init__(self, meter: Meter, classes: tuple[str, ...], device: torch.device | str = "cpu") -> None:
+        self.meter, self.classes = meter, classes
+        self.counts = MulticlassConfusionMatrix(len(classes)).to(device)
+
+    def update(self, inputs: Tensor, outputs: Tensor, targets: Tensor) -> None:
+        self.meter.update(inputs, outputs, targets)
+        self.counts.update(outputs, targets)
+
+    def compute(self) -> Metrics:
+        metrics = self.meter.compute()
+        counts = self.counts.compute().cpu().numpy().astype(np.int64)
+        return replace(metrics, confusion=Confusion(self.classes, counts, metrics.kind))

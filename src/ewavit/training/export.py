@@ -24,6 +24,7 @@ from ewavit.data.options import DataOptions
 from ewavit.data.relabelled import with_classes
 from ewavit.errors import EwavitError
 from ewavit.files import is_torch_file, replacing
+from ewavit.tasks.classification import ConfusionMeter
 from ewavit.tasks.task import Metrics
 from ewavit.training.building import expand_by_recipe
 from ewavit.training.card import ModelCard, RoutedMixture
@@ -154,19 +155,33 @@ def predictor(source: Path) -> tuple[Callable[[Tensor], Tensor], ModelCard]:
     return lambda images: torch.from_numpy(session.run(None, {name: images.cpu().numpy()})[0]), card
 
 
-def evaluate(source: Path, data: str | None = None, batch_size: int = 128, **data_options: Any) -> Metrics:
+def evaluate(
+    source: Path,
+    data: str | None = None,
+    batch_size: int = 128,
+    *,
+    confusion: bool = False,
+    **data_options: Any,
+) -> Metrics:
     """Loss and accuracy of a run, a checkpoint or an exported file on the evaluation images of a data set.
 
     Args:
         source: a run's folder, a checkpoint folder, a safetensors or an ONNX file that ewavit wrote.
         data: data spec; the one it was trained on unless given. Its classes are matched by name.
         batch_size: images per batch.
+        confusion: also return the confusion matrix.
         data_options: further fields of `DataOptions`.
 
     Raises:
-        EwavitError: the source or the data cannot be read, or the names of their classes differ.
+        EwavitError: the source or the data cannot be read, the names of their classes differ, or the task has
+            no confusion matrix.
     """
     predict, card = predictor(source)
+    if confusion and not card.task.names_classes:
+        raise EwavitError(
+            f"{source} classifies the parts of {card.task.kind}: --per-class and --confusion need one class "
+            "for each input, leave them out"
+        )
     opened = _open_for(card, data, DataOptions(batch_size=batch_size, **data_options))
     device = torch.device("cuda" if torch.cuda.is_available() and isinstance(predict, nn.Module) else "cpu")
     if isinstance(predict, nn.Module):
@@ -174,6 +189,8 @@ def evaluate(source: Path, data: str | None = None, batch_size: int = 128, **dat
     for note in opened.notes:
         print(f"note: {note}", file=sys.stderr)
     meter = card.task.meter(opened, device)
+    if confusion:
+        meter = ConfusionMeter(meter, opened.classes, device)
     return evaluate_batches(opened.voting(predict), opened.eval_batches(), meter)
 
 

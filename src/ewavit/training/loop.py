@@ -375,12 +375,13 @@ class TrainingRun:
         averaged = None if self.average is None else self.average.module
         counts = model if averaged is None else averaged
         batches = self.data.eval_batches() if self.task.names_classes else ()
+        names = self.data.eval_names if self.task.names_classes else lambda: None
         with self.accelerator.autocast(), self._deployed(counts):
-            found = predictions(self.data.voting(counts.eval()), batches)
+            found = predictions(self.data.voting(counts.eval()), batches, names)
         card, main = self.state.card, self.accelerator.is_main_process
         judged_on = f"{'held-out' if self.recipe.holdout else 'test'} {self.task.kind}"
         if main:
-            report.write_predictions(found, self.files.predictions)
+            report.write_predictions(found, self.files.predictions, self.data.classes, self.recipe.data)
             self.task.picture(self.data, found, self.files.picture)
             title = f"{self.folder.name}: {card.model} on {self.data.name}"
             judge = self.task.judge

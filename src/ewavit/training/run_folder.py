@@ -68,7 +68,7 @@ class RunFolder:
 
     @property
     def predictions(self) -> Path:
-        """The label and prediction of every evaluated sample; without rows for some tasks."""
+        """What was predicted for every evaluated sample; without rows for some tasks."""
         return self.path / "predictions.csv"
 
     @property
