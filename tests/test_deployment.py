@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -12,9 +13,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 from safetensors import safe_open
 from timm.data import create_transform, resolve_model_data_config
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.datasets import ImageFolder
 
 import ewavit
@@ -25,9 +28,12 @@ from ewavit.errors import EwavitError
 from ewavit.tasks.confusion import Confusion
 from ewavit.tasks.judge import TOP1
 from ewavit.training.export import evaluate, export, load_model
-from ewavit.training.loop import train
+from ewavit.training.loop import resume, train
+from ewavit.training.opening import open_recipe_data
+from ewavit.training.processes import Interrupted
+from ewavit.training.recipe import Recipe
 from ewavit.training.run_folder import RunFolder
-from runs import TINY, recipe
+from runs import TINY, recipe, stop_after
 
 MODEL = {"model_kwargs": "patch_size=8,embed_dim=32,depth=2,num_heads=2", "img_size": 32, "lr": 3e-3}
 SIZES = ((40, 40), (61, 44), (32, 32), (33, 70), (90, 48))
@@ -325,3 +331,123 @@ def test_a_class_without_inputs_has_no_recall():
 def test_a_confusion_matrix_that_cannot_be_written_is_refused_first(finished, tmp_path, capsys, to):
     assert main(["evaluate", str(finished.run), "--confusion", str(tmp_path / to)]) == 2
     assert ".csv" in capsys.readouterr().err
+
+
+# What a run takes from the weights that it starts from.
+
+AUGREG = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "interpolation": "bicubic", "crop_pct": 0.9}
+IMAGENET = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, "crop_pct": 0.875}
+
+
+def prepared(**settings):
+    """How a recipe's images are prepared, under the names of its flags."""
+    data = open_recipe_data(Recipe(workers=0, **settings))
+    return {"mean": data.mean, "std": data.std, **asdict(data.resizing)}
+
+
+@pytest.mark.parametrize("model", [None, "vit_tiny_patch16_224", "vit_tiny_patch16_224.augreg_in21k"])
+def test_a_pretrained_model_gets_images_as_in_its_pretraining(folder, model):
+    found = prepared(data=str(folder), model=model, pretrained=True)
+    assert found == {**AUGREG, "crop_mode": "center"}
+    assert IMAGENET.items() <= prepared(data=str(folder), model=model).items()
+
+
+def test_other_models_get_what_timm_knows_of_them(folder):
+    found = prepared(data=str(folder), model="deit_tiny_patch16_224", pretrained=True)
+    assert (found["mean"], found["crop_pct"]) == (IMAGENET_DEFAULT_MEAN, 0.9)
+
+
+def test_a_foreign_checkpoint_gets_images_as_timm_knows_them_of_the_model(folder, tmp_path):
+    file = tmp_path / "weights.pth"
+    torch.save(timm.create_model("vit_tiny_patch16_224", num_classes=3).state_dict(), file)
+    found = prepared(data=str(folder), initial_checkpoint=str(file))
+    assert AUGREG.items() <= found.items()
+
+
+def test_flags_come_before_what_the_first_weights_say(folder):
+    given = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "interpolation": "box", "crop_pct": 0.6}
+    assert given.items() <= prepared(data=str(folder), pretrained=True, **given).items()
+    assert prepared(data=str(folder), crop_pct=0.6)["crop_pct"] == 0.6
+    assert prepared(data=str(folder), mean=(0.5,), std=(0.2,))["std"] == (0.2, 0.2, 0.2)
+
+
+def test_images_of_one_channel_get_the_mean_of_the_pretrained_channels(tmp_path):
+    grey = write_folder(tmp_path / "grey", mode="L", train_images=6, val_images=6)
+    found = prepared(data=str(grey), model="deit_tiny_patch16_224", pretrained=True)
+    assert found["mean"] == pytest.approx((sum(IMAGENET_DEFAULT_MEAN) / 3,))
+
+
+def test_images_in_memory_are_normalised_as_in_the_pretraining():
+    assert prepared(pretrained=True)["mean"] == (0.5,)
+    assert prepared()["mean"] == pytest.approx((0.286,), abs=2e-3)
+
+
+def test_a_fine_tuned_run_prepares_images_as_its_source_and_goes_on_without_the_file(
+    finished, tmp_path, monkeypatch
+):
+    data = write_folder(tmp_path / "grey", mode="L", train_images=96, val_images=30)
+    shared = {**TINY, **MODEL, "data": str(data), "limit": None, "workers": 0}
+    source = train(recipe(tmp_path, "source", mean=(0.3,), std=(0.1,), crop_pct=0.7, **shared))
+    settings = {**shared, "initial_checkpoint": str(source.model_file)}
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        with pytest.raises(Interrupted):
+            train(recipe(tmp_path, "tuned", **settings))
+    source.model_file.unlink()
+    done = resume(tmp_path / "tuned")
+    _, card = load_model(done.run)
+    assert (card.mean, card.std, card.crop_pct) == ((0.3,), (0.1,), 0.7)
+    model = timm.create_model(f"local-dir:{done.run}", pretrained=True).eval()
+    images = in_pil_mode(ImageFolder(data / "val"), "L")
+    assert accuracy(model, timm_transform(model), images) == pytest.approx(done.row["eval_top1"], abs=1e-3)
+
+
+def first_batch(folder, **settings):
+    data = open_recipe_data(Recipe(data=str(folder), workers=0, batch_size=8, **settings))
+    return next(data.train_batches(0))[0]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"scale": (0.5, 0.6)}, {"ratio": (1.0, 1.0)}, {"color_jitter": 0.0}], ids=str
+)
+def test_scale_ratio_and_colour_jitter_change_the_training_images(folder, settings):
+    usual = first_batch(folder)
+    assert torch.equal(usual, first_batch(folder, scale=[0.08, 1.0], ratio=[3 / 4, 4 / 3], color_jitter=0.4))
+    assert not torch.equal(usual, first_batch(folder, **settings))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--mean", "0.5"], "belong together"),
+        (["--mean", "0.5", "0.5", "--std", "1", "1"], "3 channels"),
+        (["--mean", "2", "--std", "1"], "--mean .* out of range"),
+        (["--scale", "0.5"], "--scale 0.5 is not a range"),
+        (["--scale", "1", "0.5"], "--scale 1.0 0.5 is not a range"),
+        (["--ratio", "0", "1"], "--ratio .* out of range"),
+        (["--color-jitter", "-1"], "--color-jitter"),
+        (["--crop-pct", "0"], "--crop-pct"),
+        (["--interpolation", "cubic"], "interpolation"),
+    ],
+)
+def test_preprocessing_that_cannot_work_is_refused(folder, tmp_path, capsys, words, said):
+    assert main(["train", "--data", str(folder), "--workers", "0", "--output", str(tmp_path), *words]) == 2
+    assert re.search(said, capsys.readouterr().err)
+
+
+def test_settings_with_several_values_come_from_words_and_from_yaml(folder, tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text("mean: [0.1, 0.2, 0.3]\nstd: [0.2, 0.2, 0.2]\nscale: [0.3, 0.9]\n")
+    words = ["--config", str(file), "--ratio", "0.9", "1.1", "--epochs", "1", "--output", str(tmp_path)]
+    model = ["--model-kwargs", MODEL["model_kwargs"], "--img-size", "32", "--batch-size", "32"]
+    data = ["--data", str(folder), "--workers", "0", "--name", "run"]
+    assert main(["train", *words, *model, *data]) == 0
+    saved = Recipe.from_dict(yaml.safe_load((tmp_path / "run" / "args.yaml").read_text()), "args.yaml")
+    assert (saved.mean, saved.scale, saved.ratio) == ((0.1, 0.2, 0.3), (0.3, 0.9), (0.9, 1.1))
+    _, card = load_model(tmp_path / "run")
+    assert card.mean == (0.1, 0.2, 0.3)
+
+
+def test_point_clouds_have_no_preprocessing_of_images():
+    with pytest.raises(EwavitError, match="mean is for images"):
+        open_recipe_data(Recipe(data="solids", mean=(0.5,), std=(0.5,)))

@@ -249,6 +249,8 @@ def _typed(kind: type) -> dict[str, Any]:
 
 
 def _said(default: object) -> str:
+    if isinstance(default, tuple):
+        default = " ".join(f"{value:.4g}" for value in default)
     return "" if default in (None, "") else f" (default: {default})"
 
 
@@ -267,6 +269,8 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
             options["action"] = argparse.BooleanOptionalAction
         elif named := choices(setting.name):
             options["choices"] = named
+        elif kind is tuple:
+            options |= {"type": float, "nargs": "+", "metavar": "X"}
         else:
             options |= _typed(kind)
         groups[setting.metadata["group"]].add_argument(
@@ -356,6 +360,8 @@ def _parsed(content: Mapping[str, Any], source: str, command: str) -> dict[str, 
             words.append("--model-kwargs=" + ",".join(f"{k}={v}" for k, v in value.items()))
         elif name in _OF_COMPARISON and isinstance(value, list):
             words.append(f"--{name}=" + ",".join(map(str, value)))
+        elif isinstance(value, list) and kinds()[name] is tuple:
+            words += [f"--{flag(name)}", *map(str, value)]
         elif value is not None:
             words.append(f"--{flag(name)}={value}")
     try:

@@ -22,6 +22,8 @@ from ewavit.tasks.judge import TOP1
 from ewavit.tasks.task import Meter, Metrics, Mixing, Task
 from ewavit.tasks.timm_models import as_arguments, build_timm_model, fitting_patch, is_timm_folder
 
+DEFAULT_MODEL = "vit_tiny_patch16_224"
+
 
 class Classification(Task):
     """One class for each image."""
@@ -36,7 +38,7 @@ class Classification(Task):
         assert isinstance(inputs, ImageInputs)
         kwargs = {**kwargs}
         kwargs.setdefault("patch_size", fitting_patch(inputs.img_size))
-        return "vit_tiny_patch16_224", kwargs
+        return DEFAULT_MODEL, kwargs
 
     def build_model(
         self,

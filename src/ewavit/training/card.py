@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ewavit.core.routing import TopK, routers
@@ -78,6 +79,16 @@ class ModelCard:
         if mixture := values.get("mixture"):
             values["mixture"] = RoutedMixture(**mixture | {"layers": tuple(mixture["layers"])})
         return cls(**values)
+
+    @classmethod
+    def of_file(cls, file: Path) -> ModelCard | None:
+        """The card in a safetensors file or in a run's folder; None if there is none."""
+        try:
+            with safe_open(file / "model.safetensors" if file.is_dir() else file, "pt") as handle:
+                found = (handle.metadata() or {}).get("ewavit")
+        except (OSError, SafetensorError):  # missing, or of another format: the loader of weights says so
+            return None
+        return None if found is None else cls.from_dict(json.loads(found))
 
     def metadata(self) -> dict[str, str]:
         """The card as metadata of a safetensors or ONNX file."""

@@ -36,6 +36,7 @@ from ewavit.tasks.choice import task_for
 from ewavit.tasks.task import Metrics
 from ewavit.training import report
 from ewavit.training.building import check_recipe_with_data
+from ewavit.training.card import ModelCard
 from ewavit.training.checkpoint import Checkpoint, load_checkpoint
 from ewavit.training.evaluation import evaluate_batches, predictions
 from ewavit.training.export import save_models
@@ -160,9 +161,10 @@ class TrainingRun:
         self.files = RunFolder(run)
         device, processes = accelerator.device, accelerator.num_processes
         self.task = task_for(recipe.data)
-        self.data = open_recipe_data(recipe, device, accelerator.process_index, processes)
-        if checkpoint is not None:  # the data may have moved, and its folders may sort otherwise
-            self.data = with_classes(self.data, checkpoint.facts["card"]["classes"])
+        card = None if checkpoint is None else ModelCard.from_dict(checkpoint.facts["card"])
+        self.data = open_recipe_data(recipe, device, accelerator.process_index, processes, card)
+        if card is not None:  # the data may have moved, and its folders may sort otherwise
+            self.data = with_classes(self.data, card.classes)
         check_recipe_with_data(recipe, self.data, processes)
         self.updates_per_epoch = self.data.batches_per_epoch // recipe.grad_accum_steps
         seed_all(recipe.seed)
