@@ -1,5 +1,6 @@
 """What a run leaves for other tools: timm, torchvision and transformers prepare images as the run did."""
 
+import copy
 import csv
 import json
 import re
@@ -16,6 +17,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 from timm.data import create_transform, resolve_model_data_config
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.datasets import ImageFolder
@@ -451,3 +453,90 @@ def test_settings_with_several_values_come_from_words_and_from_yaml(folder, tmp_
 def test_point_clouds_have_no_preprocessing_of_images():
     with pytest.raises(EwavitError, match="mean is for images"):
         open_recipe_data(Recipe(data="solids", mean=(0.5,), std=(0.5,)))
+
+
+# Expanded models in the hands of transformers, torch.fx and TorchScript.
+
+
+def tiny_transformer():
+    transformers = pytest.importorskip("transformers")
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = transformers.ViTConfig(**size, image_size=32, patch_size=8, num_labels=3)
+    return transformers.ViTForImageClassification(config).eval()
+
+
+def with_different_experts(model, **options):
+    ewavit.expand(model, 3, **options)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "experts" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.mark.parametrize("experts", ["stacked", "separate"])
+@pytest.mark.parametrize("for_trainer", [False, True])
+def test_save_pretrained_of_an_expanded_model_publishes_the_mean_experts(tmp_path, experts, for_trainer):
+    model = with_different_experts(tiny_transformer(), experts=experts)
+    file = tmp_path / "model.safetensors"
+    model.save_pretrained(tmp_path, **({"state_dict": None} if for_trainer else {}))
+    loaded, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert bool(report["unexpected_keys"]) == for_trainer  # the experts, for the Trainer to resume
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(loaded.eval()(images).logits, model(images).logits)
+    if for_trainer:
+        # transformers writes the layers of a ViT under other names than it has in memory.
+        held = {key.rpartition("mlp.")[2]: value for key, value in load_file(file).items()}
+        kept = {key: value for key, value in model.state_dict().items() if "experts" in key}
+        assert kept
+        assert all(torch.equal(held[key.rpartition("mlp.")[2]], value) for key, value in kept.items())
+
+
+def test_save_pretrained_works_on_copies_and_parts_and_as_before_after_collapse(tmp_path):
+    model = with_different_experts(tiny_transformer())
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+    copied.save_pretrained(tmp_path / "copy")
+    assert all(not value.any() for value in load_file(tmp_path / "copy/model.safetensors").values())
+    model.vit.save_pretrained(tmp_path / "part")
+    _, report = type(model.vit).from_pretrained(tmp_path / "part", output_loading_info=True)
+    assert report["missing_keys"] == {"pooler.dense.weight", "pooler.dense.bias"}  # a classifier has none
+    assert not report["unexpected_keys"]
+    ewavit.collapse(model)
+    assert not any("save_pretrained" in vars(module) for module in model.modules())
+    model.save_pretrained(tmp_path / "collapsed")
+    loaded, report = type(model).from_pretrained(tmp_path / "collapsed", output_loading_info=True)
+    assert not report["missing_keys"] | report["unexpected_keys"]
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded.eval()(images).logits, model(images).logits)
+
+
+def test_save_pretrained_takes_a_dense_state_dict_as_it_is(tmp_path):
+    model = with_different_experts(tiny_transformer())
+    model.save_pretrained(tmp_path, state_dict=ewavit.dense_state_dict(model))
+    _, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] | report["unexpected_keys"]
+
+
+def test_save_pretrained_of_a_routed_mixture_is_refused(tmp_path):
+    model = ewavit.expand(tiny_transformer(), 3, router=ewavit.TopK())
+    with pytest.raises(EwavitError, match="routed mixture"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize(
+    ("tool", "name"), [(torch.fx.symbolic_trace, "fx"), (torch.jit.script, "TorchScript")]
+)
+def test_fx_and_torchscript_refuse_an_expanded_model_and_take_a_collapsed_one(tool, name, mode):
+    settings = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 2}
+    model = with_different_experts(timm.create_model("vit_tiny_patch16_224", **settings)).train(mode)
+    with pytest.raises(EwavitError, match=f"{name} cannot .* ewavit.collapse"):
+        tool(model)
+    plain = ewavit.collapse(model).eval()
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(tool(plain)(images), plain(images))
