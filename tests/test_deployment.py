@@ -17,7 +17,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_model_data_config
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision.datasets import ImageFolder
@@ -25,6 +25,7 @@ from torchvision.datasets import ImageFolder
 import ewavit
 from ewavit.cli import main
 from ewavit.compare.results import read_run
+from ewavit.core.pretrained import with_mean_ffns
 from ewavit.data.sources import read_bundled
 from ewavit.errors import EwavitError
 from ewavit.tasks.confusion import Confusion
@@ -512,6 +513,20 @@ def test_save_pretrained_works_on_copies_and_parts_and_as_before_after_collapse(
     assert not report["missing_keys"] | report["unexpected_keys"]
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(loaded.eval()(images).logits, model(images).logits)
+
+
+@pytest.mark.parametrize("experts", ["stacked", "separate"])
+def test_a_trainers_checkpoint_is_collapsed_file_to_file(tmp_path, experts):
+    model = with_different_experts(tiny_transformer(), experts=experts)
+    both = with_mean_ffns(model, model.state_dict(), keep_experts=True)
+    assert len(both) == len(model.state_dict()) + 4
+    save_file(both, tmp_path / "both.safetensors")
+    ewavit.collapse_checkpoint(tmp_path / "both.safetensors", tmp_path / "plain.safetensors")
+    found, plain = load_file(tmp_path / "plain.safetensors"), ewavit.dense_state_dict(model)
+    assert found.keys() == plain.keys()
+    for key, value in plain.items():
+        torch.testing.assert_close(found[key], value)
+        torch.testing.assert_close(both[key], value)
 
 
 def test_save_pretrained_takes_a_dense_state_dict_as_it_is(tmp_path):
