@@ -288,6 +288,17 @@ def test_predictions_agree_with_the_accuracy(finished):
     right = sum(row["label"] == row["prediction"] for row in rows)
     assert len(rows) == 2000
     assert 100 * right / len(rows) == pytest.approx(finished.row["eval_top1"], abs=1e-3)
+    classes = load_model(finished.run)[1].classes
+    top5 = sum(row["class"] in row["top5"].split("|") for row in rows)
+    assert 100 * top5 / len(rows) == pytest.approx(finished.row["eval_top5"], abs=1e-3)
+    for number, row in enumerate(rows):
+        assert int(row["input"]) == number
+        assert (row["class"], row["predicted_class"]) == (
+            classes[int(row["label"])],
+            classes[int(row["prediction"])],
+        )
+        assert row["top5"].split("|")[0] == row["predicted_class"]
+        assert 0.1 <= float(row["probability"]) <= 1
 
 
 def test_moving_average_is_evaluated_and_written(tmp_path):

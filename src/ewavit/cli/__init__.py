@@ -200,6 +200,17 @@ def _add_evaluate(commands: _Commands) -> None:
         options = typed(kind) | ({"type": nonempty} if kind is str else {})
         parser.add_argument(f"--{name}", default=default, **options, help=help_text + _said(default))
     parser.add_argument("--skip-bad-images", action="store_true", help="skip images that cannot be read")
+    parser.add_argument(
+        "--per-class",
+        action="store_true",
+        help="also print recall, precision and the usual mistake of each class",
+    )
+    parser.add_argument(
+        "--confusion",
+        type=Path,
+        metavar="FILE.csv",
+        help="write the confusion matrix (row: true class, column: predicted class) and a picture, FILE.png",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -225,7 +236,8 @@ def _add_export(commands: _Commands) -> None:
         required=True,
         type=nonempty_path,
         metavar="FILE",
-        help="file to write, .safetensors or .onnx; for shards also a new folder",
+        help="file to write, .safetensors or .onnx; or a new folder, for shards, or for the model with the "
+        "config.json that timm loads it by (local-dir:FOLDER)",
     )
     parser.add_argument(
         "--data",
@@ -241,6 +253,8 @@ def _add_export(commands: _Commands) -> None:
 
 
 def _said(default: object) -> str:
+    if isinstance(default, tuple):
+        default = " ".join(f"{value:.4g}" for value in default)
     return "" if default in (None, "") else f" (default: {default})"
 
 
@@ -262,6 +276,8 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
             options["action"] = argparse.BooleanOptionalAction
         elif named := choices(setting.name):
             options["choices"] = named
+        elif kind is tuple:
+            options |= {"type": float, "nargs": "+", "metavar": "X"}
         else:
             options |= typed(kind)
         groups[setting.metadata["group"]].add_argument(
@@ -353,6 +369,8 @@ def _parsed(content: Mapping[str, Any], source: str, command: str) -> dict[str, 
             words.append(f"--model-kwargs={model_kwargs_text(value)}")
         elif name in _OF_COMPARISON and isinstance(value, list):
             words.append(f"--{name}=" + ",".join(map(str, value)))
+        elif isinstance(value, list) and kinds()[name] is tuple:
+            words += [f"--{flag(name)}", *map(str, value)]
         elif value is not None:
             words.append(f"--{flag(name)}={value}")
     try:
@@ -485,8 +503,24 @@ def _evaluate(options: argparse.Namespace) -> int:
         "data", "batch_size", "workers", "data_dir", "train_split", "val_split", "holdout", "votes",
         "skip_bad_images",
     )  # fmt: skip
-    metrics = evaluate(options.source, **{name: getattr(options, name) for name in names})
-    print(json.dumps(metrics.as_dict()) if options.json else metrics.sentence)
+    given = {name: getattr(options, name) for name in names}
+    to: Path | None = options.confusion
+    if to is not None and (to.suffix != ".csv" or not to.parent.is_dir()):
+        raise EwavitError(
+            f"--confusion {to} does not work: give a path that ends in .csv, in an existing folder"
+        )
+    metrics = evaluate(options.source, confusion=options.per_class or to is not None, **given)
+    found = metrics.confusion
+    if to is not None and found is not None:
+        found.write(to)
+        found.draw(to.with_suffix(".png"), f"{options.source}: {metrics.count:,} {metrics.kind}")
+    if options.json:
+        classes = {"classes": found.per_class()} if options.per_class and found is not None else {}
+        print(json.dumps({**metrics.as_dict(), **classes}))
+    else:
+        print(metrics.sentence)
+        if options.per_class and found is not None:
+            print(found.table())
     return 0
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
@@ -276,6 +276,8 @@ def _plan(found: _Source, source: Path) -> tuple[dict[str, list[_Stored]], int]:
     for key, match in in_order:  # in the order of the copies: the sum then equals that of `collapse` exactly
         stored = found.tensors[key]
         if match is None or match["mixture"] not in mixtures:
+            if _is_stored_mean(key, found.tensors, mixtures):
+                continue  # the experts give it
             if any(key.startswith(f"{name}.") for name in mixtures):
                 raise EwavitError(
                     f"{source} is a routed mixture ({key}); no plain model computes the same: to deploy its "
@@ -307,6 +309,14 @@ def _plan(found: _Source, source: Path) -> tuple[dict[str, list[_Stored]], int]:
                 f"{source}: experts of type {parts[0].dtype} ({key}) cannot be averaged: save them as F32"
             )
     return outputs, len(mixtures)
+
+
+def _is_stored_mean(key: str, keys: Container[str], mixtures: Iterable[str]) -> bool:
+    """Whether a tensor is of the mean FFN that `save_pretrained` puts beside the experts for a Trainer."""
+    names = [(name, key.removeprefix(f"{name}.")) for name in mixtures if key.startswith(f"{name}.")]
+    return any(
+        f"{name}.experts.{held}.{rest}" in keys for name, rest in names for held in ("ffn", "copies.0")
+    )
 
 
 def _mixtures(found: _Source, source: Path) -> dict[str, StoredMixture]:

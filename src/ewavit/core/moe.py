@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from ewavit.core.copying import share_call_hooks
 from ewavit.core.dispatch import Dispatcher
@@ -18,6 +19,8 @@ from ewavit.core.partition import RandomPartition
 from ewavit.errors import EwavitError
 
 Unit = Literal["token", "image"]
+
+_PLAIN = "pass a collapsed copy, ewavit.collapse(copy.deepcopy(model))"
 
 
 class MoE(nn.Module):
@@ -68,7 +71,12 @@ class MoE(nn.Module):
 
         Returns:
             The FFN's output, in the FFN's shape.
+
+        Raises:
+            EwavitError: torch.fx traces the model; its graph would hold neither the partition nor the mean.
         """
+        if isinstance(x, Proxy):
+            raise EwavitError(f"torch.fx cannot trace an expanded model: {_PLAIN}")
         if self.num_experts == 1 or not (self.training or self.routed):
             return self.experts.merged(x, *args, **kwargs)
         if self.unit == "image":
@@ -93,6 +101,9 @@ class MoE(nn.Module):
         y = self.dispatcher.compute(last.flatten(0, -2), compute)
         y = y.view(*last.shape[:-1], y.shape[-1])
         return y.movedim(-1, 1).contiguous() if self.channels_first else y
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise EwavitError(f"TorchScript cannot compile an expanded model: {_PLAIN}")
 
     def collapse(self) -> nn.Module:
         """A new FFN of the original class whose parameters are the experts' mean."""

@@ -18,6 +18,7 @@ from ewavit.core.devices import Peers, cut_like, is_sharded, whole
 from ewavit.core.experts import ExpertLeaf, SeparateExperts, StackedExperts
 from ewavit.core.ffn import FFN, find_ffns
 from ewavit.core.moe import MoE, Unit, moe_layers, require_moe_layers
+from ewavit.core.pretrained import guard_save_pretrained, unguard_save_pretrained
 from ewavit.core.replicas import DealtByProcess, ReplicaExperts, keep_from_ddp
 from ewavit.core.routing import TopK, TopKRouter
 from ewavit.errors import EwavitError
@@ -88,6 +89,7 @@ def expand(
         share_call_hooks(ffn.module, moe)
         _replace(model, ffn.module, moe)
     _exempt_norms_from_decay(model)
+    guard_save_pretrained(model)
     if peers is not None:
         keep_from_ddp(model)
     return model
@@ -291,6 +293,7 @@ def collapse(model: Model) -> Model:
         _replace(model, moe, moe.collapse())
     if isinstance(vars(model).get("no_weight_decay"), _Names):
         del model.no_weight_decay
+    unguard_save_pretrained(model)
     return model
 
 

@@ -38,6 +38,7 @@ class Augmentation:
         crop_padding: for sets in memory, random crop after zero padding by so many pixels on each side; -1
             pads by img_size // 8.
         scale: for sets read from files, range of the random resized crop's share of the area.
+        ratio: for sets read from files, range of the random resized crop's width over height.
         color_jitter: for sets read from files, strength of colour jitter; ignored if `aa` is given, as in
             timm.
 
@@ -51,6 +52,7 @@ class Augmentation:
     remode: str = "pixel"
     crop_padding: int = -1
     scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
     color_jitter: float = 0.4
 
     def __post_init__(self) -> None:
@@ -67,6 +69,8 @@ class Augmentation:
             raise EwavitError(
                 f"scale {self.scale} is not a range of areas: give 0 < smallest <= largest <= 1"
             )
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise EwavitError(f"ratio {self.ratio} is not a range: give 0 < smallest <= largest")
         if self.color_jitter < 0:
             raise EwavitError(f"color_jitter {self.color_jitter} is negative: give 0 or more")
 

@@ -117,6 +117,22 @@ class ImageInputs(Inputs):
         return torch.zeros(batch, self.in_chans, self.img_size, self.img_size)
 
 
+@dataclass(frozen=True)
+class Resizing:
+    """How images are resized and cropped for evaluation, in timm's words.
+
+    Attributes:
+        interpolation: filter of the resize, e.g. "bicubic".
+        crop_pct: side of the crop, as a share of the resized image's side.
+        crop_mode: "center" keeps the aspect ratio and cuts the longer side, "squash" does not keep it,
+            "border" keeps it and pads the shorter side.
+    """
+
+    interpolation: str = "bicubic"
+    crop_pct: float = 0.875
+    crop_mode: str = "center"
+
+
 class Data(ABC):
     """A training and an evaluation set, as batches. A sample is one image or point cloud with its label.
 
@@ -129,6 +145,7 @@ class Data(ABC):
         categories: the parts of each category, for clouds with labelled parts; else empty.
         mean: mean of each channel, values in 0..1, subtracted from the images; empty for clouds.
         std: standard deviation of each channel, by which the images are divided; empty for clouds.
+        resizing: how evaluation images are resized and cropped; None for clouds.
         num_train: training samples, after `limit` and `holdout`, over all ranks.
         num_eval: evaluation samples, over all ranks.
         batches_per_epoch: full training batches per rank.
@@ -143,6 +160,7 @@ class Data(ABC):
     categories: tuple[tuple[int, ...], ...] = ()
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    resizing: Resizing | None = None
     num_train: int
     num_eval: int
     batches_per_epoch: int
@@ -168,6 +186,10 @@ class Data(ABC):
             `predict` itself, or its mean over several views of each input.
         """
         return predict
+
+    def eval_names(self) -> list[str] | None:
+        """Names of the inputs of this rank's latest `eval_batches`, in order; None if they have none."""
+        return None
 
     @property
     def num_skipped(self) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from ewavit.data.augmentation import TensorAugmentation
-from ewavit.data.batches import Batch, Data, Statistics, hold_out, take_first
+from ewavit.data.batches import Batch, Data, Resizing, Statistics, hold_out, take_first
 from ewavit.data.options import DataOptions
 from ewavit.data.sources import Arrays, Ints, find_cifar, read_bundled, read_cifar
 
@@ -57,7 +57,8 @@ class TensorData(Data):
         self.num_train, self.num_eval = plan.num_train, plan.num_eval
         self.batches_per_epoch = plan.batches_per_epoch
         self.in_chans, self.img_size = self._train_images.shape[1:3]
-        self.mean, self.std = options.statistics or _channel_statistics(self._train_images)
+        self.mean, self.std = options.statistics(self.in_chans) or _channel_statistics(self._train_images)
+        self.resizing = Resizing("bilinear", 1.0, "squash")  # what `_resized` does
         self._augment = TensorAugmentation(options.augmentation, self.img_size, self.mean, self.std, device)
 
     @classmethod

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import Compose
 
 from ewavit.data.augmentation import Augmentation
-from ewavit.data.batches import Batch, Data, Statistics, entropy, hold_out, take_first
+from ewavit.data.batches import Batch, Data, Resizing, Statistics, entropy, hold_out, take_first
 from ewavit.data.folders import formats_text
 from ewavit.data.options import DataOptions
 from ewavit.data.sources import (
@@ -169,7 +170,7 @@ def usual_statistics(in_chans: int) -> Statistics:
 
 
 def transforms(
-    augmentation: Augmentation, img_size: int, native_size: int | None, statistics: Statistics
+    augmentation: Augmentation, img_size: int, resizing: Resizing, statistics: Statistics
 ) -> tuple[Any, Any]:
     """Make timm's transforms for training and for evaluation.
 
@@ -180,8 +181,7 @@ def transforms(
     Args:
         augmentation: augmentation of training images.
         img_size: height and width of the result, in pixels.
-        native_size: side of the stored images in pixels, if they have a common one. Images of `img_size` are
-            evaluated as stored, without the usual resize and centre crop.
+        resizing: how evaluation images are resized and cropped.
         statistics: mean and standard deviation per channel, of values in 0..1.
 
     Returns:
@@ -198,6 +198,7 @@ def transforms(
             mean=mean,
             std=std,
             scale=augmentation.scale,
+            ratio=augmentation.ratio,
             hflip=augmentation.hflip,
             color_jitter=augmentation.color_jitter or None,
             auto_augment=augmentation.aa,
@@ -210,8 +211,7 @@ def transforms(
         raise EwavitError(
             f"timm does not know aa {augmentation.aa!r}: try rand-m9-mstd0.5-inc1, original or augmix-m3"
         ) from error
-    crop_pct = 1.0 if img_size == native_size else None
-    evaluate = create_transform(img_size, interpolation="bicubic", crop_pct=crop_pct, use_prefetcher=True)
+    evaluate = create_transform(img_size, **asdict(resizing), mean=mean, use_prefetcher=True)
     return train, evaluate
 
 
@@ -269,15 +269,18 @@ class LoaderData(Data):
         self.img_size = options.img_size or native_size or 224
         self.num_train, self.num_eval = plan.num_train, plan.num_eval
         self.batches_per_epoch = plan.batches_per_epoch
-        self.mean, self.std = options.statistics or usual_statistics(self.in_chans)
+        self.mean, self.std = options.statistics(self.in_chans) or usual_statistics(self.in_chans)
+        self.resizing = options.resizing(as_stored=self.img_size == native_size)
         self._plan = plan
         self._device = options.device
         self._skip = options.skip_bad_images
         self._bad: set[str] = set()
+        self._bad_of_pass: set[str] = set()  # of the latest pass over training or evaluation images
+        self._val, self._eval_indices = val, eval_indices
 
         mode = "L" if self.in_chans == 1 else "RGB"
         to_train, to_eval = transforms(
-            options.augmentation, self.img_size, native_size, (self.mean, self.std)
+            options.augmentation, self.img_size, self.resizing, (self.mean, self.std)
         )
         self._train_keys, self._eval_keys = BatchKeys(), BatchKeys()
         self._train_loader = _loader(
@@ -327,10 +330,16 @@ class LoaderData(Data):
     def eval_batches(self) -> Iterator[Batch]:
         return self._batches(self._eval_loader, self._eval_keys, 0, self._plan.eval_indices())
 
+    def eval_names(self) -> list[str]:
+        numbers = (int(number) for batch in self._plan.eval_indices() for number in batch)
+        names = (self._val.where(int(self._eval_indices[number])) for number in numbers)
+        return [name for name in names if name not in self._bad_of_pass]
+
     def _batches(
         self, loader: DataLoader[Any], keys: BatchKeys, epoch: int, batches: Iterable[Ints]
     ) -> Iterator[Batch]:
         keys.epoch, keys.batches = epoch, batches
+        self._bad_of_pass = set()
         any_bad = any_good = False
         for images, labels, bad in loader:
             for where, reason in bad:
@@ -341,6 +350,7 @@ class LoaderData(Data):
                         "with --skip-bad-images"
                     )
                 self._bad.add(where)
+                self._bad_of_pass.add(where)
                 any_bad = True
             if len(labels):
                 any_good = True
@@ -410,7 +420,7 @@ class StreamData(Data):
         self.num_train = len(self._train) * options.world_size
         self.num_eval = len(self._eval) * options.world_size
         self.in_chans = 3
-        self.mean, self.std = options.statistics or usual_statistics(self.in_chans)
+        self.mean, self.std = options.statistics(self.in_chans) or usual_statistics(self.in_chans)
 
         self.classes = class_names(self._train.reader)
         sizes: set[tuple[int, int]] = set()
@@ -427,10 +437,11 @@ class StreamData(Data):
                 f"{spec} has fewer than two classes in {options.val_split}: give another set or split"
             )
         self.img_size = options.img_size or common_size(sizes) or 224
+        self.resizing = options.resizing(as_stored=self.img_size == common_size(sizes))
         self._train.transform, self._eval.transform = (
             Compose([to_rgb, transform])
             for transform in transforms(
-                options.augmentation, self.img_size, common_size(sizes), (self.mean, self.std)
+                options.augmentation, self.img_size, self.resizing, (self.mean, self.std)
             )
         )
         self._train.set_loader_cfg(num_workers=self._workers)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ewavit.data.augmentation import Augmentation
-from ewavit.data.batches import BatchPlan, Statistics
+from ewavit.data.batches import BatchPlan, Resizing, Statistics
 from ewavit.errors import EwavitError
 
 
@@ -26,6 +26,10 @@ class DataOptions:
         mean: mean of each channel, values in 0..1, to normalise images with; needs `std`. None takes the
             training images' own for sets in memory, else ImageNet's (three channels) or 0.5 (one channel).
         std: standard deviation of each channel; needs `mean`.
+        interpolation: filter that resizes evaluation images from files, by timm's name; None is bicubic.
+        crop_pct: share of the side that evaluation keeps of images from files; None is 0.875, or 1 where all
+            images have the wanted size already.
+        crop_mode: timm's crop mode for evaluation images from files; None is "center".
         workers: processes that read training images, and as many for evaluation; 0 reads in this process.
         device: device of the batches, and of whole sets that are kept in memory.
         rank: number of this process, 0 to `world_size` - 1.
@@ -49,6 +53,9 @@ class DataOptions:
     img_size: int | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    interpolation: str | None = None
+    crop_pct: float | None = None
+    crop_mode: str | None = None
     workers: int = 2
     device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
     rank: int = 0
@@ -72,11 +79,33 @@ class DataOptions:
             missing = "mean" if self.mean is None else "std"
             raise EwavitError(f"mean and std belong together and {missing} is missing: give both or neither")
 
-    @property
-    def statistics(self) -> Statistics | None:
-        """`mean` and `std` as one pair; None unless given."""
-        return None if self.mean is None or self.std is None else (self.mean, self.std)
+    def statistics(self, in_chans: int) -> Statistics | None:
+        """`mean` and `std` for so many channels; None unless given.
+
+        One value stands for all channels. For images of one channel several values are averaged.
+
+        Raises:
+            EwavitError: there are neither one nor `in_chans` values.
+        """
+        if self.mean is None or self.std is None:
+            return None
+        return _for_channels("mean", self.mean, in_chans), _for_channels("std", self.std, in_chans)
+
+    def resizing(self, as_stored: bool) -> Resizing:
+        """How evaluation resizes images from files; `as_stored`: they all have the wanted size already."""
+        crop_pct = (1.0 if as_stored else 0.875) if self.crop_pct is None else self.crop_pct
+        return Resizing(self.interpolation or "bicubic", crop_pct, self.crop_mode or "center")
 
     def plan(self, num_train: int, num_eval: int) -> BatchPlan:
         """The batches of so many training and evaluation samples for this rank."""
         return BatchPlan(num_train, num_eval, self.batch_size, self.seed, self.rank, self.world_size)
+
+
+def _for_channels(name: str, values: tuple[float, ...], in_chans: int) -> tuple[float, ...]:
+    if len(values) == 1:
+        return values * in_chans
+    if in_chans == 1:
+        return (sum(values) / len(values),)
+    if len(values) != in_chans:
+        raise EwavitError(f"{name} has {len(values)} values for {in_chans} channels: give 1 or {in_chans}")
+    return values

@@ -56,7 +56,8 @@ class _Relabelled(Data):
         self.categories = tuple(
             tuple(position[data.classes[part]] for part in parts) for parts in data.categories
         )
-        self.num_points, self.notes = data.num_points, data.notes  # these have a default in the class
+        # These have a default in the class.
+        self.num_points, self.notes, self.resizing = data.num_points, data.notes, data.resizing
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._data, name)
@@ -77,6 +78,9 @@ class _Relabelled(Data):
 
     def eval_batches(self) -> Iterator[Batch]:
         return self._renamed(self._data.eval_batches())
+
+    def eval_names(self) -> list[str] | None:
+        return self._data.eval_names()
 
     def _renamed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         for inputs, labels in batches:

@@ -91,7 +91,10 @@ class PointData(Data):
         Raises:
             EwavitError: the set cannot be read, or an option is for images or does not work for the set.
         """
-        of_images = {"img_size": options.img_size, "reprob": options.augmentation.reprob}
+        of_images = {
+            name: getattr(options, name) for name in ("img_size", "mean", "interpolation", "crop_pct")
+        }
+        of_images["reprob"] = options.augmentation.reprob
         if given := [name for name, value in of_images.items() if value]:
             raise EwavitError(f"{given[0]} is for images: leave it out for the point clouds of {spec}")
         num_points = options.num_points or (2048 if has_parts(spec) else 1024)

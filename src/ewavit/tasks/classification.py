@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, SumMetric
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from ewavit.data.augmentation import Mix
 from ewavit.data.batches import Data, ImageInputs, Inputs
+from ewavit.tasks.confusion import Confusion
 from ewavit.tasks.judge import TOP1
 from ewavit.tasks.task import Meter, Metrics, Mixing, Task
-from ewavit.tasks.timm_models import build_timm_model, fitting_patch
+from ewavit.tasks.timm_models import as_arguments, build_timm_model, fitting_patch, is_timm_folder
+
+DEFAULT_MODEL = "vit_tiny_patch16_224"
 
 
 class Classification(Task):
@@ -33,7 +38,7 @@ class Classification(Task):
         assert isinstance(inputs, ImageInputs)
         kwargs = {**kwargs}
         kwargs.setdefault("patch_size", fitting_patch(inputs.img_size))
-        return "vit_tiny_patch16_224", kwargs
+        return DEFAULT_MODEL, kwargs
 
     def build_model(
         self,
@@ -52,17 +57,26 @@ class Classification(Task):
         model: nn.Module = timm.create_model(name, **settings)
         return model
 
-    def loading_code(self, name: str, settings: Mapping[str, Any], file: Path) -> str:
-        arguments = ", ".join(f"{key}={value!r}" for key, value in settings.items())
-        return (
-            "import timm\n"
-            f"settings = dict({arguments})\n"
-            f"model = timm.create_model({name!r}, checkpoint_path={str(file)!r}, **settings).eval()"
-        )
+    def loading_code(
+        self, name: str, settings: Mapping[str, Any], file: Path, pretrained_cfg: Mapping[str, Any]
+    ) -> str:
+        if is_timm_folder(file):
+            source = f"local-dir:{file.parent}"
+            return f"import timm\nmodel = timm.create_model({source!r}, pretrained=True).eval()"
+        lines = ["import timm", f"settings = dict({as_arguments(settings)})"]
+        more = ""
+        if pretrained_cfg:
+            lines.append(f"data = dict({as_arguments(pretrained_cfg)})")
+            more = ", pretrained_cfg_overlay=data"
+        create = f"timm.create_model({name!r}, checkpoint_path={str(file)!r}{more}, **settings)"
+        return "\n".join([*lines, f"model = {create}.eval()"])
 
-    def input_text(self, inputs: Inputs, mean: Sequence[float], std: Sequence[float]) -> str:
-        means, stds = (", ".join(f"{value:.4f}" for value in values) for values in (mean, std))
-        return f"images with values in 0 to 1, minus the mean {means}, divided by {stds}"
+    def input_text(self, inputs: Inputs) -> str:
+        mode = "L" if inputs.in_chans == 1 else "RGB"
+        return (
+            f"transform(ImageOps.exif_transpose(image).convert({mode!r})) of PIL images; "
+            "timm.data.create_transform(**timm.data.resolve_model_data_config(model)) is the same transform"
+        )
 
     def loss(self, outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
         return F.cross_entropy(outputs, targets, label_smoothing=smoothing)
@@ -107,3 +121,26 @@ class ClassMeter(Meter):
             f"{top5}loss {loss:.4f} on {count:,} {self.kind}"
         )
         return Metrics({"loss": loss, **percent}, count, self.kind, sentence)
+
+
+class ConfusionMeter(Meter):
+    """Adds a confusion matrix to the metrics of another meter.
+
+    Args:
+        meter: the other one, empty.
+        classes: names of the classes.
+        device: device of the counts.
+    """
+
+    def __init__(self, meter: Meter, classes: tuple[str, ...], device: torch.device | str = "cpu") -> None:
+        self.meter, self.classes = meter, classes
+        self.counts = MulticlassConfusionMatrix(len(classes)).to(device)
+
+    def update(self, inputs: Tensor, outputs: Tensor, targets: Tensor) -> None:
+        self.meter.update(inputs, outputs, targets)
+        self.counts.update(outputs, targets)
+
+    def compute(self) -> Metrics:
+        metrics = self.meter.compute()
+        counts = self.counts.compute().cpu().numpy().astype(np.int64)
+        return replace(metrics, confusion=Confusion(self.classes, counts, metrics.kind))

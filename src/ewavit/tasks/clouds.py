@@ -16,7 +16,7 @@ from ewavit.errors import EwavitError, first_line
 from ewavit.points.batches import CloudInputs
 from ewavit.points.transformer import create_point_model, load_point_weights
 from ewavit.tasks.classification import Classification
-from ewavit.tasks.task import Mixing
+from ewavit.tasks.task import Mixing, Prediction
 from ewavit.tasks.weights import LoadReport
 
 SHOWN = 10  # clouds in the picture of a run
@@ -74,7 +74,9 @@ class CloudClassification(Classification):
     def create_model(self, name: str, settings: Mapping[str, Any]) -> nn.Module:
         return create_point_model(name, **settings)
 
-    def loading_code(self, name: str, settings: Mapping[str, Any], file: Path) -> str:
+    def loading_code(
+        self, name: str, settings: Mapping[str, Any], file: Path, pretrained_cfg: Mapping[str, Any]
+    ) -> str:
         arguments = ", ".join(f"{key}={value!r}" for key, value in settings.items())
         return (
             "from ewavit.points.transformer import create_point_model, load_point_checkpoint\n"
@@ -82,7 +84,7 @@ class CloudClassification(Classification):
             f"load_point_checkpoint(model, {str(file)!r})"
         )
 
-    def input_text(self, inputs: Inputs, mean: Sequence[float], std: Sequence[float]) -> str:
+    def input_text(self, inputs: Inputs) -> str:
         assert isinstance(inputs, CloudInputs)
         shape = f"(batch, {inputs.num_points}, {inputs.in_chans})"
         return f"clouds {shape}, centred and scaled into the unit sphere"
@@ -90,7 +92,7 @@ class CloudClassification(Classification):
     def mixing(self, mixup: float, cutmix: float, num_classes: int) -> Mixing | None:
         return None
 
-    def picture(self, data: Data, predictions: Sequence[tuple[int, int]], path: Path) -> None:
+    def picture(self, data: Data, predictions: Sequence[Prediction], path: Path) -> None:
         clouds: Callable[[Sequence[int]], Any] | None = getattr(data, "evaluation_clouds", None)
         if not predictions or clouds is None:
             return
@@ -98,7 +100,7 @@ class CloudClassification(Classification):
         wrong = [index for index in order if predictions[index][0] != predictions[index][1]][: SHOWN // 2]
         right = [index for index in order if predictions[index][0] == predictions[index][1]]
         chosen = right[: SHOWN - len(wrong)] + wrong
-        named = [tuple(data.classes[number] for number in predictions[index]) for index in chosen]
+        named = [tuple(data.classes[number] for number in predictions[index][:2]) for index in chosen]
         draw_clouds(clouds(chosen), named, path)
 
 

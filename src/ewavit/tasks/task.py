@@ -6,12 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ewavit.data.batches import Batch, Data, Inputs
+from ewavit.tasks.confusion import Confusion
 from ewavit.tasks.judge import Judge
 
 Mixing = Callable[[Tensor, Tensor], Batch]  # inputs and targets -> mixed inputs and targets
@@ -26,12 +27,14 @@ class Metrics:
         count: number of inputs evaluated.
         kind: kind of the inputs, "images" or "clouds".
         sentence: all of this in one sentence.
+        confusion: the confusion matrix, where one was asked for.
     """
 
     values: Mapping[str, float]
     count: int
     kind: str
     sentence: str
+    confusion: Confusion | None = None
 
     def __getitem__(self, column: str) -> float:
         return self.values[column]
@@ -43,6 +46,24 @@ class Metrics:
     def as_dict(self) -> dict[str, float]:
         """The metrics and the number of inputs, for `--json`."""
         return {**self.values, self.kind: self.count}
+
+
+class Prediction(NamedTuple):
+    """What a model predicted for one input.
+
+    Attributes:
+        label: true class.
+        prediction: predicted class.
+        probability: of the predicted class.
+        top: the five most probable classes, the most probable first.
+        name: of the input; None if it has none.
+    """
+
+    label: int
+    prediction: int
+    probability: float
+    top: tuple[int, ...]
+    name: str | None = None
 
 
 class Meter(ABC):
@@ -126,12 +147,21 @@ class Task(ABC):
         """Create the same model as `build_model`, from its name and settings, with fresh weights."""
 
     @abstractmethod
-    def loading_code(self, name: str, settings: Mapping[str, Any], file: Path) -> str:
-        """Python code that loads a plain model of this task from a file."""
+    def loading_code(
+        self, name: str, settings: Mapping[str, Any], file: Path, pretrained_cfg: Mapping[str, Any]
+    ) -> str:
+        """Python code that loads a plain model of this task from a file.
+
+        Args:
+            name: name of the model.
+            settings: settings of the model.
+            file: the weights.
+            pretrained_cfg: how to prepare images, under timm's names; empty for clouds.
+        """
 
     @abstractmethod
-    def input_text(self, inputs: Inputs, mean: Sequence[float], std: Sequence[float]) -> str:
-        """A description of the model's inputs and their normalisation."""
+    def input_text(self, inputs: Inputs) -> str:
+        """A description of the model's inputs and their preparation, by the lines of `loading_code`."""
 
     # Learning.
 
@@ -155,11 +185,11 @@ class Task(ABC):
     def meter(self, data: Data, device: torch.device | str = "cpu") -> Meter:
         """A new meter for the evaluation set of `data`."""
 
-    def picture(self, data: Data, predictions: Sequence[tuple[int, int]], path: Path) -> None:  # noqa: B027
+    def picture(self, data: Data, predictions: Sequence[Prediction], path: Path) -> None:  # noqa: B027
         """Draw a few evaluation inputs with their labels and predicted classes, if the task has a picture.
 
         Args:
             data: the data with the evaluation inputs.
-            predictions: label and predicted class of each evaluation input, in the data's order.
+            predictions: one for each evaluation input, in the data's order.
             path: file of the picture.
         """

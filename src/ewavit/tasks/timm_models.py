@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -18,6 +20,7 @@ from ewavit.tasks.weights import LoadReport, fit, misfit
 
 MOST_PATCHES = 4096
 FEWEST_PATCHES = 4
+WEIGHTS, CONFIG = "model.safetensors", "config.json"  # of a folder that timm loads
 
 
 def build_timm_model(
@@ -118,6 +121,58 @@ def _from_file(name: str, file: str, settings: dict[str, Any]) -> tuple[nn.Modul
     if fitted.num_classes != num_classes:
         model.reset_classifier(num_classes)  # type: ignore[operator]
     return model, fitted.report
+
+
+def as_arguments(values: Mapping[str, Any]) -> str:
+    """Values as the arguments of a call in Python code."""
+    return ", ".join(f"{key}={value!r}" for key, value in values.items())
+
+
+def is_timm_folder(file: Path) -> bool:
+    """Whether timm loads the folder of a weights file as `local-dir:FOLDER`."""
+    return file.name == WEIGHTS and (file.parent / CONFIG).is_file()
+
+
+def timm_config(
+    name: str, settings: Mapping[str, Any], classes: Sequence[str], pretrained_cfg: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The `config.json` beside `model.safetensors`; timm and transformers read both, as from a model hub.
+
+    Args:
+        name: timm's name of the model, with or without a tag.
+        settings: what `timm.create_model` takes beside the name.
+        classes: names of the classes.
+        pretrained_cfg: how to prepare images, under timm's names.
+    """
+    config = timm.get_pretrained_cfg(name)
+    known = {} if config is None else {key: getattr(config, key) for key in ("first_conv", "classifier")}
+    settings = {key: value for key, value in settings.items() if key != "num_classes"}
+    return {
+        "architecture": name.split(".")[0],
+        "num_classes": len(classes),
+        "label_names": list(classes),
+        "model_args": settings,
+        "pretrained_cfg": {"custom_load": False, "num_classes": len(classes), **known, **pretrained_cfg},
+    }
+
+
+def transform_code(pretrained_cfg: Mapping[str, Any]) -> str:
+    """Python lines that make the evaluation `transform`: torchvision's, or timm's for the mode "border"."""
+    side, mode = pretrained_cfg["input_size"][-1], pretrained_cfg["crop_mode"]
+    if mode not in ("center", "squash"):
+        imports = "from PIL import ImageOps\nfrom timm.data import create_transform\n"
+        return f"{imports}transform = create_transform({as_arguments(pretrained_cfg)})"
+    resized = math.floor(side / pretrained_cfg["crop_pct"])
+    size = resized if mode == "center" else (resized, resized)
+    interpolation = pretrained_cfg["interpolation"].upper()
+    return (
+        "from PIL import ImageOps\n"
+        "from torchvision import transforms as T\n"
+        "transform = T.Compose([\n"
+        f"    T.Resize({size}, T.InterpolationMode.{interpolation}), T.CenterCrop({side}),\n"
+        f"    T.ToTensor(), T.Normalize({pretrained_cfg['mean']}, {pretrained_cfg['std']}),\n"
+        "])"
+    )
 
 
 def fitting_patch(img_size: int) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ewavit.core.routing import TopK, routers
@@ -15,6 +16,7 @@ from ewavit.core.surgery import expand
 from ewavit.data.batches import Data, Inputs
 from ewavit.tasks.choice import task_for
 from ewavit.tasks.task import Task
+from ewavit.tasks.timm_models import timm_config, transform_code
 from ewavit.training.opening import absolute_spec
 
 
@@ -38,9 +40,11 @@ class RoutedMixture:
 class ModelCard:
     """What is needed to build a run's model again and to feed it; kept in its file's metadata.
 
-    `model_kwargs` is all that `timm.create_model` takes beside the name. `metric` is the task's judging
-    metric on `data`, None within the first epoch. `mixture` is None for a plain model. `absolute_data` and
-    `data_dir` are where the run read its data, as absolute paths; None in exported files.
+    `model_kwargs` is all that `timm.create_model` takes beside the name. `interpolation`, `crop_pct` and
+    `crop_mode` say in timm's words how evaluation images are resized; None for clouds and in old files.
+    `metric` is the task's judging metric on `data`, None within the first epoch. `mixture` is None for a
+    plain model. `absolute_data` and `data_dir` are where the run read its data, as absolute paths; None in
+    exported files.
     """
 
     model: str
@@ -56,6 +60,9 @@ class ModelCard:
     num_points: int | None = None
     absolute_data: str | None = None
     data_dir: str | None = None
+    interpolation: str | None = None
+    crop_pct: float | None = None
+    crop_mode: str | None = None
 
     @classmethod
     def of(
@@ -71,8 +78,9 @@ class ModelCard:
         mean, std = tuple(data.mean), tuple(data.std)
         card = cls(model, kwargs, tuple(data.classes), data.in_chans, data.img_size, mean, std, spec)
         root = None if data_dir is None else str(Path(data_dir).expanduser().absolute())
+        resizing = {} if data.resizing is None else asdict(data.resizing)
         place = absolute_spec(spec)
-        return replace(card, num_points=data.num_points, absolute_data=place, data_dir=root)
+        return replace(card, num_points=data.num_points, absolute_data=place, data_dir=root, **resizing)
 
     @classmethod
     def from_dict(cls, card: dict[str, Any]) -> ModelCard:
@@ -85,9 +93,36 @@ class ModelCard:
             values["mixture"] = RoutedMixture(**mixture | {"layers": tuple(mixture["layers"])})
         return cls(**values)
 
+    @classmethod
+    def of_file(cls, file: Path) -> ModelCard | None:
+        """The card in a safetensors file or in a run's folder; None if there is none."""
+        try:
+            with safe_open(file / "model.safetensors" if file.is_dir() else file, "pt") as handle:
+                found = (handle.metadata() or {}).get("ewavit")
+        except (OSError, SafetensorError):  # missing, or of another format: the loader of weights says so
+            return None
+        return None if found is None else cls.from_dict(json.loads(found))
+
     def metadata(self) -> dict[str, str]:
         """The card as metadata of a safetensors or ONNX file."""
-        return {"ewavit": json.dumps(asdict(self))}
+        pretrained_cfg = self.pretrained_cfg
+        more = {"pretrained_cfg": json.dumps(pretrained_cfg)} if pretrained_cfg else {}
+        return {"ewavit": json.dumps(asdict(self)), **more}
+
+    @property
+    def preparation(self) -> dict[str, Any]:
+        """The fields of `DataOptions` that prepare inputs as in the training."""
+        names = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "num_points")
+        return {**{name: getattr(self, name) for name in names}, "img_size": self.img_size or None}
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """How to prepare images, in the words of timm's `pretrained_cfg`; empty for clouds and old files."""
+        if self.crop_pct is None:
+            return {}
+        names = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+        size = (self.in_chans, self.img_size, self.img_size)
+        return {"input_size": size, **{name: getattr(self, name) for name in names}}
 
     @property
     def task(self) -> Task:
@@ -102,6 +137,8 @@ class ModelCard:
     def build(self) -> nn.Module:
         """The model, with fresh weights."""
         model = self.task.create_model(self.model, self.model_kwargs)
+        if self.pretrained_cfg:
+            model.pretrained_cfg = {**model.pretrained_cfg, **self.pretrained_cfg}  # type: ignore[dict-item, assignment]
         if self.mixture is not None:
             router = TopK(**self.mixture.router)
             expand(model, self.mixture.num_experts, select=self.mixture.layers, router=router)
@@ -109,13 +146,25 @@ class ModelCard:
 
     def loading_code(self, file: Path) -> str:
         """Python lines that load the file: with ewavit for a mixture, else with the task's own library."""
+        pretrained_cfg = self.pretrained_cfg
         if self.mixture is not None:
-            return f"import ewavit\nmodel = ewavit.load({str(file)!r})"
-        return self.task.loading_code(self.model, self.model_kwargs, file)
+            code = f"import ewavit\nmodel = ewavit.load({str(file)!r})"
+        else:
+            code = self.task.loading_code(self.model, self.model_kwargs, file, pretrained_cfg)
+        return f"{code}\n{transform_code(pretrained_cfg)}" if pretrained_cfg else code
 
     def input_text(self) -> str:
         """What the model has to be given, in words."""
-        return self.task.input_text(self.inputs, self.mean, self.std)
+        return self.task.input_text(self.inputs)
+
+    def timm_config(self) -> dict[str, Any] | None:
+        """The `config.json` with which `timm.create_model("local-dir:FOLDER", pretrained=True)` loads a file.
+
+        None where timm cannot: for clouds, a mixture, and a card of an old file.
+        """
+        if self.mixture is not None or not self.pretrained_cfg:
+            return None
+        return timm_config(self.model, self.model_kwargs, self.classes, self.pretrained_cfg)
 
     def sample(self, batch: int) -> Tensor:
         """Random inputs in the shape that the model takes."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import zip_longest
 
 import torch
@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from ewavit.data.batches import Batch
-from ewavit.tasks.task import Meter, Metrics
+from ewavit.tasks.task import Meter, Metrics, Prediction
 
 
 @torch.inference_mode()
@@ -30,15 +30,24 @@ def evaluate_batches(predict: Callable[[Tensor], Tensor], batches: Iterable[Batc
 
 @torch.inference_mode()
 def predictions(
-    predict: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]]
-) -> list[tuple[int, int]]:
-    """The label and the predicted class of each input, in the data's order, gathered from all processes.
+    predict: Callable[[Tensor], Tensor],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    names: Callable[[], Sequence[str] | None] = lambda: None,
+) -> list[Prediction]:
+    """What a model predicts for each input, in the data's order, gathered from all processes.
 
     Args:
         predict: inputs -> logits (batch, classes).
         batches: this process's share as (inputs, labels); of `p` processes every p-th input.
+        names: names of this share's inputs, called after the batches.
     """
-    mine: list[tuple[int, int]] = []
+    mine: list[Prediction] = []
     for inputs, labels in batches:
-        mine += zip(labels.tolist(), predict(inputs).argmax(1).tolist(), strict=True)
+        logits = predict(inputs).float()
+        found = logits.argmax(1)
+        probability = logits.softmax(1).gather(1, found.unsqueeze(1)).squeeze(1)
+        top = map(tuple, logits.topk(min(5, logits.shape[1])).indices.tolist())
+        mine += map(Prediction, labels.tolist(), found.tolist(), probability.tolist(), top)
+    if (named := names()) is not None:
+        mine = [row._replace(name=name) for row, name in zip(mine, named, strict=True)]
     return [row for group in zip_longest(*gather_object([mine])) for row in group if row is not None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,7 +23,8 @@ from ewavit.data.batches import Data
 from ewavit.data.options import DataOptions
 from ewavit.data.relabelled import with_classes
 from ewavit.errors import EwavitError
-from ewavit.files import is_torch_file
+from ewavit.files import is_torch_file, replacing
+from ewavit.tasks.classification import ConfusionMeter
 from ewavit.tasks.task import Metrics
 from ewavit.training.building import expand_by_recipe
 from ewavit.training.card import ModelCard, RoutedMixture
@@ -126,7 +128,15 @@ def save_models(
     card = replace(card, metric=row[f"eval_{column}"])
     if write:
         save_tensors(weights, RunFolder(run).model, card.metadata())
+        _write_config(card, run)
     return card
+
+
+def _write_config(card: ModelCard, folder: Path) -> None:
+    """Write the `config.json` of a folder with `model.safetensors`, if timm can load the model."""
+    if config := card.timm_config():
+        with replacing(RunFolder(folder).config) as partial:
+            partial.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def predictor(source: Path) -> tuple[Callable[[Tensor], Tensor], ModelCard]:
@@ -145,19 +155,33 @@ def predictor(source: Path) -> tuple[Callable[[Tensor], Tensor], ModelCard]:
     return lambda images: torch.from_numpy(session.run(None, {name: images.cpu().numpy()})[0]), card
 
 
-def evaluate(source: Path, data: str | None = None, batch_size: int = 128, **data_options: Any) -> Metrics:
+def evaluate(
+    source: Path,
+    data: str | None = None,
+    batch_size: int = 128,
+    *,
+    confusion: bool = False,
+    **data_options: Any,
+) -> Metrics:
     """Loss and accuracy of a run, a checkpoint or an exported file on the evaluation images of a data set.
 
     Args:
         source: a run's folder, a checkpoint folder, a safetensors or an ONNX file that ewavit wrote.
         data: data spec; the one it was trained on unless given. Its classes are matched by name.
         batch_size: images per batch.
+        confusion: also return the confusion matrix.
         data_options: further fields of `DataOptions`.
 
     Raises:
-        EwavitError: the source or the data cannot be read, or the names of their classes differ.
+        EwavitError: the source or the data cannot be read, the names of their classes differ, or the task has
+            no confusion matrix.
     """
     predict, card = predictor(source)
+    if confusion and not card.task.names_classes:
+        raise EwavitError(
+            f"{source} classifies the parts of {card.task.kind}: --per-class and --confusion need one class "
+            "for each input, leave them out"
+        )
     opened = _open_for(card, data, DataOptions(batch_size=batch_size, **data_options))
     device = torch.device("cuda" if torch.cuda.is_available() and isinstance(predict, nn.Module) else "cpu")
     if isinstance(predict, nn.Module):
@@ -165,13 +189,15 @@ def evaluate(source: Path, data: str | None = None, batch_size: int = 128, **dat
     for note in opened.notes:
         print(f"note: {note}", file=sys.stderr)
     meter = card.task.meter(opened, device)
+    if confusion:
+        meter = ConfusionMeter(meter, opened.classes, device)
     return evaluate_batches(opened.voting(predict), opened.eval_batches(), meter)
 
 
 def _open_for(card: ModelCard, spec: str | None, options: DataOptions) -> Data:
     options = replace(
-        options, img_size=card.img_size or None, num_points=card.num_points, mean=card.mean, std=card.std,
-        data_dir=options.data_dir or card.data_dir, workers=usable_workers(options.workers),
+        options, data_dir=options.data_dir or card.data_dir, workers=usable_workers(options.workers),
+        **card.preparation,
     )  # fmt: skip
     data = open_data(spec or found_spec(card.data, card.absolute_data), options)
     if data.in_chans != card.in_chans:
@@ -193,7 +219,8 @@ def export(source: Path, to: Path, data: str | None = None, mean_expert: bool = 
 
     Args:
         source: a run's folder, a checkpoint folder, or safetensors of an expanded model.
-        to: a path ending in .safetensors (loaded by stock timm) or .onnx; for shards a new folder as well.
+        to: a path ending in .safetensors (loaded by stock timm) or .onnx. Or a new folder, for shards, or for
+            `model.safetensors` with the `config.json` that timm loads it by.
         data: data spec; the one it was trained on unless given.
         mean_expert: collapse a routed mixture; its accuracy is said, and not compared with the run's.
 
@@ -207,10 +234,12 @@ def export(source: Path, to: Path, data: str | None = None, mean_expert: bool = 
     to_run = data is not None or mean_expert
     if is_checkpoint_file(source) and to.suffix in (".safetensors", "") and not to_run:
         return f"{collapse_checkpoint(source, to)}; no logits or accuracy compared: nothing was run"
-    if to.suffix not in (".safetensors", ".onnx"):
+    if to.suffix not in (".safetensors", ".onnx", ""):
         raise EwavitError(
-            f"{to} ends in {to.suffix or 'nothing'}: choose a name ending in .safetensors or .onnx"
+            f"{to} ends in {to.suffix}: choose a name ending in .safetensors or .onnx, or a new folder"
         )
+    if not to.suffix and to.exists():
+        raise EwavitError(f"{to} exists already: choose a new folder")
     if not to.parent.is_dir():
         raise EwavitError(f"no folder {to.parent}: make it first")
     model, card = load_model(source)
@@ -225,15 +254,28 @@ def export(source: Path, to: Path, data: str | None = None, mean_expert: bool = 
         of_file = replace(of_file, metric=None, mixture=None)
     partial = to.with_name(f"unchecked-{to.name}")
     try:
-        if to.suffix == ".onnx":
-            _write_onnx(model, of_file, partial)
-        else:
-            save_tensors(model.state_dict(), partial, of_file.metadata())
+        _write(model, of_file, partial)
         checked = _check(partial, model, card, data, collapsed=routed)
         os.replace(partial, to)
     finally:
+        if partial.is_dir():
+            shutil.rmtree(partial)
         partial.unlink(missing_ok=True)
-    return f"wrote {to} ({to.stat().st_size / 1e6:.1f} MB): {checked}"
+    file = to if to.suffix else RunFolder(to).model
+    said = f"wrote {to} ({file.stat().st_size / 1e6:.1f} MB): {checked}"
+    if to.suffix == ".onnx":
+        return said
+    return f"{said}\nload it with\n\n{of_file.loading_code(file)}\n\nand give it {of_file.input_text()}"
+
+
+def _write(model: nn.Module, card: ModelCard, to: Path) -> None:
+    if to.suffix == ".onnx":
+        _write_onnx(model, card, to)
+        return
+    if not to.suffix:
+        to.mkdir()
+        _write_config(card, to)
+    save_tensors(model.state_dict(), to if to.suffix else RunFolder(to).model, card.metadata())
 
 
 def _write_onnx(model: nn.Module, card: ModelCard, file: Path) -> None:

@@ -36,6 +36,7 @@ from ewavit.tasks.choice import task_for
 from ewavit.tasks.task import Metrics
 from ewavit.training import report
 from ewavit.training.building import check_recipe_with_data
+from ewavit.training.card import ModelCard
 from ewavit.training.checkpoint import Checkpoint, load_checkpoint
 from ewavit.training.evaluation import evaluate_batches, predictions
 from ewavit.training.export import save_models
@@ -163,9 +164,10 @@ class TrainingRun:
         self.files = RunFolder(run)
         device, processes = accelerator.device, accelerator.num_processes
         self.task = task_for(recipe.data)
-        self.data = open_recipe_data(recipe, device, accelerator.process_index, processes)
-        if checkpoint is not None:  # the data may have moved, and its folders may sort otherwise
-            self.data = with_classes(self.data, checkpoint.facts["card"]["classes"])
+        card = None if checkpoint is None else ModelCard.from_dict(checkpoint.facts["card"])
+        self.data = open_recipe_data(recipe, device, accelerator.process_index, processes, card)
+        if card is not None:  # the data may have moved, and its folders may sort otherwise
+            self.data = with_classes(self.data, card.classes)
         check_recipe_with_data(recipe, self.data, processes)
         self.updates_per_epoch = self.data.batches_per_epoch // recipe.grad_accum_steps
         seed_all(recipe.seed)
@@ -378,12 +380,13 @@ class TrainingRun:
         averaged = None if self.average is None else self.average.module
         counts = model if averaged is None else averaged
         batches = self.data.eval_batches() if self.task.names_classes else ()
+        names = self.data.eval_names if self.task.names_classes else lambda: None
         with self.accelerator.autocast(), self._deployed(counts):
-            found = predictions(self.data.voting(counts.eval()), batches)
+            found = predictions(self.data.voting(counts.eval()), batches, names)
         card, main = self.state.card, self.accelerator.is_main_process
         judged_on = f"{'held-out' if self.recipe.holdout else 'test'} {self.task.kind}"
         if main:
-            report.write_predictions(found, self.files.predictions)
+            report.write_predictions(found, self.files.predictions, self.data.classes, self.recipe.data)
             self.task.picture(self.data, found, self.files.picture)
             title = f"{self.folder.name}: {card.model} on {self.data.name}"
             judge = self.task.judge

@@ -3,7 +3,9 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import timm
 import torch
 
 from ewavit.data.augmentation import Augmentation
@@ -15,7 +17,11 @@ from ewavit.data.sources import TIMM_PREFIXES, is_folder, is_streamed, is_timm
 from ewavit.errors import EwavitError
 from ewavit.points.batches import PointData
 from ewavit.points.sources import POINT_PREFIXES, is_points
+from ewavit.tasks.classification import DEFAULT_MODEL
+from ewavit.training.card import ModelCard
 from ewavit.training.recipe import Recipe
+
+PREPARATION = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # of images, in timm's words
 
 # The first kind that a spec belongs to opens it.
 OPENERS: tuple[tuple[Callable[[str], bool], Callable[[str, DataOptions], Data]], ...] = (
@@ -109,13 +115,33 @@ def open_recipe_data(
     device: torch.device = torch.device("cpu"),  # noqa: B008 (immutable)
     rank: int = 0,
     world_size: int = 1,
+    card: ModelCard | None = None,
 ) -> Data:
-    """Open the data of a recipe on a device, for process `rank` of `world_size`; raises as `open_data`."""
+    """Open the data of a recipe.
+
+    Args:
+        recipe: the settings.
+        device: device of the batches.
+        rank: number of this process.
+        world_size: number of processes.
+        card: of the run that is resumed; its images are prepared as before.
+
+    Raises:
+        EwavitError: as `open_data`.
+    """
+    preparation = _of_first_weights(recipe) if card is None else _preparation(card)
+    given = {name: value for name in PREPARATION if (value := getattr(recipe, name, None)) is not None}
     options = DataOptions(
         batch_size=recipe.batch_size,
         seed=recipe.seed,
         augmentation=Augmentation(
-            aa=recipe.aa, hflip=recipe.hflip, reprob=recipe.reprob, crop_padding=recipe.crop_padding
+            aa=recipe.aa,
+            hflip=recipe.hflip,
+            reprob=recipe.reprob,
+            crop_padding=recipe.crop_padding,
+            scale=(recipe.scale[0], recipe.scale[1]),
+            ratio=(recipe.ratio[0], recipe.ratio[1]),
+            color_jitter=recipe.color_jitter,
         ),
         limit=recipe.limit,
         holdout=recipe.holdout,
@@ -130,5 +156,24 @@ def open_recipe_data(
         val_split=recipe.val_split,
         num_points=recipe.num_points,
         votes=recipe.votes,
+        **{**preparation, **given},
     )
     return open_data(recipe.data, options)
+
+
+def _preparation(card: ModelCard) -> dict[str, Any]:
+    """How a card's images are prepared, as fields of `DataOptions`; empty for clouds."""
+    return {name: value for name in PREPARATION if (value := getattr(card, name))}
+
+
+def _of_first_weights(recipe: Recipe) -> dict[str, Any]:
+    """How the images of the weights that a run starts from are prepared; empty without such weights.
+
+    A file that ewavit wrote says it itself; for other weights timm knows it by the model's name.
+    """
+    if is_points(recipe.data) or not (recipe.pretrained or recipe.initial_checkpoint):
+        return {}
+    if recipe.initial_checkpoint and (card := ModelCard.of_file(Path(recipe.initial_checkpoint))):
+        return _preparation(card)
+    config = timm.get_pretrained_cfg(recipe.model or DEFAULT_MODEL)
+    return {} if config is None else {name: getattr(config, name) for name in PREPARATION}

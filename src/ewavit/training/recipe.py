@@ -92,6 +92,26 @@ class Recipe:
     train_split: str = _data("train", "training split of a timm data set or folder")
     val_split: str = _data("validation", "evaluation split of a timm data set or folder")
     data_dir: str | None = _data(None, "root folder of timm data sets (torch/..., hfds/..., wds/...)")
+    mean: tuple[float, ...] | None = _data(
+        None,
+        "mean of each channel, values in 0 to 1 (default: of the first weights with --pretrained or "
+        "--initial-checkpoint, else of the images in memory, or ImageNet's)",
+        least=0,
+        most=1,
+    )
+    std: tuple[float, ...] | None = _data(
+        None, "standard deviation of each channel; --mean and --std go together", above=0
+    )
+    interpolation: Literal["bilinear", "bicubic", "nearest", "box", "hamming", "lanczos"] | None = _data(
+        None, "resize filter of evaluation images from files (default: of the first weights, or bicubic)"
+    )
+    crop_pct: float | None = _data(
+        None,
+        "share of the side that evaluation keeps of images from files (default: of the first weights, or "
+        "0.875, or 1 if all images have the right size)",
+        above=0,
+        most=1,
+    )
     skip_bad_images: bool = _data(False, "skip images that cannot be read, and count them")
     num_points: int | None = _data(
         None, "points per cloud (default: 1024, or 2048 for part segmentation)", least=1, most=100_000
@@ -188,6 +208,18 @@ class Recipe:
     cutmix: float = _augmentation(0.0, "cutmix alpha; each image has its own draw", least=0, most=1000)
     smoothing: float = _augmentation(0.1, "label smoothing", least=0, most=1)
     drop_path: float | None = _augmentation(None, "stochastic depth rate", least=0, below=1)
+    scale: tuple[float, ...] = _augmentation(
+        (0.08, 1.0),
+        "smallest and largest share of the area in the random resized crop of images from files",
+        above=0,
+        most=1,
+    )
+    ratio: tuple[float, ...] = _augmentation(
+        (3 / 4, 4 / 3), "smallest and largest width over height of that crop", above=0
+    )
+    color_jitter: float = _augmentation(
+        0.4, "strength of the colour jitter of images from files; ignored with --aa", least=0
+    )
     hflip: float = _augmentation(0.5, "probability of a horizontal flip", least=0, most=1)
     reprob: float = _augmentation(0.0, "probability of random erasing", least=0, most=1)
     crop_padding: int = _augmentation(
@@ -232,6 +264,13 @@ class Recipe:
             value = _converted(setting, getattr(self, setting.name))
             _check_value(setting, value)
             object.__setattr__(self, setting.name, value)
+        for name in ("scale", "ratio"):
+            pair = getattr(self, name)
+            if len(pair) != 2 or pair[0] > pair[1]:
+                said = " ".join(map(str, pair))
+                raise EwavitError(f"--{name} {said} is not a range: give the smallest and the largest value")
+        if (self.mean is None) != (self.std is None):
+            raise EwavitError("--mean and --std belong together: give both or neither")
         if self.name is not None and (self.name != Path(self.name).name or self.name == ".."):
             raise EwavitError(f"--name {self.name!r} is not one folder's name: give its place with --output")
         self._check_experts()
@@ -368,7 +407,10 @@ def _converted(setting: Field[Any], value: Any) -> Any:
     kind, name = kinds()[setting.name], f"--{flag(setting.name)}"
     if value is None and setting.default is None:
         return None
-    if kind is str:
+    if kind is tuple and isinstance(value, list | tuple):  # a list from YAML or JSON
+        if all(isinstance(each, numbers.Real) for each in value):
+            return tuple(float(each) for each in value)
+    elif kind is str:
         if isinstance(value, Mapping) and setting.name == "model_kwargs":
             return model_kwargs_text(value)
         if isinstance(value, str | os.PathLike):
@@ -379,28 +421,31 @@ def _converted(setting: Field[Any], value: Any) -> Any:
                 return converted
         if kind is float or not math.isfinite(value):
             raise EwavitError(f"{name} {value} does not work: choose a finite number")
-    wanted = {str: "text", bool: "True or False", int: "a whole number", float: "a number"}[kind]
+    wanted = {
+        str: "text", bool: "True or False", int: "a whole number", float: "a number", tuple: "numbers",
+    }[kind]  # fmt: skip
     raise EwavitError(f"{name} {value!r} does not work: give {wanted}")
 
 
 def _check_value(setting: Field[Any], value: Any) -> None:
     """Refuse a value that its setting does not allow."""
     name = f"--{flag(setting.name)}"
-    if choices(setting.name) and value not in choices(setting.name):
+    if choices(setting.name) and value not in (*choices(setting.name), setting.default):
         raise EwavitError(f"{name} {value!r} is unknown: choose one of {', '.join(choices(setting.name))}")
     if isinstance(value, str) and not value and setting.default != "":
         raise EwavitError(f"{name} is empty: give a value, or leave out {name}")
     if isinstance(value, str) and "\0" in value:
         raise EwavitError(f"{name} {value!r} holds a NUL character: remove it")
-    if isinstance(value, float) and not math.isfinite(value):
+    values = value if isinstance(value, tuple) else (value,)
+    if any(isinstance(each, float) and not math.isfinite(each) for each in values):
         raise EwavitError(f"{name} {value} does not work: choose a finite number")
-    if not isinstance(value, int | float):
+    if not all(isinstance(each, int | float) for each in values):
         return
     limits = [(setting.metadata[limit], holds, words) for limit, holds, words in _LIMITS]
     if setting.metadata["most"] is None and setting.metadata["below"] is None:
         limits.append((LARGEST, operator.le, "at most {}"))
     limits = [(limit, holds, words) for limit, holds, words in limits if limit is not None]
-    if not all(holds(value, limit) for limit, holds, _ in limits):
+    if not all(holds(each, limit) for limit, holds, _ in limits for each in values):
         allowed = " and ".join(words.format(limit) for limit, _, words in limits)
         raise EwavitError(f"{name} {value} is out of range: choose {allowed}")
 
@@ -418,12 +463,19 @@ def settings() -> tuple[Field[Any], ...]:
 @cache
 def kinds() -> dict[str, type]:
     """The type of each setting's value, where it has one: `int` for `int | None`, `str` for choices."""
-    hints = get_type_hints(Recipe).items()
-    return {name: str if get_origin(hint) is Literal else (*get_args(hint), hint)[0] for name, hint in hints}
+    plain = {name: _without_none(hint) for name, hint in get_type_hints(Recipe).items()}
+    return {
+        name: str if get_origin(hint) is Literal else get_origin(hint) or hint for name, hint in plain.items()
+    }
 
 
 @cache
 def choices(name: str) -> tuple[str, ...]:
     """The values that a setting may have; empty where any may."""
-    hint = get_type_hints(Recipe)[name]
+    hint = _without_none(get_type_hints(Recipe)[name])
     return get_args(hint) if get_origin(hint) is Literal else ()
+
+
+def _without_none(hint: Any) -> Any:
+    """`X` of `X | None`."""
+    return next((part for part in get_args(hint) if type(None) in get_args(hint)), hint)

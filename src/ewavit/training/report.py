@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import os
 import resource
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -16,7 +18,7 @@ from ewavit.core.diagnostics import routing_statistics
 from ewavit.core.routing import auxiliary_loss
 from ewavit.files import replacing
 from ewavit.tasks.judge import Judge
-from ewavit.tasks.task import Task
+from ewavit.tasks.task import Prediction, Task
 from ewavit.training.recipe import Recipe
 from ewavit.training.run_folder import RunFolder
 
@@ -81,12 +83,27 @@ def write_summary(rows: list[Row], path: Path) -> None:
         writer.writerows(rows)
 
 
-def write_predictions(rows: list[tuple[int, int]], path: Path) -> None:
-    """Write the label and the predicted class of every evaluation input, in the data's order."""
-    with replacing(path) as partial, partial.open("w", newline="") as handle:
+def write_predictions(rows: list[Prediction], path: Path, classes: Sequence[str], spec: str) -> None:
+    """Write one CSV row per evaluation input, in the data's order.
+
+    Args:
+        rows: the predictions.
+        path: the file.
+        classes: names of the classes.
+        spec: data spec; names of inputs are paths relative to it if it is a folder.
+    """
+    folder = os.path.join(os.path.expanduser(spec), "")
+    with (
+        replacing(path) as partial,
+        partial.open("w", newline="", encoding="utf-8", errors="backslashreplace") as handle,
+    ):
         writer = csv.writer(handle)
-        writer.writerow(("label", "prediction"))
-        writer.writerows(rows)
+        writer.writerow(("label", "prediction", "input", "class", "predicted_class", "probability", "top5"))
+        for number, row in enumerate(rows):
+            name = number if row.name is None else row.name.removeprefix(folder)
+            top = "|".join(classes[label] for label in row.top)
+            label, found = classes[row.label], classes[row.prediction]
+            writer.writerow((*row[:2], name, label, found, f"{row.probability:.4f}", top))
 
 
 def draw_curves(rows: list[Row], path: Path, title: str, judged_on: str, judge: Judge) -> None:

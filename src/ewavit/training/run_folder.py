@@ -47,6 +47,11 @@ class RunFolder:
         return self.path / "model.safetensors"
 
     @property
+    def config(self) -> Path:
+        """What timm needs beside `model` to load the folder; not for clouds and mixtures."""
+        return self.path / "config.json"
+
+    @property
     def average(self) -> Path:
         """The averaged weights of a finished run that keeps an average."""
         return self.path / "model-average.safetensors"
@@ -63,7 +68,7 @@ class RunFolder:
 
     @property
     def predictions(self) -> Path:
-        """The label and prediction of every evaluated sample; without rows for some tasks."""
+        """What was predicted for every evaluated sample; without rows for some tasks."""
         return self.path / "predictions.csv"
 
     @property
