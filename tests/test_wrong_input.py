@@ -326,7 +326,7 @@ def test_a_stopped_run_goes_on_from_another_working_directory(tmp_path, monkeypa
 
 
 def test_a_relative_spec_of_clouds_is_found_as_well(tmp_path, monkeypatch):
-    from ewavit.training.opening import absolute_spec, found_spec
+    from ewavit.training.places import absolute_spec, found_spec
 
     (tmp_path / "set").mkdir()
     monkeypatch.chdir(tmp_path)

@@ -17,7 +17,7 @@ from ewavit.data.batches import Data, Inputs
 from ewavit.tasks.choice import task_for
 from ewavit.tasks.task import Task
 from ewavit.tasks.timm_models import timm_config, transform_code
-from ewavit.training.opening import absolute_spec
+from ewavit.training.places import absolute_spec
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ from ewavit.training.building import expand_by_recipe
 from ewavit.training.card import ModelCard, RoutedMixture
 from ewavit.training.checkpoint import load_checkpoint, save_tensors
 from ewavit.training.evaluation import evaluate_batches
-from ewavit.training.opening import found_spec, open_data, usable_workers
+from ewavit.training.opening import open_data, usable_workers
+from ewavit.training.places import found_spec
 from ewavit.training.recipe import Recipe
 from ewavit.training.report import Row
 from ewavit.training.run_folder import RunFolder

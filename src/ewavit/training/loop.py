@@ -40,7 +40,8 @@ from ewavit.training.card import ModelCard
 from ewavit.training.checkpoint import Checkpoint, load_checkpoint
 from ewavit.training.evaluation import evaluate_batches, predictions
 from ewavit.training.export import save_models
-from ewavit.training.opening import found_spec, open_recipe_data
+from ewavit.training.opening import open_recipe_data
+from ewavit.training.places import found_spec
 from ewavit.training.processes import (
     Interrupted,
     start_accelerator,

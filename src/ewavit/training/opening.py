@@ -63,47 +63,6 @@ def open_data(spec: str, options: DataOptions) -> Data:
     raise EwavitError(f"unknown data {spec!r}, and no folder either: give {ACCEPTED}")
 
 
-def split_path(spec: str) -> tuple[str, Path | None]:
-    """The kind and the path of a data spec: "points:" and PATH, or "" and a folder; None without a path."""
-    kind, colon, place = spec.partition(":")
-    if is_points(spec):
-        return f"{kind}:", Path(place).expanduser() if colon and place else None
-    return "", Path(spec).expanduser() if is_folder(spec) else None
-
-
-def absolute_spec(spec: str) -> str | None:
-    """A data spec with its local path made absolute; None for a spec without a path."""
-    kind, path = split_path(spec)
-    return None if path is None else f"{kind}{path.absolute()}"
-
-
-def found_spec(spec: str, absolute: str | None) -> str:
-    """The spec of a run's data, found from any working directory.
-
-    Args:
-        spec: as the run was given it.
-        absolute: the same with an absolute path, as `absolute_spec` returned it; None if there was none.
-
-    Returns:
-        `spec` if it is the same place from here or `absolute` is gone, else `absolute`.
-
-    Raises:
-        EwavitError: neither path exists.
-    """
-    if absolute is None or absolute_spec(spec) == absolute:
-        return spec
-    kind, path = split_path(spec)
-    place = Path(absolute.removeprefix(kind))
-    if place.exists():
-        return absolute
-    if path is None or not path.exists():
-        raise EwavitError(
-            f"the data {spec!r} of the run is neither at {place} nor in this folder: give its place with "
-            "--data"
-        )
-    return spec
-
-
 def usable_workers(workers: int) -> int:
     """At most so many reading processes as cores that this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

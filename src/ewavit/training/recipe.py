@@ -16,7 +16,8 @@ from contextlib import suppress
 from dataclasses import Field, asdict, dataclass, field, fields
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -477,5 +478,5 @@ def choices(name: str) -> tuple[str, ...]:
 
 
 def _without_none(hint: Any) -> Any:
-    """`X` of `X | None`."""
-    return next((part for part in get_args(hint) if type(None) in get_args(hint)), hint)
+    """`X` of `X | None`; the first of several types."""
+    return get_args(hint)[0] if get_origin(hint) in (Union, UnionType) else hint
