@@ -26,7 +26,7 @@ from ewavit.errors import EwavitError
 if TYPE_CHECKING:
     from ewavit.core.routing import TopK
 
-LARGEST = 10**9  # of any number without a closer limit: larger ones overflow in float32 or in a count
+LARGEST_COUNT, LARGEST = 10**9, 1e30  # without a closer limit: larger ones overflow a count or a float32
 _NOT_MODEL_KWARGS = {
     "num_classes": "the data has a number of classes, leave it out",
     "in_chans": "the data has a number of channels, leave it out",
@@ -153,7 +153,7 @@ class Recipe:
         "where experts live: local (all N in every process) or replicas (one per torchrun process; N is the "
         "number of processes)",
     )
-    expert_lr: float = _experts(1.0, "factor on the learning rate of the experts", above=0)
+    expert_lr: float = _experts(1.0, "factor on the learning rate of the experts", above=0, most=1e6)
     average_every: int = _experts(1, "average after every N-th optimizer step only", least=1)
     early: float | None = _experts(
         None,
@@ -170,6 +170,7 @@ class Recipe:
         1.25,
         "capacity of an expert with --router topk, in multiples of an equal share of the tokens",
         least=0.001,
+        most=1000,
     )
     collapse: bool = _experts(
         False, "with --router topk, deploy the plain model with the mean expert instead of the mixture"
@@ -444,7 +445,8 @@ def _check_value(setting: Field[Any], value: Any) -> None:
         return
     limits = [(setting.metadata[limit], holds, words) for limit, holds, words in _LIMITS]
     if setting.metadata["most"] is None and setting.metadata["below"] is None:
-        limits.append((LARGEST, operator.le, "at most {}"))
+        largest = LARGEST_COUNT if kinds()[setting.name] is int else LARGEST
+        limits.append((largest, operator.le, "at most {}"))
     limits = [(limit, holds, words) for limit, holds, words in limits if limit is not None]
     if not all(holds(each, limit) for limit, holds, _ in limits for each in values):
         allowed = " and ".join(words.format(limit) for limit, _, words in limits)
