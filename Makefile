@@ -9,7 +9,7 @@ install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@echo "Installing torch and what else ewavit needs into .venv: about 5.5 GB, two to three minutes."
+	@echo "Installing torch and what else ewavit needs into .venv: about 7 GB, two to five minutes."
 	$(BIN)/python -m pip install -c constraints.txt -e '.[all,dev,docs]'
 	touch $@
 

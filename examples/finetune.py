@@ -91,7 +91,7 @@ def main() -> None:
     averaging = ewa.ExpertAveraging(model, share_rate=0.3, ramp_steps=50).attach(optimizer)
     print(ewa.summary(model))
 
-    # 3. Any training loop. The averaging's own state is one number, the steps done, which the ramp goes by.
+    # 3. Any training loop. The number of steps, which the ramp follows, is saved with the optimizer's state.
     first = 0
     if args.resume:
         saved = torch.load(args.resume, weights_only=True)

@@ -1,4 +1,4 @@
-"""The Python door: what `ewavit train` does is `train(Recipe(...))`, and every flag is a field of `Recipe`.
+"""Training from Python: `ewavit train` is `train(Recipe(...))`, and every flag is a field of `Recipe`.
 
 python examples/from_python.py
 """

@@ -29,8 +29,8 @@ from ewavit.core.partition import Partition, RandomPartition
 from ewavit.distributed import expert_placement
 from processes import in_processes
 from small_models import perturbed, tiny_vit
+from steps import STEPS, batch
 
-IMAGES, STEPS = 8, 3  # images in the global batch
 kinds_in_worlds = pytest.mark.parametrize(
     ("experts", "world"), [("stacked", 2), ("stacked", 4), ("separate", 2)]
 )
@@ -54,14 +54,6 @@ def build(experts="auto", num_experts=4, apart=True, **kwargs):
     for moe in moe_layers(model).values():
         moe.dispatcher = RoundRobin(num_experts)
     return model.double()  # in float32 AdamW makes a step of what is rounding in a gradient of nothing
-
-
-def batch(step, rank=0, world=1):
-    """This process's share of a step's images and labels."""
-    generator = torch.Generator().manual_seed(step)
-    x = torch.randn(IMAGES, 3, 16, 16, generator=generator, dtype=torch.float64)
-    y = torch.randint(3, (IMAGES,), generator=generator)
-    return x.chunk(world)[rank], y.chunk(world)[rank]
 
 
 def training(model, plain=None, opt=torch.optim.AdamW):

@@ -1,7 +1,6 @@
 """The invariants of the method, each at the tolerance that the project's method note states."""
 
 import copy
-from contextlib import contextmanager
 
 import pytest
 import timm.utils
@@ -15,13 +14,10 @@ from torch.utils.checkpoint import checkpoint
 import ewavit as ewa
 from ewavit.core import MoE, SeparateExperts, StackedExperts, full_share_rate, moe_layers
 from small_models import DIM, FFNS, MlpNet, ffn, images, randomised, separated, tiny_vit, tokens
+from steps import assert_same, fresh_compiler, gradients, labels
 
 KINDS = {"stacked": StackedExperts, "separate": SeparateExperts}
 both_kinds = pytest.mark.parametrize("kind", KINDS)
-
-
-def labels(batch: int) -> Tensor:
-    return torch.arange(batch) % 3
 
 
 def optimizer_of(model: nn.Module, name: str) -> torch.optim.Optimizer:
@@ -227,20 +223,6 @@ class Checkpointed(nn.Module):
         return self.model.head(x.mean(-2))
 
 
-def gradients(model: nn.Module, x: Tensor, seed: int = 3) -> dict[str, Tensor]:
-    torch.manual_seed(seed)
-    model.zero_grad()
-    F.cross_entropy(model(x), labels(len(x))).backward()
-    assert all(p.grad is not None for p in model.parameters())
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
-
-
-def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float) -> None:
-    assert list(ours) == list(theirs)
-    for name, value in ours.items():
-        torch.testing.assert_close(value, theirs[name], atol=tolerance, rtol=tolerance, msg=name)
-
-
 @both_kinds
 @pytest.mark.parametrize("name", ["mlp", "swiglu with norm"])
 def test_activation_checkpointing_does_not_change_gradients(name, kind):
@@ -277,15 +259,6 @@ def test_eval_of_an_expanded_vit_equals_the_collapsed_vit(kind):
     x = images(3)
     expected = model(x)
     torch.testing.assert_close(ewa.collapse(model)(x), expected, atol=1e-5, rtol=1e-5)
-
-
-@contextmanager
-def fresh_compiler():
-    torch.compiler.reset()
-    try:
-        yield
-    finally:
-        torch.compiler.reset()
 
 
 def check_compiled(backend: str, kind: str, depth: int = 2) -> None:

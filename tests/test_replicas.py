@@ -21,7 +21,7 @@ from ewavit.distributed import clip_grad_norm_, expert_placement, load_stacked_s
 from ewavit.training.prediction import SpreadPrediction
 from processes import in_processes
 from small_models import MlpNet, tiny_vit
-from test_distributed import STEPS, batch
+from steps import STEPS, batch
 
 worlds = pytest.mark.parametrize("world", [2, 4])
 SGD = partial(torch.optim.SGD, momentum=0.9, nesterov=True)

@@ -93,3 +93,11 @@ def test_the_door_imports_nothing_but_the_errors_until_a_name_is_used():
         "training",
     }  # `load` opens the trainer
     assert wings(distributed, late=True) == {"core"}
+
+
+@pytest.mark.parametrize("file", sorted(Path(__file__).parent.glob("test_*.py")), ids=lambda file: file.stem)
+def test_no_test_imports_another_one(file):
+    nodes = ast.walk(ast.parse(file.read_text()))
+    found = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {getattr(node, "module", None) or node.names[0].name for node in found}
+    assert not {name for name in names if name.startswith("test_")}

@@ -32,7 +32,7 @@ from ewavit.training.recipe import Recipe
 from processes import in_processes
 from runs import TINY, assert_same_end, recipe, stop_after
 from small_models import DIM, MlpNet, ffn, images, randomised, separated, tiny_vit, tokens
-from test_invariants import assert_same, fresh_compiler, gradients, labels
+from steps import assert_same, fresh_compiler, gradients, labels
 
 KINDS = {"stacked": StackedExperts, "separate": SeparateExperts}
 both_kinds = pytest.mark.parametrize("kind", KINDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from collections import Counter
@@ -202,11 +203,13 @@ def _damaged(run: RunFolder, file: Path, what: str) -> EwavitError:
 
 def _table(file: Path) -> list[dict[str, str]]:
     """The rows of a CSV file; each has a value for every column."""
-    with file.open(newline="") as handle:
-        rows = list(csv.DictReader(handle, strict=True))
+    text = file.read_bytes().decode()
+    rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
     for number, row in enumerate(rows, 1):
         if None in row or None in row.values():
             raise ValueError(f"row {number} has another number of values than the header")
+    if rows and not text.endswith("\n"):
+        raise ValueError("it ends within a row")
     return rows
 
 

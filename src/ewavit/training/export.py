@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -80,6 +81,8 @@ def load_model(source: Path) -> tuple[nn.Module, ModelCard]:
 
 def _from_checkpoint(source: Path) -> tuple[nn.Module, ModelCard]:
     checkpoint = load_checkpoint(source)
+    if checkpoint.warning:
+        warnings.warn(checkpoint.warning, stacklevel=3)
     recipe = Recipe.from_dict(checkpoint.facts["recipe"], str(checkpoint.path))
     recipe = replace(recipe, placement="local")  # replicas are saved stacked
     card = ModelCard.from_dict(checkpoint.facts["card"])
