@@ -63,7 +63,7 @@ def test_a_run_leaves_its_model_curves_predictions_and_a_picture_of_clouds(finis
     assert 0 <= float(last["eval_mean_class"]) <= 100
     assert float(last["expert_spread"]) > 0
     predicted = list(csv.DictReader((run / "predictions.csv").open(newline="")))
-    assert [(row["input"], row["class"]) for row in predicted] == [("0", "ball"), ("1", "box")]
+    assert [(row["input"], row["class"]) for row in predicted] == [("0", "bed"), ("1", "chair")]
     with Image.open(run / "predictions.png") as picture:
         assert len(picture.convert("RGB").getcolors(2**20)) > 100
 

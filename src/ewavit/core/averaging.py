@@ -286,9 +286,7 @@ class ExpertAveraging:
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and float(found_inf):
             return
-        # torch's state-dict helpers step a fresh optimizer at learning rate 0, so that its state exists.
-        rates = [group.get("lr") for group in optimizer.param_groups]
-        if all(rate is not None and float(rate) == 0 for rate in rates):
+        if _only_makes_state(optimizer):
             return
         if id(optimizer) in self._stepped:  # the others do not step every time
             self._stepped.clear()
@@ -356,6 +354,15 @@ def looks_at_whole_tensors(name: str) -> bool:
     """Whether an optimizer of this name uses the shape or norm of a whole tensor: not for stacked experts."""
     plain = re.sub(r"[^a-z]", "", name.lower())
     return any(kind in plain for kind in _WHOLE_TENSORS)
+
+
+def _only_makes_state(optimizer: Optimizer) -> bool:
+    """Whether this was a step of torch's state-dict helpers: learning rate 0 and zero gradients."""
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    if any(rate is None or float(rate) != 0 for rate in rates):
+        return False
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return not any(p.grad is not None and bool(local(p.grad).any()) for p in parameters)
 
 
 def _weights_in_state(optimizer: Optimizer, parameter: nn.Parameter) -> Tensor | None:
