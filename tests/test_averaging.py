@@ -343,6 +343,16 @@ def test_detach_stops_the_averaging_and_allows_another_attach():
     assert averaging.steps_done == 1
 
 
+def test_another_averaging_of_the_same_optimizer_starts_its_own_count():
+    model = expanded()
+    optimizer = sgd(model)
+    first = ewa.ExpertAveraging(model, 0.3).attach(optimizer)
+    train_step(model, optimizer)
+    first.detach()
+    second = ewa.ExpertAveraging(model, 0.3).attach(optimizer)
+    assert (first.steps_done, second.steps_done) == (1, 0)
+
+
 def test_attaching_twice_is_refused():
     model = expanded()
     optimizer = sgd(model)

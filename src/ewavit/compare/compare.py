@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
@@ -24,6 +23,7 @@ from ewavit.compare.results import Comparison
 from ewavit.compare.terminal import Screen
 from ewavit.compare.work import Cell, Work
 from ewavit.errors import EwavitError
+from ewavit.training.opening import usable_cores
 from ewavit.training.processes import collected_signals
 from ewavit.training.recipe import Recipe
 from ewavit.training.run_folder import RunFolder
@@ -71,7 +71,7 @@ def compare(
         Stopped: SIGINT or SIGTERM. The second one ends the runs without a checkpoint.
     """
     _check(arms, seeds, lrs, jobs)
-    cores = _cores()
+    cores = usable_cores()
     jobs = jobs or len(gpus_here()) or (1 if torch.accelerator.is_available() else cores)
     if not recipe.name:
         recipe = replace(recipe, name=f"{datetime.now():%Y%m%d-%H%M%S}-compare")
@@ -105,10 +105,6 @@ def _stopped(work: Work, signal_number: int) -> Stopped:
     done, total = sum(cell.run.is_finished for cell in work.final()), len(work.arms) * len(work.seeds)
     message = f"stopped, {done} of {total} runs are finished; go on with: {work.command}"
     return Stopped(signal_number, message)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check(arms: Sequence[Arm], seeds: int, lrs: Sequence[float], jobs: int | None) -> None:

@@ -278,6 +278,8 @@ class ExpertAveraging:
         self._steps_done = self.steps_done
         for hook in self._hooks:
             hook.remove()
+        for optimizer in self._optimizers:  # another averaging of this optimizer starts its own count
+            optimizer.param_groups[0].pop(STEPS_KEY, None)
         self._hooks, self._optimizers = [], []
         self._stepped.clear()
 

@@ -63,10 +63,14 @@ def open_data(spec: str, options: DataOptions) -> Data:
     raise EwavitError(f"unknown data {spec!r}, and no folder either: give {ACCEPTED}")
 
 
+def usable_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def usable_workers(workers: int) -> int:
-    """At most so many reading processes as cores that this process may use."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(workers, cores)
+    """At most as many reading processes as usable cores."""
+    return min(workers, usable_cores())
 
 
 def open_recipe_data(
