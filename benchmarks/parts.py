@@ -2,7 +2,8 @@
 
     python benchmarks/parts.py        # ViT-Ti's shapes on a CPU, those of ViT-B/16 at batch 256 on a GPU
 
-Draw: `randperm` (what `RandomPartition` does) against sorting random numbers, and one draw for all layers.
+Draw: what `RandomPartition` does (`randperm` with a generator of seed, layer and step) against the global
+generator, sorting random or hashed numbers, and one draw for all layers.
 Move: dispatch and combine, forward and backward. Multiply: N experts as one batched matmul against the dense
 layer and against a loop. Average: what `average_experts_` does against passes expert by expert and against
 one compiled kernel. Rounds are interleaved; medians, and ratios to the first row of a group with a bootstrap
@@ -37,12 +38,28 @@ def draws(tokens: int, experts: int, layers: int, device: str) -> Ways:
         for _ in range(layers):
             partition.draw(tokens, device)
 
+    def from_the_global_generator() -> None:
+        for _ in range(layers):
+            order = torch.randperm(tokens, device=device)
+            torch.empty_like(order).scatter_(0, order, torch.arange(tokens, device=device))
+
+    def hashed(step: Tensor = torch.zeros((), dtype=torch.int64, device=device)) -> None:  # noqa: B008
+        for layer in range(layers):
+            mixed = torch.arange(tokens, device=device) + (step + layer) * 0x9E3779B1
+            for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
+                mixed = ((mixed ^ (mixed >> shift)) * factor) & 0xFFFFFFFF
+            order = mixed.argsort()
+            torch.empty_like(order).scatter_(0, order, torch.arange(tokens, device=device))
+        step += 1
+
     def sorting() -> None:
         for _ in range(layers):
             torch.rand(tokens, device=device).argsort()
 
     return {
         "a draw per layer": each_its_own,
+        "from the global generator": from_the_global_generator,
+        "sorting hashed numbers": hashed,
         "sorting random numbers": sorting,
         "one draw for all layers": lambda: partition.draw(tokens, device),
         "one batched sort": lambda: torch.rand(layers, tokens, device=device).argsort(1),

@@ -27,6 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import ewavit as ewa
 from ewavit.core import MoE, StackedExperts, moe_layers
 from ewavit.core.moe import dispatching
+from ewavit.core.steps import set_step
 from ewavit.data.batches import Data
 from ewavit.data.options import DataOptions
 from ewavit.study import theory
@@ -413,7 +414,7 @@ def measure_penalties(model: nn.Module, unit: Any, x: Tensor, y: Tensor) -> list
         with torch.no_grad(), dispatching(model):
             for turn in range(N):  # every unit meets every expert of a draw, so that first-order terms cancel
                 for draw in range(DRAWS):
-                    torch.manual_seed(draw)
+                    set_step(model, draw)
                     losses[draw, turn] = F.cross_entropy(model(x), y).item()
                 change(layers, lambda values: values[1:] + values[:1])
         added = losses.mean(1) - deployed.item()

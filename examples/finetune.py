@@ -98,7 +98,7 @@ def main() -> None:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         averaging.load_state_dict(saved["averaging"])
-        torch.set_rng_state(saved["generator"])  # the order of the images and the partitions
+        torch.set_rng_state(saved["generator"])  # the order of the images
         first = saved["epochs"]
     for epoch in range(first, args.epochs):
         loss = train_epoch(model, optimizer, images[few], labels[few])

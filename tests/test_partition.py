@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ewavit.core import RandomPartition
+from ewavit.core import RandomPartition, set_step
 from ewavit.core.partition import dispatch_reference
 
 UNITS = st.integers(0, 40)
@@ -19,6 +19,14 @@ SEEDS = st.integers(0, 2**31)
 def draw(units: int, experts: int, seed: int):
     torch.manual_seed(seed)
     return RandomPartition(experts).draw(units)
+
+
+def draws(units: int, experts: int, number: int):
+    """The partitions of so many steps."""
+    partition = RandomPartition(experts)
+    for step in range(number):
+        set_step(partition, step)
+        yield partition.draw(units)
 
 
 def expert_of(state, experts: int) -> Tensor:
@@ -83,20 +91,18 @@ def test_dispatch_equals_its_reference_and_combine_undoes_it(units, experts, see
 
 @pytest.mark.parametrize(("units", "experts"), [(8, 4), (10, 4), (7, 3), (3, 4), (1, 4), (2, 3), (9, 2)])
 def test_each_unit_meets_each_expert_with_probability_one_nth(units, experts):
-    partition = RandomPartition(experts)
     counts = torch.zeros(units, experts)
-    for _ in range(3000):
-        counts[torch.arange(units), expert_of(partition.draw(units), experts)] += 1
+    for state in draws(units, experts, 3000):
+        counts[torch.arange(units), expert_of(state, experts)] += 1
     assert p_value(counts).min() > 1e-3
 
 
 @pytest.mark.parametrize(("units", "experts"), [(10, 4), (3, 4), (7, 3)])
 def test_each_expert_is_short_of_a_unit_equally_often(units, experts):
-    partition = RandomPartition(experts)
     short = torch.zeros(experts)
-    for _ in range(3000):
+    for state in draws(units, experts, 3000):
         # Every draw leaves out the same number of experts; one of them, at random, keeps draws independent.
-        sizes = torch.bincount(expert_of(partition.draw(units), experts), minlength=experts)
+        sizes = torch.bincount(expert_of(state, experts), minlength=experts)
         lacking = (sizes == sizes.min()).nonzero().flatten()
         short[lacking[torch.randint(len(lacking), ())]] += 1
     assert p_value(short) > 1e-3
@@ -104,21 +110,30 @@ def test_each_expert_is_short_of_a_unit_equally_often(units, experts):
 
 def test_all_groupings_are_equally_likely():
     # 4 units over 2 experts: 6 ways to choose who goes to expert 0.
-    partition = RandomPartition(2)
-    seen = Counter(tuple(expert_of(partition.draw(4), 2).tolist()) for _ in range(3000))
+    seen = Counter(tuple(expert_of(state, 2).tolist()) for state in draws(4, 2, 3000))
     assert len(seen) == 6
     assert p_value(torch.tensor(list(seen.values()))) > 1e-3
 
 
-def test_the_draw_follows_the_global_generator():
+@pytest.mark.parametrize("changed", range(3))
+def test_the_draw_is_a_function_of_seed_layer_and_step(changed):
+    first, other = RandomPartition(3), RandomPartition(3)
+    drawn = first.draw(20)
+    torch.rand(5)  # the generators' positions do not count
+    other.key.copy_(first.key)
+    assert torch.equal(other.draw(20).positions, drawn.positions)
+    other.key[changed] += 1
+    assert not torch.equal(other.draw(20).positions, drawn.positions)
+
+
+def test_the_seed_is_that_of_manual_seed_and_drawing_leaves_the_generator_alone():
     first, again, other = draw(20, 3, seed=1), draw(20, 3, seed=1), draw(20, 3, seed=2)
     assert torch.equal(first.positions, again.positions)
     assert not torch.equal(first.positions, other.positions)
-
-
-def test_two_draws_in_a_row_differ():
-    partition = RandomPartition(3)
-    assert not torch.equal(partition.draw(20).positions, partition.draw(20).positions)
+    before = torch.get_rng_state()
+    draw_without_seed = RandomPartition(3).draw(20)
+    assert len(draw_without_seed.positions) == 20
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize(("units", "experts"), [(6, 3), (7, 3), (2, 4), (0, 2)])

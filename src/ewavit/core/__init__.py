@@ -9,6 +9,7 @@ from ewavit.core.moe import MoE, moe_layers
 from ewavit.core.partition import RandomPartition
 from ewavit.core.replicas import ReplicaExperts
 from ewavit.core.routing import TopKRouter
+from ewavit.core.steps import set_step
 from ewavit.core.surgery import LayerSummary, Summary
 
 __all__ = [
@@ -27,4 +28,5 @@ __all__ = [
     "TopKRouter",
     "full_share_rate",
     "moe_layers",
+    "set_step",
 ]

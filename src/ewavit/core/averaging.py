@@ -22,11 +22,9 @@ from ewavit.core.devices import local
 from ewavit.core.experts import Read, StackedExperts
 from ewavit.core.moe import moe_layers, require_moe_layers
 from ewavit.core.replicas import check_peers
+from ewavit.core.steps import STEPS_KEY, held_by, only_makes_state, set_step, unwrapped_optimizer
 from ewavit.errors import EwavitError
 
-STEPS_KEY = "ewavit_steps"  # of an optimizer's first group, so that its state dict has the count
-# Where wrappers hold the optimizer: accelerate and Lightning, SAM, timm's Lookahead, LARC.
-_INNER = ("optimizer", "base_optimizer", "_base_optimizer", "optim")
 # Optimizers that use the norm or the shape of a whole tensor, which stacked experts share.
 _WHOLE_TENSORS = (
     "muon", "lamb", "lars", "larc", "adafactor", "novograd", "adamp", "sgdp", "soap", "shampoo", "kron",
@@ -233,15 +231,21 @@ class ExpertAveraging:
             raise EwavitError("this ExpertAveraging is already attached: call detach() first")
         inner = [unwrapped_optimizer(optimizer) for optimizer in optimizers]
         experts = self._check_held(inner)
-        self._optimizers = [optimizer for optimizer in inner if experts & _held(optimizer)] or inner[:1]
+        self._optimizers = [optimizer for optimizer in inner if experts & held_by(optimizer)] or inner[:1]
         self._hooks = [optimizer.register_step_post_hook(self._after_step) for optimizer in self._optimizers]
         for optimizer in self._optimizers:
             optimizer.param_groups[0].setdefault(STEPS_KEY, self._steps_done)
+            self._hooks.append(optimizer.register_load_state_dict_post_hook(self._after_load))
+        self._after_load()
         return self
+
+    def _after_load(self, optimizer: Optimizer | None = None) -> None:
+        """Draw the partitions of the step that the optimizer's state counts."""
+        set_step(self.model, self.steps_done)
 
     def _check_held(self, optimizers: list[Optimizer]) -> set[int]:
         """The identities of all expert parameters, if the optimizers can train them."""
-        kinds = {identity: type(each).__name__ for each in optimizers for identity in _held(each)}
+        kinds = {identity: type(each).__name__ for each in optimizers for identity in held_by(each)}
         experts: set[int] = set()
         half: dict[str, torch.dtype] = {}
         for layer, moe in moe_layers(self.model).items():
@@ -288,7 +292,7 @@ class ExpertAveraging:
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and float(found_inf):
             return
-        if _only_makes_state(optimizer):
+        if only_makes_state(optimizer):
             return
         if id(optimizer) in self._stepped:  # the others do not step every time
             self._stepped.clear()
@@ -314,6 +318,8 @@ class ExpertAveraging:
     def step(self) -> None:
         """Count one optimizer step and average; call it yourself only in loops without `attach`."""
         self.steps_done += 1
+        if not self._optimizers:  # else the hook of all optimizers follows
+            set_step(self.model, self.steps_done)
         if self.steps_done <= 2 or self.steps_done % CHECK_EVERY == 0:
             check_peers(self.model)
         if self.steps_done % self.every == 0:
@@ -340,16 +346,7 @@ class ExpertAveraging:
                 stacklevel=2,
             )
         self.steps_done = saved
-
-
-def unwrapped_optimizer(optimizer: Optimizer) -> Optimizer:
-    """The innermost optimizer: the one that changes the weights, whatever wraps it."""
-    while True:
-        found = (getattr(optimizer, name, None) for name in _INNER)
-        inner = next((each for each in found if isinstance(each, Optimizer)), None)
-        if inner is None:
-            return optimizer
-        optimizer = inner
+        set_step(self.model, saved)
 
 
 def looks_at_whole_tensors(name: str) -> bool:
@@ -358,19 +355,6 @@ def looks_at_whole_tensors(name: str) -> bool:
     return any(kind in plain for kind in _WHOLE_TENSORS)
 
 
-def _only_makes_state(optimizer: Optimizer) -> bool:
-    """Whether this was a step of torch's state-dict helpers: learning rate 0 and zero gradients."""
-    rates = [group.get("lr") for group in optimizer.param_groups]
-    if any(rate is None or float(rate) != 0 for rate in rates):
-        return False
-    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    return not any(p.grad is not None and bool(local(p.grad).any()) for p in parameters)
-
-
 def _weights_in_state(optimizer: Optimizer, parameter: nn.Parameter) -> Tensor | None:
     z = optimizer.state.get(parameter, {}).get("z")
     return None if z is None else local(z)
-
-
-def _held(optimizer: Optimizer) -> set[int]:
-    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

@@ -16,6 +16,8 @@ from typing import ClassVar, Generic, TypeVar
 
 from torch import Tensor, nn
 
+from ewavit.core.draws import new_key
+
 State = TypeVar("State")
 
 
@@ -27,6 +29,10 @@ class Dispatcher(nn.Module, Generic[State]):
     """
 
     routed: ClassVar[bool] = False  # whether eval mode dispatches too, instead of using the mean expert
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.key = new_key()  # of its draws; not a buffer: neither the state dict nor `.to()` contains it
 
     def dispatch(self, x_TD: Tensor) -> tuple[Tensor, State]:
         """Send units to experts.

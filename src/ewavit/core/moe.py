@@ -16,6 +16,7 @@ from ewavit.core.copying import share_call_hooks
 from ewavit.core.dispatch import Dispatcher
 from ewavit.core.experts import ExpertLeaf, Experts
 from ewavit.core.partition import RandomPartition
+from ewavit.core.steps import follow_optimizers
 from ewavit.errors import EwavitError
 
 Unit = Literal["token", "image"]
@@ -49,6 +50,11 @@ class MoE(nn.Module):
         for layer in experts.modules() if self.routed else ():
             if isinstance(layer, ExpertLeaf):
                 layer.routed = True
+        follow_optimizers(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # a copy, or a model from a file
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        follow_optimizers(self)
 
     @property
     def num_experts(self) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ewavit.core.dispatch import Dispatcher
+from ewavit.core.draws import permutation
 
 
 class Partition(NamedTuple):
@@ -49,8 +50,7 @@ class RandomPartition(Dispatcher[Partition]):
     """Split the units of a batch at random into `num_experts` groups of equal size (arXiv 2308.06093).
 
     Every unit is in one group, group sizes differ by at most one, and each unit goes to each expert with
-    probability 1/N. The draw comes from the global generator of the tensor's device, so activation
-    checkpointing recomputes the same partition.
+    probability 1/N. The draw is a function of (seed, layer, optimizer step), see `core/draws.py`.
 
     Args:
         num_experts: number of groups, N >= 1.
@@ -61,19 +61,18 @@ class RandomPartition(Dispatcher[Partition]):
         self.num_experts = num_experts
 
     def draw(self, num_units: int, device: torch.device | str = "cpu") -> Partition:
-        """Draw a partition of T = `num_units` units."""
+        """Draw a partition of T = `num_units` units: the same until the next optimizer step."""
         experts = self.num_experts
         capacity = -(-num_units // experts)
         num_slots = experts * capacity
-        # `generator=None` selects another overload with the same draw. Inductor of torch 2.11 fails on an
-        # index that is a whole permutation of the default one (https://github.com/pytorch/pytorch/issues/158457).
-        order = torch.randperm(num_units, generator=None, device=device)
+        device = torch.device(device)
+        order = permutation(self.key, 0, num_units, device)
         index = torch.arange(num_slots, device=device)
         if num_slots == num_units:
             return Partition(order, torch.empty_like(order).scatter_(0, order, index), None)
         # Deal the shuffled units in turn, so short groups lack one unit each. Then shuffle the groups, so
         # that no expert is short more often than another.
-        deal = index.view(capacity, experts)[:, torch.randperm(experts, device=device)].t().reshape(-1)
+        deal = index.view(capacity, experts)[:, permutation(self.key, 1, experts, device)].t().reshape(-1)
         padding = deal >= num_units
         slots = torch.cat([order, order.new_zeros(num_slots - num_units)])[deal]
         target = torch.where(padding, num_units, slots)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ewavit.core.devices import at_least_float32
 from ewavit.core.dispatch import Dispatcher
+from ewavit.core.draws import normal
 from ewavit.errors import EwavitError
 
 
@@ -117,8 +118,8 @@ class TopKRouter(Dispatcher[Routing]):
     """Sends each token to the k experts with the largest logits of a linear layer (arXiv 2106.05974).
 
     The softmax and all losses are float32. All tokens of a batch compete for the experts' capacity, in eval
-    mode too. The noise comes from the global generator of the tokens' device, so activation checkpointing
-    recomputes the same routing; eval mode adds none.
+    mode too. The noise is a function of (seed, layer, optimizer step), see `core/draws.py`; eval mode adds
+    none.
 
     Args:
         config: k, capacity, noise and losses.
@@ -159,7 +160,7 @@ class TopKRouter(Dispatcher[Routing]):
         with torch.autocast(x_TD.device.type, enabled=False):
             clean_TE = F.linear(at_least_float32(x_TD), at_least_float32(self.weight))
             noise = self.config.noise / self.num_experts if self.training else 0.0
-            logits_TE = clean_TE + noise * torch.randn_like(clean_TE) if noise else clean_TE
+            logits_TE = clean_TE + noise * normal(self.key, clean_TE.detach()) if noise else clean_TE
             softmax_TE = logits_TE.softmax(-1)
             gates_TK, choices_TK = softmax_TE.topk(k, dim=-1)
             slots_TK, counts_E = self._assign(gates_TK, choices_TK, capacity)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ewavit.core.copying import share_call_hooks
 from ewavit.core.devices import Peers, cut_like, is_sharded, whole
+from ewavit.core.draws import LAYER
 from ewavit.core.experts import ExpertLeaf, SeparateExperts, StackedExperts
 from ewavit.core.ffn import FFN, find_ffns
 from ewavit.core.moe import MoE, Unit, moe_layers, require_moe_layers
@@ -79,13 +80,14 @@ def expand(
         raise EwavitError("the model is expanded already: call ewavit.collapse(model) first")
     chosen = select_ffns(model, select, unit if peers is None else "image")
     _check_chosen(model, chosen, experts)
-    for ffn in chosen:
+    for number, ffn in enumerate(chosen):
         if peers is not None:
             moe = MoE(ReplicaExperts(ffn.module, peers), "image", ffn.channels_first, DealtByProcess())
         else:
             kind = SeparateExperts if experts == "separate" or not ffn.stackable else StackedExperts
             dispatcher = None if router is None else _router(router, num_experts, ffn)
             moe = MoE(kind(ffn.module, num_experts), unit, ffn.channels_first, dispatcher)
+        moe.dispatcher.key[LAYER] = number
         share_call_hooks(ffn.module, moe)
         _replace(model, ffn.module, moe)
     _exempt_norms_from_decay(model)

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from ewavit.core.averaging import ExpertAveraging, lerp_weight, unwrapped_optimizer
+from ewavit.core.averaging import ExpertAveraging, lerp_weight
 from ewavit.core.experts import Experts, SeparateExperts
 from ewavit.core.moe import MoE, require_moe_layers
+from ewavit.core.steps import unwrapped_optimizer
 from ewavit.errors import EwavitError
 
 
