@@ -20,11 +20,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.data import create_transform, resolve_model_data_config
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch.nn.utils import prune
 from torchvision.datasets import ImageFolder
 
 import ewavit
 from ewavit.cli import main
 from ewavit.compare.results import read_run
+from ewavit.core import moe_layers
 from ewavit.core.pretrained import with_mean_ffns
 from ewavit.data.sources import read_bundled
 from ewavit.errors import EwavitError
@@ -87,6 +89,7 @@ def test_plain_timm_loads_the_folder_of_a_run_and_finds_its_accuracy(finished, f
     code = f"""
 import sys, timm, torch
 from timm.data import create_transform, resolve_model_data_config
+from torch.nn.utils import prune
 from torchvision.datasets import ImageFolder
 model = timm.create_model("local-dir:" + {str(finished.run)!r}, pretrained=True).eval()
 transform = create_transform(**resolve_model_data_config(model))
@@ -534,6 +537,22 @@ def test_save_pretrained_takes_a_dense_state_dict_as_it_is(tmp_path):
     model.save_pretrained(tmp_path, state_dict=ewavit.dense_state_dict(model))
     _, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] | report["unexpected_keys"]
+
+
+@pytest.mark.parametrize("experts", ["stacked", "separate"])
+def test_save_pretrained_refuses_experts_that_were_pruned_since_expand(tmp_path, experts):
+    model = with_different_experts(tiny_transformer(), experts=experts)
+    for moe in moe_layers(model).values():
+        for ffn in moe.experts.ffns():
+            prune.l1_unstructured(ffn.fc1, "weight", 0.5)
+    with pytest.raises(EwavitError, match=r"pruned .*collapse\(copy"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        output = model(images).logits
+        ewavit.collapse(model).save_pretrained(tmp_path)
+        torch.testing.assert_close(type(model).from_pretrained(tmp_path).eval()(images).logits, output)
 
 
 def test_save_pretrained_of_a_routed_mixture_is_refused(tmp_path):

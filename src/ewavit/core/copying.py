@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from functools import reduce
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ewavit.errors import EwavitError
 
 # Hooks of calls. A MoE takes those of its FFN, so that they fire once for each call of the FFN's place.
 CALL_HOOKS = (
@@ -25,7 +29,8 @@ _PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 def duplicate(module: nn.Module, memo: dict[int, Any] | None = None, hooks: bool = True) -> nn.Module:
     """A deep copy that shares all hooks, and keeps the attributes and gradient hooks of parameters.
 
-    A hook that is a bound method keeps its owner, and the handle of a hook removes it from the copy too.
+    A hook that is a bound method keeps its owner, and the handle of a hook removes it from the copy too. Only
+    where a hook of torch computes a weight has each copy its own hooks: pruning adds and removes them.
 
     Args:
         module: what is copied.
@@ -36,8 +41,9 @@ def duplicate(module: nn.Module, memo: dict[int, Any] | None = None, hooks: bool
     for part in module.modules():
         for name, value in vars(part).items():
             if "_hooks" in name and value:
-                kept = value if hooks else {k: hook for k, hook in value.items() if computes_weight(hook)}
-                memo.setdefault(id(value), value if hooks else type(value)(kept))
+                computing = {key: hook for key, hook in value.items() if computes_weight(hook)}
+                own = type(value)(value if hooks else computing)
+                memo.setdefault(id(value), value if hooks and not computing else own)
             elif isinstance(value, Tensor) and not value.is_leaf:  # a hook computes it: pruning, weight norm
                 memo.setdefault(id(value), value.detach().clone())
     made = copy.deepcopy(module, memo)
@@ -59,6 +65,59 @@ def computes_weight(hook: Any) -> bool:
 def copied_with(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> nn.Module:
     """A deep copy of a module with other parameters, given by name."""
     return duplicate(module, {id(module.get_parameter(name)): new for name, new in parameters.items()})
+
+
+def without_weights(module: nn.Module) -> nn.Module:
+    """A deep copy with its parameters on the meta device: what the module is, without its weights."""
+    return duplicate(
+        module, {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in module.parameters()}
+    )
+
+
+def computed_weights(module: nn.Module, before: nn.Module) -> dict[str, Tensor]:
+    """The weights that a module computes with, after it was parametrized or pruned.
+
+    Args:
+        module: parametrized or pruned in some layers.
+        before: a copy from before that (`without_weights`); it gets the module's mode and buffers.
+
+    Returns:
+        The value for each parameter of `before`, by name.
+
+    Raises:
+        EwavitError: a layer was replaced, added or no longer computes its weight.
+    """
+    now, then = (
+        {name: part for name, part in each.named_modules() if "parametrizations" not in name.split(".")}
+        for each in (module, before)
+    )
+    for name in {**then, **now}:
+        part, kind = now.get(name), type(now.get(name))
+        plain = kind.__mro__[1] if part is not None and parametrize.is_parametrized(part) else kind
+        if part is None or name not in then or type(then[name]) not in (kind, plain):
+            raise unknown_mean(
+                name, "is missing" if part is None else f"is a {kind.__module__}.{kind.__name__}"
+            )
+        for hook in list(part._forward_pre_hooks.values()):
+            if computes_weight(hook):
+                hook(part, ())
+        then[name].training = part.training
+        then[name]._buffers |= {k: v for k, v in part._buffers.items() if k in then[name]._buffers}
+    try:
+        found: list[tuple[str, Any]] = [
+            (name, reduce(getattr, name.split("."), module)) for name, _ in before.named_parameters()
+        ]
+    except AttributeError as problem:
+        raise unknown_mean(str(problem.name), "is gone") from None
+    return dict(found)
+
+
+def unknown_mean(name: str, what: str) -> EwavitError:
+    """The error for experts that were changed in a way that leaves their mean unknown."""
+    return EwavitError(
+        f"{name} of an expert {what} since ewavit.expand, so the mean weight is not known: merge it first "
+        "(peft: merge_and_unload), or call expand after the change"
+    )
 
 
 def keep_attributes(parameter: nn.Parameter, other: nn.Parameter) -> None:

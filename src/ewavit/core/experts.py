@@ -16,13 +16,16 @@ from torch.func import functional_call
 
 from ewavit.core.copying import (
     attachments,
+    computed_weights,
     computes_weight,
     copied_with,
     duplicate,
     keep_attributes,
+    unknown_mean,
     without_call_hooks,
+    without_weights,
 )
-from ewavit.core.devices import Peers, at_least_float32, local
+from ewavit.core.devices import Peers, at_least_float32, is_sharded, local
 from ewavit.errors import EwavitError
 
 Read = Callable[[nn.Parameter], Tensor | None]
@@ -43,18 +46,16 @@ class ExpertLeaf(nn.Module):
         super().__init__()
         self.num_experts = num_experts
         self.training = leaf.training
-        memo: dict[int, Any] = {}
         for name, parameter in leaf._parameters.items():
             if parameter is None:
                 self.register_parameter(name, None)
                 continue
-            memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
             stacked = parameter.detach().unsqueeze(0).repeat(num_experts, *[1] * parameter.ndim)
             self.register_parameter(name, nn.Parameter(stacked, parameter.requires_grad))
             keep_attributes(parameter, cast(nn.Parameter, self._parameters[name]))
         self.names = tuple(self._parameters)
         # The original layer without its weights, in a tuple so that torch does not register it as a child.
-        self._original = (duplicate(leaf, memo),)
+        self._original = (without_weights(leaf),)
 
     @property
     def merged(self) -> bool:
@@ -218,6 +219,13 @@ class Experts(nn.Module):
 
     num_experts: int
     peers: Peers | None = None  # the processes, if each holds only one expert
+    _before: tuple[nn.Module]  # the FFN without its weights; in a tuple, so that torch does not register it
+
+    @property
+    def changed(self) -> bool:
+        """Whether parameters were renamed, added or removed since `expand`: parametrized, pruned, LoRA."""
+        now, then = (dict(each.named_parameters()).keys() for each in (self.ffns()[0], *self._before))
+        return now != then
 
     def merged(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The FFN with the mean parameters, applied to a dense input: what is deployed."""
@@ -259,6 +267,10 @@ class Experts(nn.Module):
     def fill_(self, ffn: nn.Module, keep: Container[str] = ()) -> None:
         """Set every expert to the parameters and buffers of a dense FFN, except those named in `keep`."""
         dense = dict(ffn.named_parameters())
+        if self.changed:
+            raise EwavitError(
+                "experts were parametrized, pruned or wrapped since ewavit.expand: load weights before that"
+            )
         for name, values in self.values_by_parameter():
             for value in values if name not in keep else ():
                 value.copy_(dense[name])
@@ -292,6 +304,7 @@ class StackedExperts(Experts):
                 )
             memo[id(module)] = leaf
         self.ffn: nn.Module = duplicate(ffn, memo | without_call_hooks(ffn))
+        self._before = (without_weights(ffn),)
         self.training = ffn.training
 
     def ffns(self) -> list[nn.Module]:
@@ -312,10 +325,13 @@ class StackedExperts(Experts):
             value = parameter if read is None else read(parameter)
             if value is None:
                 continue
-            if value.shape[0] != self.num_experts:
+            if value.shape[:1] != (self.num_experts,):
                 raise EwavitError(
                     f"{name} is sharded over its experts: pass shard_placement_fn="
                     "ewavit.distributed.expert_placement(model, mesh) to every fully_shard"
+                    if is_sharded(parameter)
+                    else f"{name} {tuple(value.shape)} has no value for each of {self.num_experts} stacked "
+                    'experts: use ewavit.expand(model, experts="separate"), or add it before expand'
                 )
             yield name, value
 
@@ -329,6 +345,9 @@ class StackedExperts(Experts):
 
     def collapse(self) -> nn.Module:
         leaves = [module for module in self.ffn.modules() if isinstance(module, ExpertLeaf)]
+        stacked = {parameter for leaf in leaves for parameter in leaf.parameters()}
+        if added := [name for name, parameter in self.ffn.named_parameters() if parameter not in stacked]:
+            raise unknown_mean(added[0], "was added")
         return duplicate(self.ffn, {id(leaf): leaf.collapse() for leaf in leaves})
 
 
@@ -344,6 +363,7 @@ class SeparateExperts(Experts):
         super().__init__()
         self.num_experts = num_experts
         self.copies = nn.ModuleList(duplicate(ffn, without_call_hooks(ffn)) for _ in range(num_experts))
+        self._before = (without_weights(ffn),)
         self.training = self.copies.training = ffn.training
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -352,8 +372,26 @@ class SeparateExperts(Experts):
     def merged(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.num_experts == 1:
             return cast(Tensor, self.copies[0](x, *args, **kwargs))
-        mean = {name: torch.stack(values).mean(0) for name, values in self.values_by_parameter()}
-        return cast(Tensor, functional_call(self.copies[0], mean, (x, *args), kwargs))
+        return cast(Tensor, functional_call(*self._mean(), (x, *args), kwargs))
+
+    def _mean(self) -> tuple[nn.Module, dict[str, Tensor]]:
+        """The module that computes what is deployed, and its parameters: the experts' means."""
+        ffn, by_parameter = self.copies[0], dict(self.values_by_parameter())
+        if self.changed:
+            (ffn,) = self._before
+            each = [computed_weights(expert, ffn) for expert in self.copies]
+            by_parameter = {name: [weights[name] for weights in each] for name in each[0]}
+        elif not self._same_masks():
+            raise EwavitError(
+                "the experts were pruned before ewavit.expand and again since, each by itself, so no pruned "
+                "FFN is their mean: prune only before or only after expand"
+            )
+        return ffn, {name: torch.stack(values).mean(0) for name, values in by_parameter.items()}
+
+    def _same_masks(self) -> bool:
+        """Whether the masks of torch's pruning are those of the first expert."""
+        masks = [[m for name, m in ffn.named_buffers() if name.endswith("_mask")] for ffn in self.copies]
+        return all(all(map(torch.equal, masks[0], each)) for each in masks[1:])
 
     @torch.no_grad()
     def pull_towards_mean_(self, weight: float, read: Read = local) -> None:
@@ -380,8 +418,11 @@ class SeparateExperts(Experts):
                 yield name, values
 
     def collapse(self) -> nn.Module:
-        means = {
-            name: nn.Parameter(torch.stack(values).mean(0).detach(), values[0].requires_grad)
-            for name, values in self.values_by_parameter()
-        }
-        return copied_with(self.copies[0], means)
+        return with_means(*self._mean())
+
+
+def with_means(ffn: nn.Module, means: dict[str, Tensor]) -> nn.Module:
+    """A copy of an FFN with other parameters, given by name."""
+    parameters = dict(ffn.named_parameters())
+    made = {n: nn.Parameter(mean.detach(), parameters[n].requires_grad) for n, mean in means.items()}
+    return copied_with(ffn, made)

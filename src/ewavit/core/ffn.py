@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ewavit.core.copying import attachments, duplicate
-from ewavit.core.experts import ExpertLeaf, SeparateExperts, StackedExperts
+from ewavit.core.experts import ExpertLeaf, Experts, SeparateExperts, StackedExperts
 from ewavit.core.moe import MoE, Unit
 from ewavit.errors import first_line
 
@@ -212,7 +212,12 @@ def _examine(name: str, module: nn.Module) -> FFN:
             return refused(f"{x.shape[channel_dim]} channels in, {width} out: a head or a projection")
         else:
             hooked = any(attachments(part) for part in module.modules() if part is not module)
-            return FFN(name, module, "token", "", channel_dim == 1, not hooked and _stacks(trial, x))
+            separate = _different(SeparateExperts(trial, 2))
+            if not _deploys(separate, x):
+                return refused("does not compute with its mean weights: merge adapters first (peft: LoRA)")
+            return FFN(
+                name, module, "token", "", channel_dim == 1, not hooked and _stacks(trial, separate, x)
+            )
     return refused(errors[0])
 
 
@@ -244,7 +249,9 @@ def _with_random_weights(module: nn.Module) -> nn.Module:
     generator = torch.Generator().manual_seed(1)
     trial = duplicate(module, hooks=False).eval()  # a trial run calls no hook of the user's
     with torch.no_grad():
-        for parameter in trial.parameters():
+        for name, parameter in trial.named_parameters():
+            if "parametrizations" in name.split("."):
+                continue  # its values may have to fit together
             scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 1.0
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
     return trial
@@ -278,25 +285,46 @@ def _width(trial: nn.Module, x: Tensor, channel_dim: int) -> int:
     return output.shape[channel_dim]
 
 
-def _stacks(trial: nn.Module, x: Tensor) -> bool:
+@torch.no_grad()
+def _different(experts: SeparateExperts) -> SeparateExperts:
+    for parameter in experts.copies[1].parameters():
+        parameter.mul_(0.5)
+    return experts
+
+
+@torch.no_grad()
+def _deploys(experts: Experts, x: Tensor) -> bool:
+    """Whether experts in eval mode compute what their collapse does, also when called again."""
+    try:
+        outputs = [experts.eval().merged(x) for _ in range(2)]
+        plain = experts.collapse().eval()(x)
+    except Exception:
+        # Any error in someone else's forward means the same here: it needs weights of its own.
+        return False
+    return all(_close(output, plain) for output in outputs)
+
+
+def _close(output: Tensor, expected: Tensor) -> bool:
+    tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 5e-2
+    return bool((output - expected).norm() <= tolerance * expected.norm())
+
+
+@torch.no_grad()
+def _stacks(trial: nn.Module, separate: SeparateExperts, x: Tensor) -> bool:
     """Whether stacked experts compute the same as two different separate copies on (E, ...) inputs."""
-    separate = SeparateExperts(trial, 2)
-    with torch.no_grad():
-        for parameter in separate.copies[1].parameters():
-            parameter.mul_(0.5)
-        try:
-            stacked = StackedExperts(trial, 2)
-            for (_, into), (_, values) in zip(
-                stacked.values_by_parameter(), separate.values_by_parameter(), strict=True
-            ):
-                for target, value in zip(into, values, strict=True):
-                    target.copy_(value)
-            for part in stacked.modules():
-                part.training = isinstance(part, ExpertLeaf)
-            inputs = torch.stack([x, -x])
-            expected = separate(inputs)
-            tolerance = 1e-4 if x.dtype in (torch.float32, torch.float64) else 5e-2
-            return bool((stacked(inputs) - expected).norm() <= tolerance * expected.norm())
-        except Exception:
-            # Separate copies accept what the stacked layers or the FFN's forward do not.
+    try:
+        stacked = StackedExperts(trial, 2)
+        for (_, into), (_, values) in zip(
+            stacked.values_by_parameter(), separate.values_by_parameter(), strict=True
+        ):
+            for target, value in zip(into, values, strict=True):
+                target.copy_(value)
+        if not _deploys(stacked, x):
             return False
+        for part in stacked.modules():
+            part.training = isinstance(part, ExpertLeaf)
+        inputs = torch.stack([x, -x])
+        return _close(stacked(inputs), separate(inputs))
+    except Exception:
+        # Separate copies accept what the stacked layers or the FFN's forward do not.
+        return False

@@ -90,12 +90,20 @@ def with_mean_ffns(model: nn.Module, state: Mapping[str, Tensor], keep_experts: 
         model: expanded; only its structure is used.
         state: whole tensors, of all experts. A state dict of the plain model is returned as it is.
         keep_experts: also keep the experts, under their own keys.
+
+    Raises:
+        EwavitError: experts were parametrized, pruned or wrapped since `expand`; their keys give no mean FFN.
     """
     result = dict(state)
     for name, module in model.named_modules(remove_duplicate=False):
         start = f"{name}.experts."
         if not isinstance(module, MoE) or not any(key.startswith(start) for key in state):
             continue
+        if module.experts.changed:
+            raise EwavitError(
+                f"{name} was parametrized, pruned or wrapped since ewavit.expand, so its experts give no plain "
+                "weights by name: save ewavit.collapse(copy.deepcopy(model))"
+            )
         ffn = module.experts.ffns()[0]
         parameters = {key for key, _ in ffn.named_parameters(remove_duplicate=False)}
         for key in ffn.state_dict():

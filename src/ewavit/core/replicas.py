@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
-from ewavit.core.copying import copied_with, duplicate, without_call_hooks
+from ewavit.core.copying import computed_weights, duplicate, without_call_hooks, without_weights
 from ewavit.core.devices import Peers, is_sharded, local, sharded_like, whole
 from ewavit.core.dispatch import Dispatcher
-from ewavit.core.experts import Experts, Read
+from ewavit.core.experts import Experts, Read, with_means
 from ewavit.core.moe import moe_layers
 from ewavit.errors import EwavitError
 
@@ -37,6 +37,7 @@ class ReplicaExperts(Experts):
         self.peers: Peers = peers
         self.num_experts = peers.size
         self.ffn = duplicate(ffn, without_call_hooks(ffn))
+        self._before = (without_weights(ffn),)
         self.training = ffn.training
         for tensor in (*self.ffn.parameters(), *self.ffn.buffers()):
             peers.broadcast_(tensor.detach())
@@ -58,7 +59,11 @@ class ReplicaExperts(Experts):
                 "process before evaluating, and again after the weights have changed"
             )
         mean = {name: whole(value) for name, value in self._mean.items()}
-        return cast(Tensor, functional_call(self.ffn, mean, (x, *args), kwargs))
+        return cast(Tensor, functional_call(self._deployed, mean, (x, *args), kwargs))
+
+    @property
+    def _deployed(self) -> nn.Module:
+        return self._before[0] if self.changed else self.ffn
 
     def train(self, mode: bool = True) -> ReplicaExperts:
         """Switch the mode. Entering eval mode computes the experts' mean: every process must call it."""
@@ -77,7 +82,9 @@ class ReplicaExperts(Experts):
     @torch.no_grad()
     def mean(self) -> dict[str, Tensor]:
         """The mean over all processes of each parameter, by name; every process must call it."""
-        parameters = dict(self.ffn.named_parameters())
+        parameters: dict[str, Tensor] = dict(self.ffn.named_parameters())
+        if self.changed:
+            parameters = computed_weights(self.ffn, self._deployed)
         total = self.peers.sum([local(parameter) for parameter in parameters.values()])
         means = [
             _like(p, part.div_(self.num_experts)) for p, part in zip(parameters.values(), total, strict=True)
@@ -111,9 +118,7 @@ class ReplicaExperts(Experts):
 
     def collapse(self) -> nn.Module:
         # The means are views of one tensor.
-        held = dict(self.ffn.named_parameters())
-        means = {n: nn.Parameter(mean.clone(), held[n].requires_grad) for n, mean in self.mean().items()}
-        return copied_with(self.ffn, means)
+        return with_means(self._deployed, {name: mean.clone() for name, mean in self.mean().items()})
 
 
 def _like(parameter: Tensor, part: Tensor) -> Tensor:
@@ -141,7 +146,8 @@ def own_parameters(model: nn.Module) -> dict[nn.Parameter, Peers]:
 def keep_from_ddp(model: nn.Module) -> None:
     """Make DDP ignore the replica experts' weights and gradients; it must wrap this very module later."""
     own = own_parameters(model)
-    names = {name for name, parameter in model.named_parameters() if parameter in own}
+    named = model.named_parameters(remove_duplicate=False)
+    names = {name for name, parameter in named if parameter in own}
     names |= set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
     mark = DistributedDataParallel._set_params_and_buffers_to_ignore_for_model
     mark(model, names)  # type: ignore[no-untyped-call]
