@@ -1,5 +1,6 @@
 """What hangs on an FFN survives expand and collapse or is refused: hooks, attributes, classes, ties."""
 
+import copy
 import warnings
 
 import pytest
@@ -10,6 +11,7 @@ from torch.nn.utils import parametrizations, prune
 
 import ewavit as ewa
 from ewavit.core import SeparateExperts, StackedExperts, moe_layers
+from ewavit.core.averaging import average_experts_, average_experts_reference_
 from small_models import images, tiny_vit
 
 both_layouts = pytest.mark.parametrize("experts", ["auto", "separate"])
@@ -271,11 +273,174 @@ def test_copies_that_were_parametrized_one_by_one_are_one_clear_error():
         ewa.dense_state_dict(model)
 
 
-def test_tied_parameters_of_two_ffns_are_refused_by_name():
+@pytest.mark.parametrize(
+    "change",
+    [
+        parametrizations.weight_norm,
+        parametrizations.spectral_norm,
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        torch.nn.utils.weight_norm,
+    ],
+    ids=["weight norm", "spectral norm", "pruning", "weight norm of old"],
+)
+def test_changed_copies_deploy_the_mean_of_the_effective_weights(change):
+    model = trained_apart(ewa.expand(tiny_vit(2), 3, experts="separate"))
+    copies = model.blocks[1].mlp.experts.copies
+    for ffn in copies:
+        change(ffn.fc1)
+    trained_apart(model).eval()
+    x = images(4)
+    with torch.no_grad():
+        output = model(x)
+        for ffn in copies:  # what a hook computes is there after a call
+            ffn(torch.randn(2, 16))
+        mean = torch.stack([ffn.fc1.weight for ffn in copies]).mean(0)
+    torch.testing.assert_close(ewa.dense_state_dict(model)["blocks.1.mlp.fc1.weight"], mean)
+    plain = tiny_vit(2).eval()
+    plain.load_state_dict(ewa.collapse(model).state_dict())
+    torch.testing.assert_close(plain(x), output)
+    torch.testing.assert_close(model(x), output)
+    assert type(model.blocks[1].mlp.fc1) is nn.Linear
+
+
+class LowRank(nn.Module):
+    """What LoRA puts in the place of a layer."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+        self.weight = base_layer.weight
+        self.down, self.up = nn.Linear(16, 2, bias=False), nn.Linear(2, 64, bias=False)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.up(self.down(x))
+
+
+@both_layouts
+def test_a_layer_wrapped_after_expand_is_one_clear_error_until_it_is_merged(experts):
+    model = ewa.expand(tiny_vit(2), 3, experts=experts)
+    ffns = model.blocks[1].mlp.experts.ffns()
+    for ffn in ffns:
+        ffn.fc1 = LowRank(ffn.fc1)
+    attempts = [lambda: ewa.dense_state_dict(model), lambda: ewa.collapse(model)]
+    if experts == "separate":
+        model.train()(images(2))
+        attempts.append(lambda: model.eval()(images(2)))
+    for attempt in attempts:
+        with pytest.raises(ewa.EwavitError, match=r"fc1.* since ewavit\.expand.*merge"):
+            attempt()
+    for ffn in ffns:
+        ffn.fc1 = ffn.fc1.base_layer
+    assert ewa.dense_state_dict(model).keys() == tiny_vit(2).state_dict().keys()
+
+
+@pytest.mark.parametrize("then", ["pruned again", "made permanent"])
+def test_copies_pruned_before_and_changed_after_expand_are_one_clear_error(then):
+    model = tiny_vit(2)
+    prune.l1_unstructured(model.blocks[1].mlp.fc1, "weight", 0.3)
+    trained_apart(ewa.expand(model, 3))
+    for ffn in model.blocks[1].mlp.experts.copies:
+        if then == "pruned again":
+            prune.l1_unstructured(ffn.fc1, "weight", 0.3)
+        else:
+            prune.remove(ffn.fc1, "weight")
+    for attempt in (lambda: model.eval()(images(2)), lambda: ewa.dense_state_dict(model)):
+        with pytest.raises(
+            ewa.EwavitError, match="pruned before" if then == "pruned again" else "weight_orig"
+        ):
+            attempt()
+
+
+def test_weights_are_loaded_before_the_experts_are_parametrized():
+    model, plain = ewa.expand(tiny_vit(2), 3), tiny_vit(2).state_dict()
+    parametrizations.weight_norm(model.blocks[1].mlp.experts.ffn.fc1)
+    with pytest.raises(ewa.EwavitError, match="load weights before"):
+        ewa.load_dense_state_dict(model, plain)
+
+
+def test_a_parameter_without_a_value_for_each_stacked_expert_is_named():
+    model = ewa.expand(tiny_vit(2), 3)
+    parametrizations.weight_norm(model.blocks[1].mlp.experts.ffn.fc1, dim=None)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ewa.ExpertAveraging(model).attach(optimizer)
+    model.train()(images(2)).square().mean().backward()
+    with pytest.raises(ewa.EwavitError, match=r"original0 \(\) has no value for each of 3 stacked experts"):
+        optimizer.step()
+
+
+def tied(what):
+    """Three blocks; the first and the last share weights of their FFN, or a layer."""
     model = tiny_vit(3)
-    model.blocks[2].mlp.fc1.weight = model.blocks[0].mlp.fc1.weight
-    with pytest.raises(ewa.EwavitError, match=r"blocks\.0\.mlp\.fc1\.weight and blocks\.2\.mlp\.fc1\.weight"):
+    first, last = model.blocks[0].mlp, model.blocks[2].mlp
+    if what == "weights":
+        last.fc1.weight, last.fc2.weight = first.fc1.weight, first.fc2.weight
+    else:
+        last.fc1 = first.fc1
+    return model
+
+
+@both_layouts
+@pytest.mark.parametrize("what", ["weights", "layer"])
+def test_tied_ffn_weights_stay_tied_through_expand_and_collapse(experts, what):
+    model, x = tied(what), images(4)
+    count = sum(p.numel() for p in model.parameters())
+    trained_apart(ewa.expand(model, 4, select="all", experts=experts))
+    for one, other in zip(
+        model.blocks[0].mlp.experts.ffns(), model.blocks[2].mlp.experts.ffns(), strict=True
+    ):
+        assert one.fc1.weight is other.fc1.weight
+        assert one.fc2.bias is not other.fc2.bias
+    assert ewa.summary(model).dense_parameters == count
+    loaded = ewa.expand(tied(what), 4, select="all", experts=experts)
+    loaded.load_state_dict(model.state_dict())
+    output = model.eval()(x)
+    torch.testing.assert_close(loaded.eval()(x), output)
+    dense = ewa.dense_state_dict(model)
+    ewa.collapse(model)
+    assert model.blocks[0].mlp.fc1.weight is model.blocks[2].mlp.fc1.weight
+    assert sum(p.numel() for p in model.parameters()) == count
+    torch.testing.assert_close(model(x), output)
+    for key, value in model.state_dict().items():
+        assert torch.equal(dense[key], value)
+
+
+@both_layouts
+def test_tied_experts_are_averaged_once(experts):
+    model = trained_apart(ewa.expand(tied("weights"), 4, select="all", experts=experts))
+    expected = [
+        (value, value + 0.4 * (torch.stack(values).mean(0) - value))  # Eq. 6: D = 0.3 * 4 / 3
+        for moe in moe_layers(model).values()
+        for _, values in moe.experts.values_by_parameter()
+        for value in values
+    ]
+    for average in (average_experts_, average_experts_reference_):
+        averaged = copy.deepcopy(model)
+        average(averaged, 0.3)
+        values = [
+            value
+            for moe in moe_layers(averaged).values()
+            for _, values in moe.experts.values_by_parameter()
+            for value in values
+        ]
+        for value, (_, right) in zip(values, expected, strict=True):
+            torch.testing.assert_close(value, right, atol=1e-6, rtol=1e-5)
+
+
+def test_parameters_tied_to_what_is_not_expanded_are_refused_by_name():
+    model = tiny_vit(3)
+    model.blocks[1].mlp.fc1.weight = model.blocks[0].mlp.fc1.weight
+    message = r"blocks\.0\.mlp\.fc1\.weight and blocks\.1\.mlp\.fc1\.weight are one tied .*choose both"
+    with pytest.raises(ewa.EwavitError, match=message):
+        ewa.expand(model, 4)
+    model = tiny_vit(3)
+    model.blocks[1].mlp.fc1 = model.blocks[0].mlp.fc1  # a layer that both have
+    with pytest.raises(ewa.EwavitError, match="one tied parameter"):
+        ewa.expand(model, 4)
+    model = tied("weights")
+    model.blocks[2].mlp.fc1.register_forward_hook(lambda *args: None)
+    with pytest.raises(ewa.EwavitError, match='only one of the FFNs can be stacked: use experts="separate"'):
         ewa.expand(model, 4, select="all")
+    ewa.expand(model, 4, select="all", experts="separate")
 
 
 def test_one_ffn_in_several_blocks_stays_one():

@@ -129,6 +129,7 @@ def _average(model: nn.Module, share_rate: float, reads: Sequence[Read]) -> None
     """Average what each of `reads` gives for the parameters of the experts."""
     layers = require_moe_layers(model).values()
     weights = [lerp_weight(share_rate, moe.num_experts) for moe in layers]  # all are checked before any moves
+    reads = [_once(read) for read in reads]
     begun = [
         moe.experts.pull_towards_mean_(weight, read)
         for moe, weight in zip(layers, weights, strict=True)
@@ -140,12 +141,25 @@ def _average(model: nn.Module, share_rate: float, reads: Sequence[Read]) -> None
             finish()
 
 
+def _once(read: Read) -> Read:
+    """Leave out parameters that were read before: mixtures may share them (tied weights)."""
+    seen: set[nn.Parameter] = set()
+
+    def first(parameter: nn.Parameter) -> Tensor | None:
+        known = parameter in seen
+        seen.add(parameter)
+        return None if known else read(parameter)
+
+    return first
+
+
 @torch.no_grad()
 def average_experts_reference_(model: nn.Module, share_rate: float) -> None:
     """`average_experts_` as the explicit sum of Eq. 6; the tests compare the two."""
+    once = _once(local)
     for moe in moe_layers(model).values():
         n = moe.num_experts
-        for _, values in moe.experts.values_by_parameter() if n > 1 else ():
+        for _, values in moe.experts.values_by_parameter(once) if n > 1 else ():
             old = [value.clone() for value in values]
             for i in range(n):
                 others = sum(share_rate / (n - 1) * old[j] for j in range(n) if j != i)

@@ -79,7 +79,8 @@ def expand(
     if moe_layers(model):
         raise EwavitError("the model is expanded already: call ewavit.collapse(model) first")
     chosen = select_ffns(model, select, unit if peers is None else "image")
-    _check_chosen(model, chosen, experts)
+    _check_chosen(model, chosen, experts if peers is None else placement)
+    layers = []
     for number, ffn in enumerate(chosen):
         if peers is not None:
             moe = MoE(ReplicaExperts(ffn.module, peers), "image", ffn.channels_first, DealtByProcess())
@@ -89,6 +90,11 @@ def expand(
             moe = MoE(kind(ffn.module, num_experts), unit, ffn.channels_first, dispatcher)
         moe.dispatcher.key[LAYER] = number
         share_call_hooks(ffn.module, moe)
+        layers.append(moe)
+    made = [(ffn.module, moe.experts.ffns()) for ffn, moe in zip(chosen, layers, strict=True)]
+    for number in range(num_experts):  # stacked experts are one module, separate ones N
+        _tie([(ffn, copies[number]) for ffn, copies in made if number < len(copies)])
+    for ffn, moe in zip(chosen, layers, strict=True):
         _replace(model, ffn.module, moe)
     _exempt_norms_from_decay(model)
     guard_save_pretrained(model)
@@ -99,7 +105,7 @@ def expand(
 
 def _check_chosen(model: nn.Module, chosen: list[FFN], experts: str) -> None:
     """Refuse what experts cannot keep, and warn of experts that will not learn."""
-    _refuse_tied(model, chosen)
+    _refuse_tied(model, chosen, experts)
     for ffn in chosen:
         if experts == "stacked" and not ffn.stackable:
             raise EwavitError(
@@ -112,19 +118,47 @@ def _check_chosen(model: nn.Module, chosen: list[FFN], experts: str) -> None:
         )
 
 
-def _refuse_tied(model: nn.Module, chosen: list[FFN]) -> None:
-    """Raise for a parameter that an FFN shares with another module: experts would untie it."""
-    holders: dict[int, list[tuple[str, nn.Module]]] = {}
-    for name, module in model.named_modules():  # a module that is registered twice comes once
-        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            holders.setdefault(id(parameter), []).append((f"{name}.{key}".lstrip("."), module))
+def _refuse_tied(model: nn.Module, chosen: list[FFN], experts: str) -> None:
+    """Raise for a parameter that an expanded FFN shares with a module outside, or with another layout."""
+    holders = {p: (ffn, name) for ffn in chosen for name, p in _parameters(ffn.module)}
     for ffn in chosen:
-        for parameter in ffn.module.parameters():
-            if len(found := holders[id(parameter)]) > 1:
+        for name, parameter in _parameters(ffn.module):
+            other, its_name = holders[parameter]
+            if other.stackable != ffn.stackable and experts == "auto":
                 raise EwavitError(
-                    f"{found[0][0]} and {found[1][0]} are one tied parameter, and experts would untie it: "
-                    "share the FFN module itself between the blocks, or copy the parameter"
+                    f"{ffn.name}.{name} and {other.name}.{its_name} are one tied parameter, and only one of "
+                    'the FFNs can be stacked: use experts="separate"'
                 )
+    seen = {ffn.module for ffn in chosen}
+    waiting = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        seen.add(module)
+        for key, held in module._parameters.items():
+            if held is not None and held in holders:
+                ffn, name = holders[held]
+                raise EwavitError(
+                    f"{ffn.name}.{name} and {path}{key} are one tied parameter, and experts would untie it: "
+                    "choose both in select, or copy the parameter"
+                )
+        children = ((f"{path}{key}.", part) for key, part in module._modules.items() if part is not None)
+        waiting += [child for child in children if child[1] not in seen]
+
+
+def _parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters under all their names."""
+    return list(module.named_parameters(remove_duplicate=False))
+
+
+def _tie(pairs: list[tuple[nn.Module, nn.Module]]) -> None:
+    """Let the copies in pairs of a module and its copy share parameters where the modules share them."""
+    kept: dict[nn.Parameter, nn.Parameter] = {}
+    for module, made in pairs:
+        copied = dict(_parameters(made))
+        for name, parameter in _parameters(module):
+            if name in copied:  # not in what was parametrized or pruned since
+                holder, _, key = name.rpartition(".")
+                made.get_submodule(holder)._parameters[key] = kept.setdefault(parameter, copied[name])
 
 
 def _check_choices(unit: str, experts: str, placement: str) -> None:
@@ -283,7 +317,7 @@ def collapse(model: Model) -> Model:
     Raises:
         EwavitError: the model is not expanded, or it is sharded (FSDP2).
     """
-    layers = require_moe_layers(model)
+    require_moe_layers(model)
     if isinstance(model, MoE):
         raise EwavitError("a single MoE cannot replace itself: use its collapse() method")
     if any(is_sharded(parameter) for parameter in model.parameters()):
@@ -291,12 +325,19 @@ def collapse(model: Model) -> Model:
             "the model is sharded: call ewavit.dense_state_dict(model) in every process, and load the result "
             "of process 0 into the plain model"
         )
-    for moe in layers.values():
-        _replace(model, moe, moe.collapse())
+    for moe, ffn in _plain(model):
+        _replace(model, moe, ffn)
     if isinstance(vars(model).get("no_weight_decay"), _Names):
         del model.no_weight_decay
     unguard_save_pretrained(model)
     return model
+
+
+def _plain(model: nn.Module) -> list[tuple[MoE, nn.Module]]:
+    """Each mixture and the FFN with its mean expert; parameters that mixtures share stay shared."""
+    made = [(moe, moe.collapse()) for moe in moe_layers(model).values()]
+    _tie([(moe.experts.ffns()[0], ffn) for moe, ffn in made])
+    return made
 
 
 @contextmanager
@@ -306,7 +347,7 @@ def collapsed(model: nn.Module) -> Iterator[list[tuple[MoE, nn.Module]]]:
     Yields:
         Pairs of a mixture and the FFN that replaces it.
     """
-    swapped = [(moe, moe.collapse()) for moe in moe_layers(model).values()]
+    swapped = _plain(model)
     for moe, ffn in swapped:
         _replace(model, moe, ffn)
     try:
@@ -410,6 +451,7 @@ class Summary:
 def summary(model: nn.Module) -> Summary:
     """The mixtures of experts in a model, and its number of parameters."""
     layers, extra = [], 0
+    seen: set[nn.Parameter] = set()  # mixtures may share parameters
     for name, moe in moe_layers(model).items():
         kind = type(moe.experts).__name__.removesuffix("Experts").lower()
         here = moe.num_experts if moe.experts.peers is None else 1
@@ -417,7 +459,9 @@ def summary(model: nn.Module) -> Summary:
         ffn = type(moe.experts.ffns()[0]).__name__
         dealt = moe.dispatcher.describe(moe.unit)
         layers.append(LayerSummary(name, ffn, kind, moe.num_experts, moe.unit, dealt, each))
-        extra += (here - 1) * each + sum(parameter.numel() for parameter in moe.dispatcher.parameters())
+        own = sum(parameter.numel() for parameter in set(moe.experts.parameters()) - seen)
+        seen |= set(moe.experts.parameters())
+        extra += own - own // here + sum(parameter.numel() for parameter in moe.dispatcher.parameters())
     total = sum(parameter.numel() for parameter in model.parameters())
     return Summary(tuple(layers), total, total - extra)
 
