@@ -6,8 +6,9 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.layers import Mlp
 from torch import nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import ewavit as ewa
 from ewavit.core import SeparateExperts, StackedExperts, moe_layers
@@ -190,6 +191,81 @@ def test_a_norm_that_does_otherwise_in_training_becomes_separate_copies():
     model.blocks[1].mlp.norm = NoisyNorm(model.blocks[1].mlp.fc2.in_features)
     ewa.expand(model, 4)
     assert kinds(model) == {SeparateExperts}
+
+
+class NoisyMlp(Mlp):
+    """Does something of its own in training."""
+
+    def forward(self, x):
+        return super().forward(x + self.training)
+
+
+class CountingLinear(nn.Linear):
+    """Overrides the call, not the forward."""
+
+    def __call__(self, x):
+        return super().__call__(x) * 2
+
+
+class LowRankMlp(Mlp):
+    """Computes with weights of its layers, not with the layers."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.down, self.up = nn.Linear(16, 2, bias=False), nn.Linear(2, 16, bias=False)
+
+    def forward(self, x):
+        return super().forward(x) + x @ (self.up.weight @ self.down.weight).mT
+
+
+@pytest.mark.parametrize("kind", ["training", "call", "weights"])
+def test_what_stacking_would_change_becomes_separate_copies(kind):
+    model = tiny_vit(2)
+    for block in model.blocks:
+        if kind == "call":
+            block.mlp.fc1.__class__ = CountingLinear
+        else:
+            block.mlp = {"training": NoisyMlp, "weights": LowRankMlp}[kind](16, 32)
+    dense, x = copy.deepcopy(model), images(4)
+    ewa.expand(model, 4, select="all")
+    assert kinds(model) == {SeparateExperts}
+    for mode in (True, False):
+        torch.testing.assert_close(model.train(mode)(x), dense.train(mode)(x), atol=1e-5, rtol=1e-4)
+    output = trained_apart(model).eval()(x)
+    torch.testing.assert_close(ewa.collapse(model)(x), output)
+
+
+def test_channels_dropped_for_a_whole_image_are_dealt_by_image_alone():
+    model = tiny_vit(2)
+    for block in model.blocks:
+        block.mlp.drop1 = nn.Dropout1d(0.5)
+    with pytest.raises(ewa.EwavitError, match="drops whole channels"):
+        ewa.expand(model, 4)
+    assert kinds(ewa.expand(model, 4, unit="image")) == {SeparateExperts}
+
+
+class Parametrizing(nn.Module):
+    """Parametrizes its layer for each call, as peft does for target_parameters."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.down, self.up = layer, nn.Linear(16, 2, bias=False), nn.Linear(2, 64, bias=False)
+
+    def forward(self, x):
+        delta = self.up.weight @ self.down.weight
+        add = type("Add", (nn.Module,), {"forward": lambda _, weight: weight + delta})()
+        parametrize.register_parametrization(self.layer, "weight", add)
+        y = self.layer(x)
+        parametrize.remove_parametrizations(self.layer, "weight", leave_parametrized=False)
+        return y
+
+
+def test_an_ffn_that_cannot_compute_with_its_mean_weights_is_refused():
+    model = tiny_vit(2)
+    for block in model.blocks:
+        block.mlp.fc1 = Parametrizing(block.mlp.fc1)
+    with pytest.raises(ewa.EwavitError, match=r"does not compute with its mean weights: merge adapters"):
+        ewa.expand(model, 4)
 
 
 @pytest.mark.parametrize("where", ["mlp", "mlp.fc1"])

@@ -865,6 +865,17 @@ def test_an_object_detectors_heads_are_not_ffns_and_its_refused_blocks_leave_not
     assert "part of the head" in str(refused.value)
 
 
+def test_an_ffn_beside_attention_is_kept_where_other_blocks_are_refused():
+    model = nn.Module()
+    model.backbone = nn.ModuleList([tiny_vit(1).blocks[0]])
+    model.decoder = nn.TransformerDecoderLayer(16, 2, 32)  # computes its FFN itself
+    model.mlp = tiny_vit(1).blocks[0].mlp
+    found = {ffn.name: ffn for ffn in ewa.find_ffns(model)}
+    assert found["decoder"].unit is None
+    assert found["backbone.0.mlp"].unit == "token"
+    assert "outside the blocks" in found["mlp"].reason
+
+
 def test_a_classifiers_head_is_left_out_where_the_blocks_can_be_expanded():
     config = transformers.ASTConfig(
         **HF_TINY, patch_size=8, frequency_stride=8, time_stride=8, max_length=32, num_mel_bins=32

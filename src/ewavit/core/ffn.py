@@ -20,7 +20,7 @@ _NOT_FFNS = (  # a part of the module's name, and what such a module is
     (re.compile(r"(self_|cross_)?attn\d*|(self_|cross_)?attention"), "part of attention, not an FFN"),
     (re.compile(r"(shared_)?rel_pos\w*"), "computes a position bias, not an FFN"),
     (re.compile(r"se|mlp_(scale|add)"), "part of channel attention, not an FFN"),
-    (re.compile(r"mlp_tokens|token_mixer"), "mixes tokens by design, not an FFN"),
+    (re.compile(r"mlp_tokens|mlp_inter|token_mixer"), "mixes tokens by design, not an FFN"),
     (
         re.compile(
             r"(\w+_)?(heads?|pool(er)?|projector|predictors?|classifier|(class|bbox|mask)_embed(der)?)"
@@ -30,6 +30,10 @@ _NOT_FFNS = (  # a part of the module's name, and what such a module is
     (re.compile(r"pre_logits"), "part of the head, not an FFN"),
 )
 _HEAD_CLASSES = re.compile(r"(?<!Multi)Heads?$|(Predictor|Classifier|Projector)$")
+_DROPS = {  # layers that draw once for an image, and what they drop
+    **dict.fromkeys(("DropPath", "StochasticDepth"), "images"),
+    **dict.fromkeys(("Dropout1d", "Dropout2d", "Dropout3d", "FeatureAlphaDropout"), "channels of an image"),
+}
 _SPLIT = (  # layers of an FFN that are direct children of some blocks
     ("intermediate", "output"),
     ("linear1", "linear2"),
@@ -95,17 +99,21 @@ def find_ffns(model: nn.Module, names: list[str] | None = None) -> list[FFN]:
             if signature not in known:
                 known[signature] = _examine(name, module)
             result.append(replace(known[signature], name=name, module=module))
-    return result if names is not None else _without_leftovers(result)
+    return result if names is not None else _without_leftovers(result, modules)
 
 
-def _without_leftovers(found: list[FFN]) -> list[FFN]:
+def _without_leftovers(found: list[FFN], modules: dict[str, nn.Module]) -> list[FFN]:
     """Refuse what lies outside the blocks where the blocks themselves are refused: it is a head or a stem."""
     blocks = {ffn.name.rpartition(".")[0] for ffn in found if _split(ffn.module)}
     inside = any(ffn.unit and ffn.name.startswith(tuple(f"{name}." for name in blocks)) for ffn in found)
     if not blocks or inside:
         return found
+
+    def leftover(ffn: FFN) -> bool:
+        return bool(ffn.unit) and not _attends(modules[ffn.name.rpartition(".")[0]])
+
     reason = "outside the blocks, which cannot be expanded: a head or a stem"
-    return [replace(ffn, unit=None, reason=reason) if ffn.unit else ffn for ffn in found]
+    return [replace(ffn, unit=None, reason=reason) if leftover(ffn) else ffn for ffn in found]
 
 
 def _candidates(modules: dict[str, nn.Module]) -> list[str]:
@@ -131,9 +139,15 @@ def _looks_like_ffn(name: str, module: nn.Module) -> bool:
 def _split(block: nn.Module) -> tuple[str, str] | None:
     """The two FFN layers of a block that computes its FFN itself, besides its attention."""
     children = {name for name, child in block._modules.items() if child is not None}
-    if any("attn" in name or "attention" in name for name in children):
+    if _attends(block):
         return next((pair for pair in _SPLIT if children.issuperset(pair)), None)
     return None
+
+
+def _attends(block: nn.Module) -> bool:
+    """Whether a module holds attention: it is a block, and an FFN in it is no head."""
+    held = [name for name, child in block._modules.items() if child is not None]
+    return any("attn" in name or "attention" in name for name in held)
 
 
 def _signature(module: nn.Module) -> str:
@@ -173,8 +187,8 @@ def _examine(name: str, module: nn.Module) -> FFN:
             return refused(f"{where} was replaced and belongs to this one module: replace it after expand")
         if "batchnorm" in kind.lower():
             return refused(f"{kind} inside: its statistics would differ from expert to expert")
-        if kind in ("DropPath", "StochasticDepth"):
-            return FFN(name, module, "image", f'drops whole images ({kind} inside): needs unit="image"')
+        if what := _DROPS.get(kind):
+            return FFN(name, module, "image", f'drops whole {what} ({kind} inside): needs unit="image"')
     for parameter in module.parameters():
         if parameter.is_meta:
             return refused("its parameters are on the meta device: give them memory first")
@@ -215,9 +229,8 @@ def _examine(name: str, module: nn.Module) -> FFN:
             separate = _different(SeparateExperts(trial, 2))
             if not _deploys(separate, x):
                 return refused("does not compute with its mean weights: merge adapters first (peft: LoRA)")
-            return FFN(
-                name, module, "token", "", channel_dim == 1, not hooked and _stacks(trial, separate, x)
-            )
+            plain = not hooked and _same_in_training(trial, x)
+            return FFN(name, module, "token", "", channel_dim == 1, plain and _stacks(trial, separate, x))
     return refused(errors[0])
 
 
@@ -302,6 +315,21 @@ def _deploys(experts: Experts, x: Tensor) -> bool:
         # Any error in someone else's forward means the same here: it needs weights of its own.
         return False
     return all(_close(output, plain) for output in outputs)
+
+
+@torch.no_grad()
+def _same_in_training(trial: nn.Module, x: Tensor) -> bool:
+    """Whether a module computes the same in training mode, apart from its layers of dropout."""
+    expected = trial(x)
+    for part in trial.modules():
+        part.training = not isinstance(part, nn.Dropout)
+    try:
+        with torch.random.fork_rng([x.device] if x.is_cuda else []):
+            return _close(trial(x), expected)
+    except Exception:
+        return False  # its forward fails in training; separate copies fail as the plain FFN does
+    finally:
+        trial.eval()
 
 
 def _close(output: Tensor, expected: Tensor) -> bool:

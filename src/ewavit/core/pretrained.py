@@ -101,8 +101,8 @@ def with_mean_ffns(model: nn.Module, state: Mapping[str, Tensor], keep_experts: 
             continue
         if module.experts.changed:
             raise EwavitError(
-                f"{name} was parametrized, pruned or wrapped since ewavit.expand, so its experts give no plain "
-                "weights by name: save ewavit.collapse(copy.deepcopy(model))"
+                f"{name} was parametrized, pruned or wrapped since ewavit.expand, so its experts give no "
+                "plain weights by name: save ewavit.collapse(copy.deepcopy(model))"
             )
         ffn = module.experts.ffns()[0]
         parameters = {key for key, _ in ffn.named_parameters(remove_duplicate=False)}
