@@ -1,6 +1,7 @@
 """What hangs on an FFN survives expand and collapse or is refused: hooks, attributes, classes, ties."""
 
 import copy
+import functools
 import warnings
 
 import pytest
@@ -102,6 +103,43 @@ def test_a_bound_method_hook_inside_keeps_its_owner():
     model.train()(images(4))
     ewa.collapse(model)(images(4))
     assert len(recorder.seen) == 4 + 1  # one call of each expert's own copy, one of the plain layer
+
+
+@both_layouts
+@pytest.mark.parametrize("where", ["mlp", "mlp.fc1"])
+@pytest.mark.parametrize("kind", ["load_state_dict_pre", "load_state_dict_post", "state_dict_pre"])
+def test_hooks_of_state_dicts_survive_on_the_module_that_is_there(kind, where, experts):
+    model, seen = tiny_vit(2), []
+    for block in model.blocks:
+        getattr(block.get_submodule(where), f"register_{kind}_hook")(lambda module, *_: seen.append(module))
+    ewa.expand(model, 3, experts=experts)
+    model.load_state_dict(model.state_dict())
+    ewa.load_dense_state_dict(model, ewa.dense_state_dict(model))
+    ewa.collapse(model)
+    seen.clear()
+    model.load_state_dict(model.state_dict())
+    assert {id(module) for module in seen} == {id(block.get_submodule(where)) for block in model.blocks}
+
+
+@pytest.mark.parametrize("how", ["method", "closure", "partial"])
+def test_a_hook_that_refers_to_its_own_ffn_is_refused_by_name(how):
+    class Watching(Mlp):
+        def watch(self, *args):
+            self.calls = getattr(self, "calls", 0) + 1
+
+    model = tiny_vit(2)
+    for block in model.blocks:
+        mlp = block.mlp = Watching(16, 32)
+        hook = {
+            "method": mlp.watch,
+            "closure": (lambda ffn: lambda *args: ffn.watch())(mlp),
+            "partial": functools.partial(Watching.watch, mlp),
+        }[how]
+        mlp.fc1.register_forward_hook(hook)
+    with pytest.raises(
+        ewa.EwavitError, match=r"mlp has a hook \(fc1\._forward_hooks\).*after expand"
+    ):
+        ewa.expand(model, 4)
 
 
 def test_layers_with_hooks_become_separate_copies_and_others_stay_stacked():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from functools import reduce
+from types import CellType
 from typing import Any
 
 from torch import Tensor, nn
@@ -47,6 +48,13 @@ def duplicate(module: nn.Module, memo: dict[int, Any] | None = None, hooks: bool
             elif isinstance(value, Tensor) and not value.is_leaf:  # a hook computes it: pruning, weight norm
                 memo.setdefault(id(value), value.detach().clone())
     made = copy.deepcopy(module, memo)
+    for part in module.modules():
+        held, other = vars(part)["_load_state_dict_pre_hooks"], memo.get(id(part))
+        if held and isinstance(other, nn.Module):  # torch wraps these with a reference to their module
+            rebound = {
+                k: type(hook)(hook.hook, other if hook.with_module else None) for k, hook in held.items()
+            }
+            other._load_state_dict_pre_hooks = type(held)(rebound)
     for parameter in module.parameters() if hooks else ():
         if isinstance(other := memo.get(id(parameter)), nn.Parameter) and other is not parameter:
             keep_attributes(parameter, other)
@@ -65,6 +73,25 @@ def computes_weight(hook: Any) -> bool:
 def copied_with(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> nn.Module:
     """A deep copy of a module with other parameters, given by name."""
     return duplicate(module, {id(module.get_parameter(name)): new for name, new in parameters.items()})
+
+
+def hook_on_itself(module: nn.Module) -> str:
+    """The place of a hook that refers to the module itself, so that a copy would call it for the old one."""
+    parts = {id(part) for part in module.modules()}
+    for path, part in module.named_modules():
+        for name, value in vars(part).items():
+            for hook in value.values() if "_hooks" in name else ():
+                hook = getattr(hook, "hook", hook)
+                cells = [
+                    cell.cell_contents
+                    for cell in getattr(hook, "__closure__", None) or ()
+                    if cell != CellType()
+                ]
+                if parts & set(
+                    map(id, (getattr(hook, "__self__", None), *getattr(hook, "args", ()), *cells))
+                ):
+                    return f"{path}.{name}".lstrip(".")
+    return ""
 
 
 def without_weights(module: nn.Module) -> nn.Module:

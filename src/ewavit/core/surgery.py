@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ewavit.core.copying import share_call_hooks
+from ewavit.core.copying import hook_on_itself, share_call_hooks
 from ewavit.core.devices import Peers, cut_like, is_sharded, whole
 from ewavit.core.draws import LAYER
 from ewavit.core.experts import ExpertLeaf, SeparateExperts, StackedExperts
@@ -107,6 +107,10 @@ def _check_chosen(model: nn.Module, chosen: list[FFN], experts: str) -> None:
     """Refuse what experts cannot keep, and warn of experts that will not learn."""
     _refuse_tied(model, chosen, experts)
     for ffn in chosen:
+        if place := hook_on_itself(ffn.module):
+            raise EwavitError(
+                f"{ffn.name} has a hook ({place}) that refers to this one module: register it after expand"
+            )
         if experts == "stacked" and not ffn.stackable:
             raise EwavitError(
                 f'{ffn.name} ({ffn.class_name}) cannot be stacked: use experts="separate" or "auto"'
