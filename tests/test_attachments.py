@@ -136,9 +136,7 @@ def test_a_hook_that_refers_to_its_own_ffn_is_refused_by_name(how):
             "partial": functools.partial(Watching.watch, mlp),
         }[how]
         mlp.fc1.register_forward_hook(hook)
-    with pytest.raises(
-        ewa.EwavitError, match=r"mlp has a hook \(fc1\._forward_hooks\).*after expand"
-    ):
+    with pytest.raises(ewa.EwavitError, match=r"mlp has a hook \(fc1\._forward_hooks\).*after expand"):
         ewa.expand(model, 4)
 
 

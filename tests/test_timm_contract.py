@@ -144,3 +144,19 @@ def test_tools_that_compile_refuse_an_expanded_model_by_one_error_and_take_a_col
     output = model.eval()(x)  # torchvision left another mode behind
     compiled = TOOLS[tool](ewa.collapse(model))(x)
     torch.testing.assert_close(compiled["head"] if isinstance(compiled, dict) else compiled, output)
+
+
+@both_layouts
+def test_tracing_by_torchscript_is_refused_or_right(experts):
+    model, x = expanded("vit_tiny_patch16_224", experts), pictures()
+    with pytest.raises(
+        ewa.EwavitError, match=r"TorchScript cannot trace an expanded model: .*ewavit\.collapse"
+    ):
+        torch.jit.trace(model.train(), x)
+    output = model.eval()(x)
+    if experts == "separate":
+        with pytest.raises(ewa.EwavitError, match="TorchScript cannot trace"):
+            torch.jit.trace(model, x)
+    else:
+        torch.testing.assert_close(torch.jit.trace(model, x)(x), output)
+    torch.testing.assert_close(torch.jit.trace(ewa.collapse(model), x)(x), output)

@@ -31,6 +31,15 @@ from ewavit.errors import EwavitError
 Read = Callable[[nn.Parameter], Tensor | None]
 
 
+def refuse_tracing() -> None:
+    """Raise where TorchScript traces what it would record wrongly: a partition, or copies with their mean."""
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        raise EwavitError(
+            "TorchScript cannot trace an expanded model: pass a collapsed copy, "
+            "ewavit.collapse(copy.deepcopy(model))"
+        )
+
+
 class ExpertLeaf(nn.Module):
     """A layer with E sets of parameters, stacked on dimension 0 under the original names.
 
@@ -59,7 +68,10 @@ class ExpertLeaf(nn.Module):
 
     @property
     def merged(self) -> bool:
-        return self.num_experts == 1 or not (self.training or self.routed)
+        if self.num_experts > 1 and (self.training or self.routed):
+            refuse_tracing()
+            return False
+        return True
 
     def mean(self, name: str) -> Tensor | None:
         """The mean over experts of one parameter (None for an absent bias).
@@ -367,11 +379,13 @@ class SeparateExperts(Experts):
         self.training = self.copies.training = ffn.training
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        refuse_tracing()
         return torch.stack([ffn(part, *args, **kwargs) for ffn, part in zip(self.copies, x, strict=True)])
 
     def merged(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.num_experts == 1:
             return cast(Tensor, self.copies[0](x, *args, **kwargs))
+        refuse_tracing()
         return cast(Tensor, functional_call(*self._mean(), (x, *args), kwargs))
 
     def _mean(self) -> tuple[nn.Module, dict[str, Tensor]]:
