@@ -638,7 +638,11 @@ def test_attach_names_the_true_cause(leave_out, why):
 
 
 @pytest.mark.parametrize(
-    "name", ["muon", "lamb", "lars", "adafactor", "adafactorbv", "novograd", "adamp", "sgdp"]
+    "name",
+    [
+        *("muon", "lamb", "lars", "adafactor", "adafactorbv", "novograd", "adamp", "sgdp", "mars"),
+        *("cadamw", "clion", "csgdw"),  # cautious: they use the mean of a mask over the tensor
+    ],
 )
 def test_optimizers_that_use_whole_tensors_are_refused_for_stacked_experts_only(name):
     from timm.optim import create_optimizer_v2

@@ -5,7 +5,11 @@ import torch
 from timm.optim import list_optimizers
 
 from ewavit.cli import main
+from ewavit.core import SeparateExperts, StackedExperts, moe_layers
+from ewavit.training.building import expand_by_recipe
+from ewavit.training.recipe import Recipe
 from runs import TINY
+from small_models import tiny_vit
 
 # What timm lists and this environment cannot have: they need CUDA and a package of their own.
 ELSEWHERE = tuple(name for name in list_optimizers() if name.startswith(("bnb", "fused")))
@@ -42,6 +46,15 @@ def test_an_optimizer_that_cannot_train_here_is_refused_in_one_line(capsys, tmp_
     assert f"--opt {name}" in said
     assert ("second derivatives" if name == "adahessian" else "CUDA required") in said
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [("adamw", StackedExperts), *((n, SeparateExperts) for n in ("muon", "cadamw", "mars", "lambc"))],
+)
+def test_a_run_has_the_layout_of_experts_that_its_optimizer_needs(name, layout):
+    model = expand_by_recipe(tiny_vit(2), Recipe(opt=name))
+    assert {type(moe.experts) for moe in moe_layers(model).values()} == {layout}
 
 
 @pytest.mark.parametrize("name", ["adafactorbv", "adamw"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,6 +28,7 @@ from ewavit.errors import EwavitError
 # Optimizers that use the norm or the shape of a whole tensor, which stacked experts share.
 _WHOLE_TENSORS = (
     "muon", "lamb", "lars", "larc", "adafactor", "novograd", "adamp", "sgdp", "soap", "shampoo", "kron",
+    "mars",
 )  # fmt: skip
 CHECK_EVERY = 100  # optimizer steps between two checks that processes with replica experts agree
 Schedule = Callable[[int], float]  # number of optimizer steps done (1, 2, ...) -> share rate
@@ -259,7 +260,7 @@ class ExpertAveraging:
 
     def _check_held(self, optimizers: list[Optimizer]) -> set[int]:
         """The identities of all expert parameters, if the optimizers can train them."""
-        kinds = {identity: type(each).__name__ for each in optimizers for identity in held_by(each)}
+        kinds = {identity: each for each in optimizers for identity in held_by(each)}
         experts: set[int] = set()
         half: dict[str, torch.dtype] = {}
         for layer, moe in moe_layers(self.model).items():
@@ -268,10 +269,12 @@ class ExpertAveraging:
                 experts.add(id(parameter))
                 if parameter.requires_grad and id(parameter) not in kinds:
                     raise EwavitError(self._why_not_held(f"{layer}.experts.{name}", set(kinds)))
-                if stacked and looks_at_whole_tensors(kind := kinds.get(id(parameter), "")):
+                own = kinds.get(id(parameter))
+                if stacked and own and looks_at_whole_tensors(type(own).__name__, own.defaults):
+                    kind = type(own).__name__ + (" with caution" if own.defaults.get("caution") else "")
                     raise EwavitError(
-                        f"{kind} uses the shape or norm of a whole tensor, and {layer} stacks its experts "
-                        'in one: use ewavit.expand(model, experts="separate")'
+                        f"{kind} uses the shape, norm or mean of a whole tensor, and {layer} stacks its "
+                        'experts in one: use ewavit.expand(model, experts="separate")'
                     )
                 if parameter.dtype in (torch.bfloat16, torch.float16):
                     half[layer] = parameter.dtype
@@ -363,10 +366,13 @@ class ExpertAveraging:
         set_step(self.model, saved)
 
 
-def looks_at_whole_tensors(name: str) -> bool:
-    """Whether an optimizer of this name uses the shape or norm of a whole tensor: not for stacked experts."""
+def looks_at_whole_tensors(name: str, settings: Mapping[str, Any]) -> bool:
+    """Whether an optimizer of this name uses the shape or norm of a whole tensor: not for stacked experts.
+
+    With `caution` among its settings it scales an update by a mean over the tensor.
+    """
     plain = re.sub(r"[^a-z]", "", name.lower())
-    return any(kind in plain for kind in _WHOLE_TENSORS)
+    return bool(settings.get("caution")) or any(kind in plain for kind in _WHOLE_TENSORS)
 
 
 def _weights_in_state(optimizer: Optimizer, parameter: nn.Parameter) -> Tensor | None:

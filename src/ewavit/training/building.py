@@ -7,7 +7,7 @@ from typing import Any
 
 import timm
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 
@@ -81,7 +81,9 @@ def expand_by_recipe(model: nn.Module, recipe: Recipe, sample: Tensor | None = N
                     f"{recipe.unit}s of a batch in {name}: take fewer experts or a larger --batch-size"
                 )
     # Optimizers that use a whole tensor train N matrices; replicas have one each already.
-    separate = looks_at_whole_tensors(recipe.opt) and not replicas
+    known = recipe.opt in list_optimizers()
+    settings = get_optimizer_info(recipe.opt).defaults if known else None
+    separate = looks_at_whole_tensors(recipe.opt, settings or {}) and not replicas
     return expand(
         model,
         recipe.experts,
