@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import prune
 
 import ewavit as ewa
 from ewavit.core import full_share_rate, moe_layers
@@ -429,3 +430,37 @@ def one():
 
 def test_one_process_trains_the_dense_model_bit_for_bit():
     in_processes(1, one)
+
+
+def shared_and_pruned():
+    world = dist.get_world_size()
+    dense = vit()
+    dense.blocks[1].mlp.fc2.weight = dense.blocks[0].mlp.fc2.weight
+    size = sum(parameter.numel() for parameter in dense.parameters())
+    plain = ewa.expand(dense, select="all", placement="replicas")
+    for moe in moe_layers(plain).values():
+        prune.random_unstructured(moe.experts.ffn.fc1, "weight", 0.5)  # its own mask in each process
+    model = DistributedDataParallel(plain)
+    optimizer = SGD(model.parameters(), lr=1e-2)
+    averaging = ewa.ExpertAveraging(plain, 0.2).attach(optimizer)
+    train(model, optimizer)
+    before = gathered(plain)["blocks.0.mlp.experts.ffn.fc2.weight"]
+    averaging.step()
+    after = gathered(plain)["blocks.0.mlp.experts.ffn.fc2.weight"]
+    pull = 0.2 * world / (world - 1)  # once, although two layers hold the weight
+    assert torch.allclose(after, before + pull * (before.mean(0) - before), rtol=0, atol=1e-12)
+    x, _ = batch(0, 0, 1)
+    with torch.no_grad():
+        output = plain.eval()(x)
+        effective = plain.blocks[1].mlp.experts.ffn.fc1
+        effective = effective.weight_orig * effective.weight_mask
+        dist.all_reduce(effective)
+        ewa.collapse(plain)
+        assert torch.allclose(plain.blocks[1].mlp.fc1.weight, effective / world, rtol=0, atol=1e-12)
+        assert torch.allclose(plain(x), output, rtol=0, atol=1e-10)
+    assert plain.blocks[1].mlp.fc2.weight is plain.blocks[0].mlp.fc2.weight
+    assert sum(parameter.numel() for parameter in plain.parameters()) == size
+
+
+def test_replicas_keep_shared_weights_and_deploy_the_mean_of_effective_ones():
+    in_processes(2, shared_and_pruned)
