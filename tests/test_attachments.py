@@ -254,14 +254,22 @@ class LowRankMlp(Mlp):
         return super().forward(x) + x @ (self.up.weight @ self.down.weight).mT
 
 
-@pytest.mark.parametrize("kind", ["training", "call", "weights"])
+class ScaledMlp(Mlp):
+    """Stacked weights fit its forward in training, but not in eval, where they are not averaged."""
+
+    def forward(self, x):
+        return super().forward(x) * (1 + self.fc1.weight.square().mean((-2, -1))[..., None, None, None])
+
+
+@pytest.mark.parametrize("kind", ["training", "call", "weights", "scale"])
 def test_what_stacking_would_change_becomes_separate_copies(kind):
     model = tiny_vit(2)
     for block in model.blocks:
         if kind == "call":
             block.mlp.fc1.__class__ = CountingLinear
         else:
-            block.mlp = {"training": NoisyMlp, "weights": LowRankMlp}[kind](16, 32)
+            classes = {"training": NoisyMlp, "weights": LowRankMlp, "scale": ScaledMlp}
+            block.mlp = classes[kind](16, 32)
     dense, x = copy.deepcopy(model), images(4)
     ewa.expand(model, 4, select="all")
     assert kinds(model) == {SeparateExperts}

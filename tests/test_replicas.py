@@ -445,6 +445,7 @@ def shared_and_pruned():
     averaging = ewa.ExpertAveraging(plain, 0.2).attach(optimizer)
     train(model, optimizer)
     before = gathered(plain)["blocks.0.mlp.experts.ffn.fc2.weight"]
+    assert not torch.allclose(before[0], before[1])  # DDP leaves its gradients alone under either name
     averaging.step()
     after = gathered(plain)["blocks.0.mlp.experts.ffn.fc2.weight"]
     pull = 0.2 * world / (world - 1)  # once, although two layers hold the weight

@@ -199,7 +199,7 @@ def _norm_kind(leaf: nn.Module) -> str | None:
 def _stack_leaf(leaf: nn.Module, num_experts: int) -> ExpertLeaf | None:
     """The stacked version of a layer, or None if there is none or the layer does more than its class."""
     forward, pointwise = type(leaf).forward, (1, 1)
-    if attachments(leaf) or type(leaf).__call__ is not nn.Module.__call__:
+    if attachments(leaf):
         return None
     if isinstance(leaf, nn.Linear):
         return ExpertLinear(leaf, num_experts) if forward is nn.Linear.forward else None
