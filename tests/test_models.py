@@ -821,6 +821,7 @@ def test_what_cannot_be_averaged_or_copied_is_refused() -> None:
     assert "cannot be copied: TypeError" in reason(keep_a_result)
     assert "meta device" in reason(lambda mlp: mlp.to("meta"))
     assert "BatchNorm1d inside" in reason(lambda mlp: setattr(mlp, "norm", nn.BatchNorm1d(12)))
+    assert "run the model once first" in reason(lambda mlp: setattr(mlp, "fc1", nn.LazyLinear(12)))
 
 
 def test_alike_ffns_that_differ_in_an_attribute_are_examined_apart() -> None:

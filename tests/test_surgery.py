@@ -50,6 +50,12 @@ def test_select_takes_these_ffns(depth, select, chosen):
     assert names(model) == [f"blocks.{i}.mlp" for i in chosen]
 
 
+def test_an_ffn_and_a_part_of_it_are_not_both_expanded():
+    model = nn.ModuleDict({"ffn": nn.Sequential(MlpNet(1).blocks[0].mlp)})
+    with pytest.raises(ewa.EwavitError, match=r"ffn\.0 is a part of ffn: leave one"):
+        ewa.expand(model, 2, select=["ffn", "ffn.0"])
+
+
 @pytest.mark.parametrize(
     "select", ["blocks.9.mlp", ["blocks.1.mlp", "blocks.9.mlp"], [], "", lambda name, module: False]
 )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from ewavit.core.copying import attachments, duplicate
 from ewavit.core.experts import ExpertLeaf, Experts, SeparateExperts, StackedExperts
@@ -94,6 +95,8 @@ def find_ffns(model: nn.Module, names: list[str] | None = None) -> list[FFN]:
             result.append(FFN(name, module, None, "is already expanded"))
         elif friend:
             result.append(FFN(name, module, None, friend))
+        elif any(isinstance(parameter, UninitializedParameter) for parameter in module.parameters()):
+            result.append(FFN(name, module, None, "its layers are lazy and empty: run the model once first"))
         else:
             signature = _signature(module)
             if signature not in known:

@@ -217,6 +217,8 @@ def select_ffns(model: nn.Module, select: Select = "alternate", unit: Unit = "to
         modules = dict(model.named_modules())
         if unknown := [name for name in select if not name or name not in modules]:
             raise _nothing(f"the model has no module {', '.join(map(repr, unknown))}", find_ffns(model))
+        if inner := [(a, b) for a in select for b in select if a.startswith(f"{b}.")]:
+            raise EwavitError(f"{inner[0][0]} is a part of {inner[0][1]}: leave one of them out of select")
         found = find_ffns(model, names=select)
         if bad := [ffn for ffn in found if not _usable(ffn, unit)]:
             raise _nothing(f"{bad[0].name} cannot become a mixture of experts", found, bad[0])
