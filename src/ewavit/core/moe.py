@@ -14,7 +14,7 @@ from torch.fx import Proxy
 
 from ewavit.core.copying import share_call_hooks
 from ewavit.core.dispatch import Dispatcher
-from ewavit.core.experts import ExpertLeaf, Experts
+from ewavit.core.experts import ExpertLeaf, Experts, refuse_tracing
 from ewavit.core.partition import RandomPartition
 from ewavit.core.steps import follow_optimizers
 from ewavit.errors import EwavitError
@@ -85,6 +85,7 @@ class MoE(nn.Module):
             raise EwavitError(f"torch.fx cannot trace an expanded model: {_PLAIN}")
         if self.num_experts == 1 or not (self.training or self.routed):
             return self.experts.merged(x, *args, **kwargs)
+        refuse_tracing()
         if self.unit == "image":
             return self.dispatcher.compute(x, lambda block: self.experts(block, *args, **kwargs))
         return self._by_token(x, *args, **kwargs)
