@@ -561,8 +561,13 @@ def test_a_run_with_other_labels_than_most_is_named(copied, capsys):
     def drop_a_right_one(rows):
         rows.remove(next(row for row in rows if row["label"] == row["prediction"]))
 
+    def sort_labels(rows):
+        rows.sort(key=lambda row: row["label"])
+        for number, row in enumerate(rows):
+            row["input"] = number
+
     run = RunFolder(folder / "runs" / "twin-43")
-    in_rows(run.predictions, lambda rows: rows.sort(key=lambda row: row["label"]))
+    in_rows(run.predictions, sort_labels)
     assert main(command) == 1
     said = capsys.readouterr().out
     assert "failed: twin, seed 43: predictions.csv is damaged: its 32 labels are not those" in said
