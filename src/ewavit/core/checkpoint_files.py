@@ -36,7 +36,7 @@ from ewavit.files import is_torch_file, regular, replacing
 
 EXPERTS = "ewavit_experts"  # the metadata key that lists the tensors of the experts
 BLOCK = 2**22  # bytes to read and average at a time; fastest if they fit a cache (benchmarks/export.py)
-LEAST = 64  # bytes of an expert at a time
+LEAST = 512  # bytes of an expert at a time; whole vectors, so that the sums are rounded as in one piece
 MOST_EXPERTS = BLOCK // LEAST
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _EXPERT_KEY = re.compile(
@@ -325,7 +325,7 @@ def _guessed(tensors: Mapping[str, Stored], source: Path) -> dict[str, StoredMix
         floats = all(stored.dtype in FLOATS for _, _, stored in found)
         dims = {len(stored.shape) for _, _, stored in found}
         one_ffn = stacked and (min(dims) < 2 or max(dims) < 3)  # neither stacked vectors nor stacked matrices
-        (count,) = counts.pop() if len(counts) == 1 else (0,)
+        count = next(iter(counts.pop()), 0) if len(counts) == 1 else 0
         if not 1 <= count <= MOST_EXPERTS or one_ffn or not numbered or not floats:
             raise EwavitError(
                 f"{source} does not say which tensors of {printable(mixture)} are experts: save it with the "

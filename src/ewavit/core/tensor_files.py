@@ -6,6 +6,7 @@ A file has 8 bytes with the header's length, a JSON header, and the data without
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -88,7 +89,8 @@ def read_header(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
             if not 2 <= length <= min(total - 8, LARGEST_HEADER):
                 raise ValueError(f"a header of {length:,} bytes in a file of {total:,}")
             header = strict_json(handle.read(length))
-        metadata = header.pop("__metadata__", {})
+        metadata = header.pop("__metadata__", None)
+        metadata = {} if metadata is None else metadata
         if not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("metadata that are not text")
         tensors = {key: _stored(file, 8 + length, key, entry) for key, entry in header.items()}
@@ -141,7 +143,7 @@ def read_index(file: Path) -> tuple[dict[str, Path], dict[str, Any]]:
     except _WRONG as problem:
         raise EwavitError(f"{file} cannot be read as an index of shards ({said(problem)})") from None
     shards = dict.fromkeys(of_key.values())
-    if missing := [shard.name for shard in shards if not shard.exists()]:
+    if missing := [printable(shard.name) for shard in shards if not os.path.exists(shard)]:
         raise EwavitError(f"{file} names {missing[0]}, but it is missing: fetch all {len(shards)} shards")
     return of_key, metadata
 
@@ -158,6 +160,8 @@ def said(problem: Exception) -> str:
     """What was wrong, in words."""
     if isinstance(problem, OSError):
         return problem.strerror or str(problem)
+    if isinstance(problem, (TypeError, AttributeError)):
+        return "its parts are of other types"
     return f"no {problem}" if isinstance(problem, KeyError) else str(problem)
 
 
