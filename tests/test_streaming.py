@@ -450,7 +450,7 @@ def test_metadata_about_experts_are_checked(tmp_path, metadata, word):
 
 
 def test_copies_that_are_no_experts_are_refused(tmp_path):
-    for names in (("0", "7"), ("0", "00"), ("0", "\u0661"), ("0", "9" * 5000)):
+    for names in (("0", "7"), ("0", "00"), ("0", "\u0661"), ("0", "9" * 500)):
         entries = {f"a.experts.copies.{name}.w": ("F32", [3]) for name in names}
         written(tmp_path / "in.safetensors", entries, said(experts="separate", parameters=["w"]))
         refused(tmp_path / "in.safetensors", tmp_path / "plain.safetensors", "a.experts.copies.")

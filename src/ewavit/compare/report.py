@@ -63,7 +63,7 @@ def _csv(comparison: Comparison, summary: Summary) -> str:
     """One row per arm and seed; the numbers of a failed run are empty."""
     table = io.StringIO()
     columns = [column.format(judge=comparison.judge.column) for column in COLUMNS]
-    writer = csv.DictWriter(table, columns, lineterminator="\n")
+    writer = csv.DictWriter(table, columns)  # its line ends, else a carriage return in a text is not quoted
     writer.writeheader()
     for runs in comparison.arms:
         of_arm = {"arm": runs.arm.name, "role": runs.arm.role, "lr": runs.lr}
