@@ -127,13 +127,14 @@ def read_run(run: RunFolder, seed: int, judge: Judge, epochs: Sequence[int] | No
         rows = _table(run.summary)
         points = tuple(_point(run, row, judge) for row in rows)
         _check_curve(points, epochs)
+        memory = _number(rows[-1], "peak_memory_mib", 0)
     labels, predictions = _predictions(run, judge)
     with _reading(run, run.model):
         classes, metric = _model_card(run, averaged="average_loss" in rows[-1])
     with _reading(run, run.summary):
         if metric is not None and metric != points[-1].metric:
             raise ValueError(f"its last {judge.name} is {points[-1].metric}, the model's file says {metric}")
-    finished = Run(seed, points, _number(rows[-1], "peak_memory_mib", 0), labels, predictions)
+    finished = Run(seed, points, memory, labels, predictions)
     if labels is None or predictions is None:
         return finished
     with _reading(run, run.predictions):
@@ -228,7 +229,7 @@ def _point(run: RunFolder, row: Mapping[str, str], judge: Judge) -> Point:
         lr=_number(row, "lr", 0),
         share_rate=_number(row, "share_rate", 0, 1),
         spread={k.removeprefix(SPREAD): _number(row, k, 0) for k in row if k.startswith(SPREAD)},
-        predicted_spread=float(row["predicted_spread"]) if row.get("predicted_spread") else None,
+        predicted_spread=_number(row, "predicted_spread", 0) if row.get("predicted_spread") else None,
     )
 
 
