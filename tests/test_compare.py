@@ -2,12 +2,14 @@
 
 import csv
 import json
+import math
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +17,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from comparisons import ERROR
 from ewavit import EwavitError
@@ -435,6 +439,25 @@ def predicted(column, value):
     return lambda run: in_rows(run.predictions, change)
 
 
+def encoded(encoding):
+    return lambda run: run.summary.write_text(run.summary.read_text(), encoding)
+
+
+def in_place(name, make):
+    """Put something else in the place of a file."""
+
+    def change(run):
+        getattr(run, name).unlink()
+        make(getattr(run, name))
+
+    return change
+
+
+def carded(text):
+    """Write another card into the model's file."""
+    return lambda run: save_file(load_file(run.model), run.model, {"ewavit": text})
+
+
 DAMAGES = {
     "bytes": (lambda run: run.summary.write_bytes(b"\xff\x00" * 50), "summary.csv", "decode"),
     "empty": (lambda run: run.summary.write_text(""), "summary.csv", "it has no rows"),
@@ -479,6 +502,46 @@ DAMAGES = {
         "it has no column label",
     ),
     "model": (lambda run: cut(run.model), "model.safetensors", ""),
+    "UTF-16": (encoded("utf-16"), "summary.csv", "decode"),
+    "byte order mark": (encoded("utf-8-sig"), "summary.csv", "it has no column epoch"),
+    "Latin-1": (
+        lambda run: run.predictions.write_bytes(
+            run.predictions.read_bytes().replace(b"T-shirt", b"T-sh\xefrt")
+        ),
+        "predictions.csv",
+        "decode",
+    ),
+    "NUL": (lambda run: run.summary.write_bytes(b"epoch,\0\n0,\0\n"), "summary.csv", ""),
+    "a huge cell": (cell("eval_top1", "1" * 200_000), "summary.csv", "field larger"),
+    "an open quote": (cell("eval_top1", '"'), "summary.csv", ""),
+    "half an epoch": (cell("epoch", "0.5", 0), "summary.csv", "epoch is 0.5, not a whole number"),
+    "part of an image": (cell("images", "0.5", 0), "summary.csv", "images is 0.5 in epoch 0, possible is 1"),
+    "negative spread": (cell("spread/blocks.1.mlp", "-1"), "summary.csv", "spread/blocks.1.mlp is -1"),
+    "nan spread": (cell("spread/blocks.1.mlp", "nan", 0), "summary.csv", "spread/blocks.1.mlp is nan"),
+    "infinite prediction": (cell("predicted_spread", "inf"), "summary.csv", "predicted_spread is inf"),
+    "a share of 2": (cell("share_rate", "2"), "summary.csv", "share_rate is 2"),
+    "folder": (in_place("summary", Path.mkdir), "summary.csv", "it is a folder, not a file"),
+    "pipe": (in_place("predictions", os.mkfifo), "predictions.csv", "it is a named pipe, not a file"),
+    "device": (
+        in_place("predictions", lambda file: file.symlink_to("/dev/zero")),
+        "predictions.csv",
+        "it is a device, not a file",
+    ),
+    "loop": (in_place("summary", lambda file: file.symlink_to(file.name)), "summary.csv", ""),
+    "rows twice": (
+        lambda run: in_rows(run.predictions, lambda rows: rows.extend(list(rows))),
+        "predictions.csv",
+        "rows are missing or there twice",
+    ),
+    "a right row less": (
+        lambda run: in_rows(run.predictions, lambda rows: rows.pop(3)),
+        "predictions.csv",
+        "rows are missing or there twice",
+    ),
+    "deep card": (carded("[" * 100_000), "model.safetensors", "recursion"),
+    "card of a list": (carded("[]"), "model.safetensors", ""),
+    "card of other types": (carded('{"classes": 3}'), "model.safetensors", ""),
+    "card of no JSON": (carded("{"), "model.safetensors", ""),
 }
 
 
@@ -510,6 +573,115 @@ def test_a_few_predictions_of_thousands_may_differ_in_a_second_evaluation(tmp_pa
                 read_run(run, 0, TOP1)
         else:
             assert read_run(run, 0, TOP1).metric == 50.0
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_the_table_of_runs_is_drawn_whatever_a_run_holds_that_goes_on(done, tmp_path, damage):
+    recipe = Recipe(**SMALL, output=str(tmp_path), name="table")
+    work = Work(recipe, make_arms(["dense", "ewa"], recipe), (42,), (), 1, False, "ewavit compare")
+    going = work.final()[1]
+    shutil.copytree(done[0] / "runs" / "ewa-42", going.run.path)
+    DAMAGES[damage][0](going.run)
+    going.run.model.unlink()
+    for running in (True, False):
+        assert isinstance(Screen(work.final(), work)._state(going, running), str)
+
+
+RANDOM = st.one_of(
+    st.sampled_from(["", "nan", "-1", "1e999", "500", "0.5", "x", "\0", '"', ",", "\n", "1e400", "=1"]),
+    st.text(max_size=5),
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_a_run_is_read_or_named_whatever_its_tables_hold(done, tmp_path, data):
+    sound, run = RunFolder(done[0] / "runs" / "ewa-42"), RunFolder(tmp_path)
+    for name in ("summary.csv", "predictions.csv", "model.safetensors"):
+        shutil.copyfile(sound.path / name, run.path / name)
+    file = data.draw(st.sampled_from([run.summary, run.predictions]))
+    found = bytearray(file.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(0, len(found)))
+        end = data.draw(st.integers(place, min(len(found), place + 30)))
+        found[place:end] = data.draw(RANDOM).encode()
+    file.write_bytes(found)
+    try:
+        read = read_run(run, 42, TOP1, (0, 1))
+    except EwavitError as problem:
+        named = file.name in str(problem) and "\n" not in str(problem)
+        assert named, problem  # noqa: PT017
+    else:
+        assert 0 <= read.metric <= 100
+        assert read.samples == len(read.predictions)
+    run.last_row()
+
+
+WRONG_SETTINGS = {
+    "no YAML": ("a: [", None),
+    "deep": ("[" * 100_000, None),
+    "bytes": (b"\xff\xfe\x00", None),
+    "a date": ("a: 2001-99-99", None),
+    "a list": ("[]", "it holds no settings"),
+    "nothing": ("", "it holds no settings"),
+    "no arms": ({"arms": None}, "its arms cannot be 'None'"),
+    "arms of text": ({"arms": "dense"}, "its arms"),
+    "an arm of text": ({"arms": {"dense": "x"}}, "its arms"),
+    "recipe of text": ({"recipe": "x"}, "its recipe"),
+    "recipe of a list": ({"recipe": []}, "its recipe"),
+    "unknown setting": ({"recipe": {"epocs": 3}}, "unknown settings epocs"),
+    "setting of another type": ({"recipe": {"epochs": "many"}}, "epochs"),
+    "setting of a list": ({"recipe": {"data": [1]}}, "data"),
+    "threads of text": ({"threads": "many"}, "its threads cannot be 'many'"),
+    "no thread": ({"threads": 0}, "its threads"),
+    "many threads": ({"threads": 10**9}, "its threads"),
+    "true threads": ({"threads": True}, "its threads"),
+    "device": ({"device": 3}, "its device"),
+    "machines of text": ({"machines": "cpu"}, "its machines"),
+    "lrs of text": ({"lrs": "1e-3"}, "its lrs"),
+    "negative lr": ({"lrs": [-1]}, "its lrs"),
+    "chosen list": ({"chosen": [1]}, "its chosen"),
+    "chosen text": ({"chosen": {"ewa-lr": "fast"}}, "its chosen"),
+    "chosen nan": ({"chosen": {"ewa-lr": math.nan}}, "its chosen"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_SETTINGS)
+def test_edited_settings_of_a_comparison_are_named_and_nothing_is_lost(copied, capsys, wrong):
+    folder, command = copied
+    change, said = WRONG_SETTINGS[wrong]
+    file = folder / "compare.yaml"
+    if isinstance(change, dict):
+        change = yaml.safe_dump(yaml.safe_load(file.read_text()) | change)
+    file.write_bytes(change if isinstance(change, bytes) else change.encode())
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    capsys.readouterr()
+    assert main(command) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert "compare.yaml" in line
+    assert (said or "compare.yaml cannot be read") in line
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize("name", ["results.csv", "results.json", "report.html"])
+def test_results_are_written_again_over_whatever_is_there(copied, capsys, name):
+    folder, command = copied
+    for make in (lambda file: file.write_bytes(b"\xff"), os.mkfifo, Path.mkdir):
+        with suppress(FileNotFoundError):
+            (folder / name).unlink()
+        make(folder / name)
+        capsys.readouterr()
+        status = main(command)
+        if (folder / name).is_dir():
+            line = capsys.readouterr().err
+            assert status == 2
+            assert line.count("\n") == 1
+            assert "Is a directory" in line
+        else:
+            assert status == 0
+            assert (folder / name).is_file()
+            assert len(results(folder)) == 6
 
 
 @pytest.fixture
@@ -561,8 +733,13 @@ def test_a_run_with_other_labels_than_most_is_named(copied, capsys):
     def drop_a_right_one(rows):
         rows.remove(next(row for row in rows if row["label"] == row["prediction"]))
 
+    def sort_labels(rows):
+        rows.sort(key=lambda row: row["label"])
+        for number, row in enumerate(rows):
+            row["input"] = number
+
     run = RunFolder(folder / "runs" / "twin-43")
-    in_rows(run.predictions, lambda rows: rows.sort(key=lambda row: row["label"]))
+    in_rows(run.predictions, sort_labels)
     assert main(command) == 1
     said = capsys.readouterr().out
     assert "failed: twin, seed 43: predictions.csv is damaged: its 32 labels are not those" in said

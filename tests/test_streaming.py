@@ -1,15 +1,19 @@
 """Collapse from file to file: the same bits as in memory, little memory, and nothing half-written."""
 
 import json
+import math
 import re
 import resource
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError, deserialize, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -18,6 +22,8 @@ from ewavit import EwavitError
 from ewavit.cli import main
 from ewavit.core import checkpoint_files as streaming
 from ewavit.core import moe_layers
+from ewavit.core.tensor_files import ITEM_BITS, read_header
+from ewavit.data.weight_files import read_weights
 from ewavit.training.export import load_model
 from ewavit.training.loop import train
 from ewavit.training.recipe import Recipe
@@ -208,6 +214,76 @@ ewa.collapse_checkpoint({str(run / "checkpoint")!r}, {str(tmp_path / "bare.safet
     assert "holds experts" in capsys.readouterr().err
 
 
+def test_a_mixture_of_more_experts_than_fit_a_page_each_is_collapsed(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    stacks = {"a.experts.ffn.w": torch.randn(1500, 9, 9, generator=generator)}
+    stacks["a.experts.ffn.b"] = torch.randn(1500, 1100, generator=generator)
+    save_file(stacks, tmp_path / "in.safetensors")
+    ewa.collapse_checkpoint(tmp_path / "in.safetensors", tmp_path / "plain.safetensors")
+    found = load_file(tmp_path / "plain.safetensors")
+    assert torch.equal(found["a.w"], stacks["a.experts.ffn.w"].mean(0))
+    assert torch.equal(found["a.b"], stacks["a.experts.ffn.b"].mean(0))
+
+
+@pytest.mark.parametrize("dtype", [kind for kind in ITEM_BITS if kind not in streaming.FLOATS])
+def test_every_type_of_the_format_is_copied_and_no_other_is_averaged(tmp_path, dtype):
+    entries = {"a.experts.ffn.w": ("F32", [2, 2, 2]), "kept": (dtype, [4, 2])}
+    data = written(tmp_path / "in.safetensors", entries)
+    ewa.collapse_checkpoint(tmp_path / "in.safetensors", tmp_path / "plain.safetensors")
+    found = dict(deserialize((tmp_path / "plain.safetensors").read_bytes()))
+    assert (found["kept"]["dtype"], found["kept"]["shape"]) == (dtype, [4, 2])
+    assert bytes(found["kept"]["data"]) == data["kept"]
+    written(tmp_path / "in.safetensors", {"a.experts.ffn.w": (dtype, [2, 2, 8])}, said(parameters=["w"]))
+    (tmp_path / "plain.safetensors").unlink()
+    refused(tmp_path / "in.safetensors", tmp_path / "plain.safetensors", f"experts of type {dtype}")
+
+
+def test_a_users_own_files_of_similar_names_stay(tmp_path):
+    source = save(expanded(), tmp_path / "in.safetensors")
+    own = [tmp_path / f"plain.safetensors{end}" for end in (".partial", ".tmp", "~")]
+    for file in own:
+        file.write_text("mine")
+    ewa.collapse_checkpoint(source, tmp_path / "plain.safetensors")
+    assert [file.read_text() for file in own] == ["mine"] * 3
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_what_transformers_wants_beside_the_shards_comes_along(tmp_path, capsys):
+    folder = shard(expanded(), tmp_path / "in")
+    for name in ("config.json", "preprocessor_config.json"):
+        (folder / name).write_text(json.dumps({"name": name}))
+    (folder / "folder.json").mkdir()
+    (folder / "notes.txt").touch()
+    assert main(["export", str(folder), "--to", str(tmp_path / "out")]) == 0
+    assert sorted(file.name for file in (tmp_path / "out").glob("*.json")) == [
+        "config.json", "model.safetensors.index.json", "preprocessor_config.json",
+    ]  # fmt: skip
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"name": "config.json"}
+    assert not (tmp_path / "out" / "notes.txt").exists()
+
+
+def test_shards_of_one_name_in_two_folders_stay_apart(tmp_path):
+    model = expanded()
+    folder = shard(model, tmp_path / "in", 2)
+    file = folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    places = {
+        name: f"{letter}/same.safetensors"
+        for letter, name in zip("ab", sorted(set(index["weight_map"].values())), strict=True)
+    }
+    for old, new in places.items():
+        (folder / new).parent.mkdir()
+        (folder / old).rename(folder / new)
+    index["weight_map"] = {key: places[name] for key, name in index["weight_map"].items()}
+    file.write_text(json.dumps(index))
+    ewa.collapse_checkpoint(folder, tmp_path / "one.safetensors")
+    check_same(load_file(tmp_path / "one.safetensors"), model)
+    ewa.collapse_checkpoint(folder, tmp_path / "out")
+    found = json.loads((tmp_path / "out" / file.name).read_text())["weight_map"]
+    assert set(found.values()) == set(places.values())
+    check_same({key: load_file(tmp_path / "out" / name)[key] for key, name in found.items()}, model)
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to read the peak from")
 def test_peak_memory_stays_far_below_the_largest_tensor(tmp_path):
     """256 MiB of one mixture's weights, collapsed in some 16 MiB."""
@@ -316,6 +392,212 @@ def test_a_wrong_target_is_refused(tmp_path):
     refused(file, tmp_path / "none" / "plain.safetensors", "no folder")
     folder = shard(expanded(), tmp_path / "in")
     refused(folder, folder, "there already")
+
+
+def written(file, entries, metadata=None):
+    """Write a file with these types and shapes; returns the bytes of each tensor."""
+    header, data = {} if metadata is None else {"__metadata__": {streaming.EXPERTS: metadata}}, b""
+    for key, (dtype, shape) in entries.items():
+        size = math.prod(shape) * ITEM_BITS[dtype] // 8
+        header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + size]}
+        data += bytes(number % 251 for number in range(size))
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    offsets = {key: header[key]["data_offsets"] for key in entries}
+    return {key: data[begin:end] for key, (begin, end) in offsets.items()}
+
+
+def said(**changes):
+    """Metadata about the experts of `a`."""
+    entry = {"num_experts": 2, "experts": "stacked", "parameters": ["w", "b"], **changes}
+    return json.dumps({"a": entry})
+
+
+@pytest.mark.parametrize(
+    ("metadata", "word"),
+    [
+        (said(num_experts=0), "num_experts of a is 0, not 1 to 8,192"),
+        (said(num_experts=-2), "num_experts of a is -2"),
+        (said(num_experts=10**8), "num_experts of a is 100000000"),
+        (said(num_experts=2.0), "num_experts of a is 2.0"),
+        (said(num_experts="2"), "num_experts of a is"),
+        (said(num_experts=True), "num_experts of a is True"),
+        (said(num_experts=1), "is not 1 experts stacked"),
+        (said(num_experts=1025), "is not 1025 experts stacked"),
+        (said(parameters="wb"), "parameters of a is wb, not a list of names"),
+        (said(parameters=[]), "parameters of a is []"),
+        (said(parameters=["w", 3]), "parameters of a is"),
+        (said(parameters={"w": 1}), "parameters of a is"),
+        (said(parameters=["w", "b", "c"]), "0 tensors for a.c"),
+        (said(experts="separate"), "does not belong to 2 separate experts"),
+        (said(experts="none"), "experts of a is none, not stacked or separate"),
+        (json.dumps({"b": json.loads(said())["a"]}), "0 tensors for b."),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"a":' * 100_000, "nested too deeply"),
+        ('{"a": {}, "a": {}}', "a key is there twice"),
+        ('{"\\ud800": {}}', "surrogates not allowed"),
+        ('{"a": NaN}', "NaN is no JSON"),
+        ("[]", "its parts are of other types"),
+        ("3", "its parts are of other types"),
+    ],
+)  # fmt: skip
+def test_metadata_about_experts_are_checked(tmp_path, metadata, word):
+    entries = {"a.experts.ffn.w": ("F32", [2, 3, 3]), "a.experts.ffn.b": ("F32", [2, 3])}
+    written(tmp_path / "in.safetensors", entries, said())
+    ewa.collapse_checkpoint(tmp_path / "in.safetensors", tmp_path / "right.safetensors")
+    written(tmp_path / "in.safetensors", entries, metadata)
+    refused(tmp_path / "in.safetensors", tmp_path / "plain.safetensors", word)
+
+
+def test_copies_that_are_no_experts_are_refused(tmp_path):
+    for names in (("0", "7"), ("0", "00"), ("0", "\u0661"), ("0", "9" * 500)):
+        entries = {f"a.experts.copies.{name}.w": ("F32", [3]) for name in names}
+        written(tmp_path / "in.safetensors", entries, said(experts="separate", parameters=["w"]))
+        refused(tmp_path / "in.safetensors", tmp_path / "plain.safetensors", "a.experts.copies.")
+
+
+@pytest.mark.parametrize(
+    ("header", "word"),
+    [
+        ('{"a":' * 100_000, "nested too deeply"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"\\ud800":{"dtype":"U8","shape":[8],"data_offsets":[0,8]}}', "surrogates not allowed"),
+        ('{"__metadata__":{"a":"\\udc00"}}', "surrogates not allowed"),
+        ('{"__metadata__":{"a":3}}', "metadata that are not text"),
+        ('{"a":{"dtype":"Q8","shape":[8],"data_offsets":[0,8]}}', "a has the unknown type Q8"),
+        ('{"a":{"dtype":"F4","shape":[15],"data_offsets":[0,8]}}', "of shape (15,) and type F4"),
+        ('{"a":{"dtype":["U8"],"shape":[8],"data_offsets":[0,8]}}', "other types"),
+        ('{"a":{"dtype":"U8","shape":[true,8],"data_offsets":[0,8]}}', "the size True"),
+        ('{"a":{"dtype":"U8","shape":[8.0],"data_offsets":[0,8]}}', "the size 8.0"),
+        ('{"a":{"dtype":"U8","shape":[-8],"data_offsets":[0,8]}}', "the size -8"),
+        ('{"a":{"dtype":"U8","shape":[[1],9999999999],"data_offsets":[0,8]}}', "the size [1]"),
+        ('{"a":{"dtype":"U8","shape":"8","data_offsets":[0,8]}}', "the size 8"),
+        ('{"a":{"dtype":"U8","shape":[8],"data_offsets":"08"}}', "the size 0"),
+        ('{"a":{"dtype":"U8","shape":[8],"data_offsets":[0,8,9]}}', "too many values"),
+        ('{"a":{"dtype":"U8","shape":[8],"data_offsets":[8,16]}}', "leave gaps"),
+        ('{"a":{"dtype":"U8","shape":[8],"data_offsets":[8,0]}}', "in bytes 8 to 0"),
+        ('{"a":{"dtype":"U8","shape":[9],"data_offsets":[0,9]}}', "bytes"),
+        ('{"a":{"dtype":"U8","shape":[18446744073709551624],"data_offsets":[0,8]}}', "the size 1844"),
+        ('{"a":{"dtype":"F64","shape":[4294967296,4294967297],"data_offsets":[0,8]}}', "too large"),
+        ('{"a":{"dtype":"U8","shape":[9223372036854775807,3,0],"data_offsets":[0,0]}}', "too large"),
+        ('{"a":{"dtype":"U8","shape":[8],"data_offsets":[0,8]},"a":{}}', "a key is there twice"),
+        ('{"a":{"dtype":"U8","shape":[8],"data_offsets":[0,Infinity]}}', "Infinity is no JSON"),
+        (
+            '{"%s":{"dtype":"U8","shape":[8],"data_offsets":[0,8]}}' % ("a" * 2000),
+            "a key of 2,000 characters",
+        ),
+        ('{"\\u001b[2J":{"dtype":"Q8","shape":[8],"data_offsets":[0,8]}}', "'\\x1b[2J' has the unknown type"),
+        ('{"a":8}', "other types"),
+    ],
+    ids=lambda text: text[:60],
+)  # fmt: skip
+def test_a_header_is_checked_before_anything_is_made_of_it(tmp_path, header, word):
+    text = header.encode()
+    data = len(text).to_bytes(8, "little") + text + bytes(8)
+    (tmp_path / "in.safetensors").write_bytes(data)
+    refused(tmp_path / "in.safetensors", tmp_path / "plain.safetensors", word)
+
+
+def test_a_header_that_is_too_long_is_not_read(tmp_path):
+    file = tmp_path / "in.safetensors"
+    with file.open("wb") as handle:
+        handle.write((2**30).to_bytes(8, "little"))
+        handle.truncate(2**31)  # without blocks on the disk
+    refused(file, tmp_path / "plain.safetensors", "a header of 1,073,741,824 bytes")
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"b": "../b.safetensors"}, "'../b.safetensors', which is not a file in its folder"),
+        ({"b": "a/../../b.safetensors"}, "not a file in its folder"),
+        ({"b": "/etc/passwd"}, "'/etc/passwd', which is not a file in its folder"),
+        ({"b": ""}, "not a file in its folder"),
+        ({"b": "b\0.safetensors"}, "not a file in its folder"),
+        ({"b": "b" * 5000}, "but it is missing"),
+        ({"b": 3}, "other types"),
+        ({"b": ["b.safetensors"]}, "other types"),
+        ({"b": "\ud800"}, "surrogates not allowed"),
+        ([], "other types"),
+        ("text", "other types"),
+    ],
+    ids=repr,
+)
+def test_an_index_names_files_of_its_own_folder_only(tmp_path, change, word):
+    folder = shard(expanded(), tmp_path / "in")
+    written(tmp_path / "b.safetensors", {"b": ("U8", [8])})
+    file = folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    index["weight_map"] = {**index["weight_map"], **change} if isinstance(change, dict) else change
+    file.write_text(json.dumps(index))
+    refused(folder, tmp_path / "out", word)
+    with pytest.raises(EwavitError, match=re.escape(word)):
+        read_weights(file)
+
+
+# One oracle for all headers: the safetensors library.
+
+NUMBERS = st.one_of(
+    st.integers(0, 8), st.sampled_from([-1, 2**31, 2**62, 2**63, 2**64, 1.0, True, None, "4", [1]])
+)
+ENTRY = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from([*ITEM_BITS, "Q8", "f32", None, 3]),
+        "shape": st.one_of(st.lists(NUMBERS, max_size=3), NUMBERS),
+        "data_offsets": st.lists(NUMBERS, min_size=1, max_size=3),
+    }
+)
+KEYS = st.one_of(
+    st.sampled_from(["a", "m.experts.ffn.w", "m.experts.ffn.b", *(f"m.experts.copies.{n}.w" for n in "01")]),
+    st.text(max_size=4),
+)
+
+
+@st.composite
+def files(draw):
+    """A safetensors file, mostly with one thing wrong."""
+    header, end = {}, 0
+    for key in draw(st.lists(KEYS, max_size=4, unique=True)):
+        dtype, shape = draw(st.sampled_from(list(ITEM_BITS))), draw(st.lists(st.integers(0, 4), max_size=3))
+        size = math.prod(shape) * ITEM_BITS[dtype] // 8
+        header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    if draw(st.booleans()):
+        texts = st.dictionaries(st.text(max_size=3), st.one_of(st.text(max_size=3), NUMBERS), max_size=2)
+        header["__metadata__"] = draw(st.one_of(texts, NUMBERS))
+    if header and draw(st.booleans()):
+        header[draw(st.sampled_from(list(header)))] = draw(st.one_of(ENTRY, NUMBERS))
+    text = json.dumps(header, ensure_ascii=draw(st.booleans())).encode("utf-8", "surrogatepass")
+    data = bytearray(len(text).to_bytes(8, "little") + text)
+    data += bytes(max(0, end + draw(st.sampled_from([0, 0, 0, 1, -1]))))
+    for _ in range(draw(st.sampled_from([0, 0, 0, 1, 2]))):
+        data[draw(st.integers(0, len(data) - 1))] = draw(st.integers(0, 255))
+    return bytes(data)
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@given(files())
+def test_a_header_is_read_as_the_library_reads_it(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("fuzz")
+    file, target = folder / "in.safetensors", folder / "plain.safetensors"
+    file.write_bytes(data)
+    try:
+        theirs = dict(deserialize(data))
+    except SafetensorError:
+        theirs = None
+    if theirs is None:
+        with pytest.raises(EwavitError):
+            read_header(file)
+        return
+    mine, _ = read_header(file)
+    assert {key: (each.dtype, list(each.shape)) for key, each in mine.items()} == {
+        key: (each["dtype"], each["shape"]) for key, each in theirs.items()
+    }
+    for key, each in mine.items():
+        assert data[each.begin : each.begin + each.size] == bytes(theirs[key]["data"])
+    with suppress(EwavitError):
+        ewa.collapse_checkpoint(file, target)
+        deserialize(target.read_bytes())
 
 
 @pytest.mark.parametrize("target", ["plain.safetensors", "out"])

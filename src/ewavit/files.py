@@ -1,9 +1,11 @@
-"""`replacing`: write a file whole or not at all. `is_torch_file`: recognise a pickle."""
+"""`replacing` writes files whole or not at all, `regular` refuses what is none, `csv_text` is for tables."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,15 +24,59 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the file cannot be written.
     """
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(f".{path.name}.ewavit-partial")  # no name of a user's own
+    remove(partial)  # what a killed process left
     try:
         yield partial
         os.replace(partial, path)
     finally:
-        if partial.is_dir():
-            shutil.rmtree(partial, ignore_errors=True)
-        else:
-            partial.unlink(missing_ok=True)
+        remove(partial)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder or a link, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+_SPECIAL = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def regular(path: Path) -> Path:
+    """Check that a path is a file or a link to one. Opening a named pipe could wait for ever.
+
+    Returns:
+        The path.
+
+    Raises:
+        OSError: nothing is there, or a loop of links, a folder, a named pipe, a socket or a device.
+    """
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        kind = next((name for is_kind, name in _SPECIAL if is_kind(mode)), "something else")
+        raise OSError(f"it is {kind}, not a file")
+    return path
+
+
+_FORMULA = re.compile(r"'*[=+\-@\t\r\n]")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE | re.ASCII)
+
+
+def csv_text(text: str) -> str:
+    """A text as a cell of a CSV file that no spreadsheet takes for a formula.
+
+    One ' goes before a text that begins with = + - @, a tab or a line break, with or without ' before it.
+    Removing one ' from such a cell gives the text again. Numbers stay as they are.
+    """
+    return f"'{text}" if _FORMULA.match(text) and not _NUMBER.fullmatch(text) else text
 
 
 def is_torch_file(file: Path) -> bool:

@@ -27,6 +27,7 @@ from ewavit.cli.parser import (
     whole_number,
 )
 from ewavit.errors import EwavitError, first_line
+from ewavit.files import regular
 
 try:
     import yaml
@@ -344,8 +345,8 @@ def _recipe(options: argparse.Namespace) -> tuple[Recipe, set[str]]:
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as problem:
+        content = yaml.safe_load(regular(Path(path)).read_text())
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as problem:
         reason = str(problem).replace("\n", " ")
         raise EwavitError(
             f"--config {path} cannot be read as YAML ({reason}): write lines like `epochs: 20`"

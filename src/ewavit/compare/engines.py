@@ -26,6 +26,7 @@ from typing import Any, Protocol
 import torch
 
 from ewavit.errors import Diverged, EwavitError, Refused, first_line
+from ewavit.files import regular
 from ewavit.training.recipe import Recipe
 from ewavit.training.run_folder import RunFolder
 
@@ -87,6 +88,8 @@ def execute(recipe: Recipe, threads: int) -> End:
     run = RunFolder.of(recipe)
     try:
         run.path.parent.mkdir(parents=True, exist_ok=True)
+        run.log.touch()
+        regular(run.log)  # else opening it could wait for ever
         with run.log.open("a") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)

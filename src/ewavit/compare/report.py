@@ -22,7 +22,7 @@ import numpy as np
 
 from ewavit.compare.results import ArmRuns, Comparison, Point, Run
 from ewavit.compare.statistics import EQUAL_SEEDS, Summary, finished, summarise, time_to_reference
-from ewavit.files import replacing
+from ewavit.files import csv_text, replacing
 from ewavit.tasks.judge import Judge
 
 FACTS = (
@@ -56,18 +56,20 @@ def write_results(comparison: Comparison, folder: Path) -> None:
     with ExitStack() as stack:
         for name, text in texts.items():
             partial = stack.enter_context(replacing(folder / name))
-            partial.write_text(text, encoding="utf-8", newline="")
+            partial.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
 
 
 def _csv(comparison: Comparison, summary: Summary) -> str:
     """One row per arm and seed; the numbers of a failed run are empty."""
     table = io.StringIO()
     columns = [column.format(judge=comparison.judge.column) for column in COLUMNS]
-    writer = csv.DictWriter(table, columns, lineterminator="\n")
+    writer = csv.DictWriter(table, columns)  # its line ends, else a carriage return in a text is not quoted
     writer.writeheader()
     for runs in comparison.arms:
         of_arm = {"arm": runs.arm.name, "role": runs.arm.role, "lr": runs.lr}
-        writer.writerows({**of_arm, **row} for row in _rows(runs, comparison, summary))
+        for row in _rows(runs, comparison, summary):
+            cells = {**of_arm, **row}
+            writer.writerow({k: csv_text(v) if isinstance(v, str) else v for k, v in cells.items()})
     return table.getvalue()
 
 

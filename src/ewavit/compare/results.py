@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from ewavit.compare.arms import Arm
 from ewavit.errors import EwavitError, first_line
+from ewavit.files import regular
 from ewavit.tasks.judge import Judge
 from ewavit.training.recipe import Recipe
 from ewavit.training.run_folder import RunFolder
@@ -126,13 +127,14 @@ def read_run(run: RunFolder, seed: int, judge: Judge, epochs: Sequence[int] | No
         rows = _table(run.summary)
         points = tuple(_point(run, row, judge) for row in rows)
         _check_curve(points, epochs)
+        memory = _number(rows[-1], "peak_memory_mib", 0)
     labels, predictions = _predictions(run, judge)
     with _reading(run, run.model):
         classes, metric = _model_card(run, averaged="average_loss" in rows[-1])
     with _reading(run, run.summary):
         if metric is not None and metric != points[-1].metric:
             raise ValueError(f"its last {judge.name} is {points[-1].metric}, the model's file says {metric}")
-    finished = Run(seed, points, _number(rows[-1], "peak_memory_mib", 0), labels, predictions)
+    finished = Run(seed, points, memory, labels, predictions)
     if labels is None or predictions is None:
         return finished
     with _reading(run, run.predictions):
@@ -181,7 +183,9 @@ def without_other_data(runs: Mapping[RunFolder, Run]) -> dict[RunFolder, Run]:
     return checked
 
 
-_DAMAGE = (OSError, ValueError, OverflowError, TypeError, AttributeError, csv.Error, SafetensorError)
+_DAMAGE = (
+    OSError, ValueError, OverflowError, TypeError, AttributeError, RecursionError, csv.Error, SafetensorError,
+)  # fmt: skip
 
 
 @contextmanager
@@ -203,7 +207,7 @@ def _damaged(run: RunFolder, file: Path, what: str) -> EwavitError:
 
 def _table(file: Path) -> list[dict[str, str]]:
     """The rows of a CSV file; each has a value for every column."""
-    text = file.read_bytes().decode()
+    text = regular(file).read_bytes().decode()
     rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
     for number, row in enumerate(rows, 1):
         if None in row or None in row.values():
@@ -216,16 +220,16 @@ def _table(file: Path) -> list[dict[str, str]]:
 def _point(run: RunFolder, row: Mapping[str, str], judge: Judge) -> Point:
     """A row of a summary, every value checked. Each task's loss is a cross-entropy, so none is negative."""
     return Point(
-        epoch=int(_number(row, "epoch", 0)),
-        images=int(_number(row, "images" if row.get("images") else "clouds", 1)),
+        epoch=_whole(row, "epoch", 0),
+        images=_whole(row, "images" if row.get("images") else "clouds", 1),
         seconds=_number(row, "seconds", 0),
         train_loss=_number(row, "train_loss", 0),
         eval_loss=_number(row, f"{_weights(row)}_loss", 0),
         metric=_metric(run, row, judge),
         lr=_number(row, "lr", 0),
         share_rate=_number(row, "share_rate", 0, 1),
-        spread={k.removeprefix(SPREAD): float(v) for k, v in row.items() if k.startswith(SPREAD)},
-        predicted_spread=float(row["predicted_spread"]) if row.get("predicted_spread") else None,
+        spread={k.removeprefix(SPREAD): _number(row, k, 0) for k in row if k.startswith(SPREAD)},
+        predicted_spread=_number(row, "predicted_spread", 0) if row.get("predicted_spread") else None,
     )
 
 
@@ -242,6 +246,13 @@ def _number(row: Mapping[str, str], column: str, lowest: float, highest: float =
         possible = f"{lowest:g} or more" if highest == math.inf else f"{lowest:g} to {highest:g}"
         raise ValueError(f"{column} is {row[column]} {where}, possible is {possible}")
     return value
+
+
+def _whole(row: Mapping[str, str], column: str, lowest: int) -> int:
+    value = _number(row, column, lowest)
+    if not value.is_integer():
+        raise ValueError(f"{column} is {row[column]}, not a whole number")
+    return int(value)
 
 
 def _check_curve(points: Sequence[Point], epochs: Sequence[int] | None) -> None:
@@ -268,6 +279,9 @@ def _predictions(run: RunFolder, judge: Judge) -> tuple[Classes | None, Classes 
             raise ValueError("it has no rows")
         if not rows:
             return None, None
+        inputs = [row["input"] for row in rows if row.get("input", "").isdecimal()]
+        if len(inputs) == len(rows) and inputs != [str(number) for number in range(len(rows))]:
+            raise ValueError("its inputs are not numbered in order: rows are missing or there twice")
         columns = []
         for column in ("label", "prediction"):
             if column not in rows[0]:
@@ -298,7 +312,7 @@ def _model_card(run: RunFolder, averaged: bool) -> tuple[int | None, float | Non
     file = run.average if averaged else run.model
     if not file.exists():
         return None, None
-    with safe_open(file, "np") as handle:
+    with safe_open(regular(file), "np") as handle:
         card = json.loads((handle.metadata() or {}).get("ewavit", "{}"))
     classes = card.get("classes")
     return len(classes) if classes else None, card.get("metric")

@@ -84,7 +84,9 @@ class Screen:
         if not running:
             return "begun" if row else "·"
         share, latest = 0.0, ""
-        with suppress(KeyError, ValueError):  # a damaged summary, which the run will write again
+        with suppress(
+            KeyError, ValueError, TypeError, OverflowError
+        ):  # a damaged summary, which the run will write again
             if row:
                 share = (int(float(row["epoch"])) + 1) / cell.recipe.epochs
                 latest = f" [dim]{self._judge.text(latest_metric(cell.run, self._judge))}[/]"

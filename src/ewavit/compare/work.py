@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -25,7 +25,7 @@ from ewavit.compare.results import (
     without_other_data,
 )
 from ewavit.errors import EwavitError, first_line
-from ewavit.files import replacing
+from ewavit.files import regular, replacing
 from ewavit.tasks.choice import task_for
 from ewavit.tasks.judge import Judge
 from ewavit.tasks.task import Task
@@ -35,6 +35,7 @@ from ewavit.training.run_folder import RunFolder
 
 SETTINGS = "compare.yaml"
 TUNING_SEEDS = 2
+MOST_THREADS = 4096  # of a run, in the file of an earlier start
 TUNING_HOLDOUT = 0.2  # of the training data, unless the recipe holds out a share of its own
 # What may differ between two starts of a comparison: where things are, and how they are read and shown.
 _FREE = {"output", "name", "data_dir", "workers", "tensorboard"}
@@ -145,14 +146,15 @@ class Work:
         if not any(run.is_dir() for part in ("runs", "tuning") for run in (self.folder / part).glob("*")):
             return  # nothing was trained yet: all may change
         try:
-            saved: dict[str, Any] = yaml.safe_load(file.read_text())
+            saved = _checked(yaml.safe_load(regular(file).read_text()))
             difference = self._difference(saved)
             self.threads, self.device, self.chosen = saved["threads"], saved["device"], saved["chosen"]
             self.known, self.machines = saved["arms"], saved["machines"]
             self.lrs = self.lrs or tuple(saved["lrs"])
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError) as problem:
-            reason = f"{type(problem).__name__} {first_line(problem)}"
-            raise EwavitError(f"{file} cannot be read ({reason}): choose another --name") from None
+        except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as problem:
+            raise EwavitError(
+                f"{file} cannot be read ({first_line(problem)}): undo the change, or choose another --name"
+            ) from None
         if difference:
             raise EwavitError(f"{self.folder} holds another comparison ({difference}): choose another --name")
 
@@ -284,6 +286,35 @@ class Work:
                     metric = found.metric if found and found.error is None else math.nan
                     facts = {"arm": arm.name, "lr": cell.recipe.lr, "seed": cell.recipe.seed}
                     yield {**facts, self.judge.column: metric}
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf  # type: ignore[operator]
+
+
+_SAVED: dict[str, Callable[[Any], bool]] = {
+    "recipe": lambda value: isinstance(value, dict) and all(isinstance(name, str) for name in value),
+    "arms": lambda value: (
+        isinstance(value, dict) and all(isinstance(overrides, dict) for overrides in value.values())
+    ),
+    "lrs": lambda value: isinstance(value, list) and all(map(_is_number, value)),
+    "chosen": lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
+    "threads": lambda value: type(value) is int and 0 < value <= MOST_THREADS,
+    "device": lambda value: isinstance(value, str),
+    "machines": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+}
+
+
+def _checked(saved: Any) -> dict[str, Any]:
+    """The settings that an earlier start saved, with values of the right types."""
+    if not isinstance(saved, dict):
+        raise ValueError("it holds no settings")
+    for name, is_right in _SAVED.items():
+        if name not in saved:
+            raise ValueError(f"it has no {name}")
+        if not is_right(saved[name]):
+            raise ValueError(f"its {name} cannot be {str(saved[name])[:40]!r}")
+    return saved
 
 
 def best_lr(scores: Mapping[float, Sequence[float | None]], judge: Judge) -> float | None:

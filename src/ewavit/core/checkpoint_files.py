@@ -1,7 +1,7 @@
 """`collapse_checkpoint`: from files of an expanded model to files of the plain one, a few MiB at a time.
 
-It reads and writes the safetensors format itself (8 bytes with the header's length, a JSON header, the data),
-so a checkpoint may be many times larger than memory, and torch is enough.
+It reads and writes the safetensors format itself, so a checkpoint may be many times larger than memory, and
+torch is enough.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,21 +21,27 @@ from torch import nn
 
 from ewavit.core.experts import SeparateExperts
 from ewavit.core.moe import MoE
+from ewavit.core.tensor_files import (
+    INDEX,
+    ITEM_BITS,
+    Stored,
+    printable,
+    read_header,
+    read_index,
+    said,
+    strict_json,
+)
 from ewavit.errors import EwavitError
-from ewavit.files import is_torch_file, replacing
+from ewavit.files import is_torch_file, regular, replacing
 
 EXPERTS = "ewavit_experts"  # the metadata key that lists the tensors of the experts
-INDEX = ".safetensors.index.json"
 BLOCK = 2**22  # bytes to read and average at a time; fastest if they fit a cache (benchmarks/export.py)
-LARGEST_HEADER = 100_000_000  # bytes, the limit of the format
-ITEM_BYTES = {
-    **dict.fromkeys(("F64", "I64", "U64", "C64"), 8),
-    **dict.fromkeys(("F32", "I32", "U32"), 4),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
-    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
-}
+LEAST = 512  # bytes of an expert at a time; whole vectors, so that the sums are rounded as in one piece
+MOST_EXPERTS = BLOCK // LEAST
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_EXPERT_KEY = re.compile(r"(?P<mixture>.+?)\.experts\.(?:ffn|copies\.(?P<copy>\d+))\.(?P<name>.+)")
+_EXPERT_KEY = re.compile(
+    r"(?P<mixture>.+?)\.experts\.(?:ffn|copies\.(?P<copy>0|[1-9][0-9]{0,8}))\.(?P<name>.+)"
+)
 
 
 @dataclass(frozen=True)
@@ -51,28 +57,10 @@ class StoredMixture:
 
 
 @dataclass(frozen=True)
-class _Stored:
-    """The place of a tensor in a file, or of one expert's part of a stacked tensor."""
-
-    file: Path
-    begin: int
-    size: int  # bytes
-    dtype: str
-    shape: tuple[int, ...]
-
-    def unstacked(self) -> list[_Stored]:
-        """The parts along dimension 0."""
-        count, *shape = self.shape
-        size = self.size // count
-        begins = [self.begin + number * size for number in range(count)]
-        return [_Stored(self.file, begin, size, self.dtype, tuple(shape)) for begin in begins]
-
-
-@dataclass(frozen=True)
 class _Source:
     """What there is to read: tensors by key, each file's metadata, and the index of the shards."""
 
-    tensors: dict[str, _Stored]
+    tensors: dict[str, Stored]
     metadata: dict[Path, dict[str, str]]
     index: Path | None
     index_metadata: dict[str, Any]
@@ -138,9 +126,11 @@ def collapse_checkpoint(source: str | os.PathLike[str], target: str | os.PathLik
         raise EwavitError(f"{target} is not a name for the plain model: choose FILE.safetensors{shards}")
     if not target.parent.is_dir():
         raise EwavitError(f"no folder {target.parent}: make it first")
-    if target.exists() and (not single or any(target.samefile(file) for file in found.metadata)):
-        what = "the source" if single else "there already"
-        raise EwavitError(f"{target} is {what}: choose another name")
+    if target.exists():
+        what = "there already, and is no file" if single and not target.is_file() else "there already"
+        is_source = single and any(target.samefile(file) for file in found.metadata)
+        if is_source or not single or not target.is_file():
+            raise EwavitError(f"{target} is {'the source' if is_source else what}: choose another name")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # one core adds faster than a disk reads, and this fixes the order of the sum
     try:
@@ -170,10 +160,13 @@ def _open(source: Path) -> _Source:
         if len(indices) > 1:
             raise EwavitError(f"{source} holds {len(indices)} indices of shards: name one of them")
         source = indices[0] if indices else source / "model.safetensors"
-    if not source.is_file():
+    try:
+        regular(source)
+    except OSError as problem:
+        what = f"{source} cannot be read ({said(problem)})" if source.exists() else f"no file {source}"
         raise EwavitError(
-            f"no file {source}: give a .safetensors file, an index of shards, or the folder of either"
-        )
+            f"{what}: give a .safetensors file, an index of shards, or the folder of either"
+        ) from None
     if is_torch_file(source):
         raise EwavitError(
             f"{source} is a file of torch.save, and only safetensors are collapsed in pieces: load it into "
@@ -181,57 +174,16 @@ def _open(source: Path) -> _Source:
             "model.state_dict(), FILE, ewavit.expert_metadata(model))"
         )
     if not source.name.endswith(INDEX):
-        tensors, metadata = _read_header(source)
+        tensors, metadata = read_header(source)
         return _Source(tensors, {source: metadata}, None, {})
-    try:
-        index = json.loads(source.read_bytes())
-        of_key = {str(key): source.parent / name for key, name in index["weight_map"].items()}
-        index_metadata = dict(index.get("metadata") or {})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
-        raise EwavitError(f"{source} cannot be read as an index of shards ({_said(problem)})") from None
-    shards = dict.fromkeys(of_key.values())
-    if missing := [file.name for file in shards if not file.is_file()]:
-        raise EwavitError(f"{source} names {missing[0]}, but it is missing: fetch all {len(shards)} shards")
-    headers = {file: _read_header(file) for file in shards}
+    of_key, index_metadata = read_index(source)
+    headers = {file: read_header(file) for file in dict.fromkeys(of_key.values())}
     if lost := [key for key, file in of_key.items() if key not in headers[file][0]]:
         raise EwavitError(
-            f"{of_key[lost[0]]} lacks {lost[0]}, but {source.name} puts it there: fetch it again"
+            f"{of_key[lost[0]]} lacks {printable(lost[0])}, but {source.name} puts it there: fetch it again"
         )
     tensors = {key: headers[file][0][key] for key, file in of_key.items()}
     return _Source(tensors, {file: header[1] for file, header in headers.items()}, source, index_metadata)
-
-
-def _read_header(file: Path) -> tuple[dict[str, _Stored], dict[str, str]]:
-    """The place of each tensor in a file, and the file's metadata; checks the whole header."""
-    try:
-        with file.open("rb") as handle:
-            total = os.fstat(handle.fileno()).st_size
-            length = int.from_bytes(handle.read(8), "little")
-            start = 8 + length
-            if not 2 <= length <= min(total - 8, LARGEST_HEADER):
-                raise ValueError(f"a header of {length:,} bytes in a file of {total:,}")
-            header = json.loads(handle.read(length))
-        metadata = {str(key): str(value) for key, value in header.pop("__metadata__", {}).items()}
-        tensors = {}
-        for key, entry in header.items():
-            begin, end = entry["data_offsets"]
-            dtype, shape = entry["dtype"], tuple(entry["shape"])
-            size = prod(shape) * ITEM_BYTES[dtype] if dtype in ITEM_BYTES else end - begin
-            if end - begin != size or any(not isinstance(n, int) or n < 0 for n in (begin, end, *shape)):
-                raise ValueError(f"{key} of shape {shape} and type {dtype} in bytes {begin} to {end}")
-            tensors[key] = _Stored(file, start + begin, size, dtype, shape)
-        expected = start
-        for stored in sorted(tensors.values(), key=lambda each: (each.begin, each.size)):
-            if stored.begin != expected:
-                raise ValueError("tensors overlap or leave gaps")
-            expected += stored.size
-        if expected != total:
-            raise ValueError(f"{total:,} of {expected:,} bytes")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
-        raise EwavitError(
-            f"{file} cannot be read as safetensors ({_said(problem)}): fetch it again"
-        ) from None
-    return tensors, metadata
 
 
 class _Reader(ExitStack):
@@ -258,81 +210,85 @@ class _Reader(ExitStack):
             raise EwavitError(f"{file} cannot be read ({problem.strerror}): fetch it again") from None
 
 
-def _said(problem: Exception) -> str:
-    if isinstance(problem, OSError):
-        return problem.strerror or str(problem)
-    return f"no {problem}" if isinstance(problem, KeyError) else str(problem)
-
-
 # Which tensors become which
 
 
-def _plan(found: _Source, source: Path) -> tuple[dict[str, list[_Stored]], int]:
+def _plan(found: _Source, source: Path) -> tuple[dict[str, list[Stored]], int]:
     """For each key of the plain model the one tensor to copy or the N tensors to average."""
     mixtures = _mixtures(found, source)
-    outputs: dict[str, list[_Stored]] = {}
+    outputs: dict[str, list[Stored]] = {}
     matches = {key: _EXPERT_KEY.fullmatch(key) for key in found.tensors}
     in_order = sorted(matches.items(), key=lambda item: int((item[1] and item[1]["copy"]) or 0))
     for key, match in in_order:  # in the order of the copies: the sum then equals that of `collapse` exactly
         stored = found.tensors[key]
         if match is None or match["mixture"] not in mixtures:
-            if _is_stored_mean(key, found.tensors, mixtures):
-                continue  # the experts give it
-            if any(key.startswith(f"{name}.") for name in mixtures):
+            owner = next((name for name in _prefixes(key) if name in mixtures), None)
+            if owner is None:
+                outputs.setdefault(key, []).append(stored)
+            elif not _is_stored_mean(key, owner, found.tensors):  # else the experts give it
                 raise EwavitError(
-                    f"{source} is a routed mixture ({key}); no plain model computes the same: to deploy its "
-                    "mean expert, a different model, load it and call ewavit.collapse(model)"
+                    f"{source} is a routed mixture ({printable(key)}); no plain model computes the same: to "
+                    "deploy its mean expert, a different model, load it and call ewavit.collapse(model)"
                 )
-            outputs.setdefault(key, []).append(stored)
             continue
         name, mixture = match["name"], mixtures[match["mixture"]]
         target = f"{match['mixture']}.{name}"
+        stacked = mixture.experts == "stacked"
+        if stacked != (match["copy"] is None) or int(match["copy"] or 0) >= mixture.num_experts:
+            kind = f"{mixture.num_experts} {mixture.experts} experts"
+            raise EwavitError(f"{source}: {printable(key)} does not belong to {kind}: fetch it again")
         if name not in mixture.parameters:
             if match["copy"] in (None, "0"):
                 outputs.setdefault(target, []).append(stored)
-        elif mixture.experts == "separate":
+        elif not stacked:
             outputs.setdefault(target, []).append(stored)
         elif stored.shape[:1] == (mixture.num_experts,):
-            outputs.setdefault(target, []).extend(stored.unstacked())
+            outputs.setdefault(target, []).append(stored.unstacked())
         else:
-            raise EwavitError(f"{source}: {key} {stored.shape} is not {mixture.num_experts} experts stacked")
+            raise EwavitError(
+                f"{source}: {printable(key)} {stored.shape} is not {mixture.num_experts} experts stacked"
+            )
     wanted = {f"{name}.{key}": each.num_experts for name, each in mixtures.items() for key in each.parameters}
     for key in {**wanted, **outputs}:
         parts, count = outputs.get(key, []), wanted.get(key, 1)
-        if len(parts) != count or len({(part.dtype, part.shape) for part in parts}) != 1:
+        held = sum(part.count for part in parts)
+        if held != count or len({(part.dtype, part.shape) for part in parts}) != 1:
             raise EwavitError(
-                f"{source} holds {len(parts)} tensors for {key}, not {count} of one shape and type: it is "
-                "damaged, fetch it again"
+                f"{source} holds {held} tensors for {printable(key)}, not {count} of one shape and type: it "
+                "is damaged, fetch it again"
             )
         if count > 1 and parts[0].dtype not in FLOATS:
             raise EwavitError(
-                f"{source}: experts of type {parts[0].dtype} ({key}) cannot be averaged: save them as F32"
+                f"{source}: experts of type {parts[0].dtype} ({printable(key)}) cannot be averaged: save "
+                "them as F32"
             )
     return outputs, len(mixtures)
 
 
-def _is_stored_mean(key: str, keys: Container[str], mixtures: Iterable[str]) -> bool:
+def _prefixes(key: str) -> Iterator[str]:
+    """The modules that a tensor is in, the outermost first."""
+    parts = key.split(".")
+    return (".".join(parts[:end]) for end in range(1, len(parts)))
+
+
+def _is_stored_mean(key: str, mixture: str, keys: Container[str]) -> bool:
     """Whether a tensor is of the mean FFN that `save_pretrained` puts beside the experts for a Trainer."""
-    names = [(name, key.removeprefix(f"{name}.")) for name in mixtures if key.startswith(f"{name}.")]
-    return any(
-        f"{name}.experts.{held}.{rest}" in keys for name, rest in names for held in ("ffn", "copies.0")
-    )
+    rest = key.removeprefix(f"{mixture}.")
+    return any(f"{mixture}.experts.{held}.{rest}" in keys for held in ("ffn", "copies.0"))
 
 
 def _mixtures(found: _Source, source: Path) -> dict[str, StoredMixture]:
     """The mixtures from the metadata, or without metadata from the keys."""
-    said = [each[EXPERTS] for each in (*found.metadata.values(), found.index_metadata) if EXPERTS in each]
+    texts = [each[EXPERTS] for each in (*found.metadata.values(), found.index_metadata) if EXPERTS in each]
     try:
         mixtures = {
-            str(name): StoredMixture(
-                int(each["num_experts"]), str(each["experts"]), frozenset(each["parameters"])
-            )
-            for text in said
-            for name, each in json.loads(text).items()
+            name: _stored_mixture(name, each)
+            for text in texts
+            for name, each in strict_json(text.encode()).items()
         }
     except (ValueError, KeyError, TypeError, AttributeError) as problem:
         raise EwavitError(
-            f"{source} has unknown metadata about experts ({_said(problem)}): save it again with "
+            f"{source} has unknown metadata about experts ({said(problem)}): save it again with "
             "ewavit.expert_metadata(model)"
         ) from None
     mixtures = mixtures or _guessed(found.tensors, source)
@@ -341,9 +297,21 @@ def _mixtures(found: _Source, source: Path) -> dict[str, StoredMixture]:
     return mixtures
 
 
-def _guessed(tensors: Mapping[str, _Stored], source: Path) -> dict[str, StoredMixture]:
+def _stored_mixture(name: str, entry: Mapping[str, Any]) -> StoredMixture:
+    """A mixture as the metadata describe it."""
+    count, experts, parameters = entry["num_experts"], entry["experts"], entry["parameters"]
+    if type(count) is not int or not 1 <= count <= MOST_EXPERTS:
+        raise ValueError(f"num_experts of {printable(name)} is {printable(count)}, not 1 to {MOST_EXPERTS:,}")
+    if experts not in ("stacked", "separate"):
+        raise ValueError(f"experts of {printable(name)} is {printable(experts)}, not stacked or separate")
+    if type(parameters) is not list or not parameters or not all(type(each) is str for each in parameters):
+        raise ValueError(f"parameters of {printable(name)} is {printable(parameters)}, not a list of names")
+    return StoredMixture(count, experts, frozenset(parameters))
+
+
+def _guessed(tensors: Mapping[str, Stored], source: Path) -> dict[str, StoredMixture]:
     """The mixtures by their keys; an error if these are ambiguous."""
-    parts: dict[str, list[tuple[str | None, str, _Stored]]] = {}
+    parts: dict[str, list[tuple[str | None, str, Stored]]] = {}
     for key, stored in tensors.items():
         if match := _EXPERT_KEY.fullmatch(key):
             parts.setdefault(match["mixture"], []).append((match["copy"], match["name"], stored))
@@ -357,12 +325,12 @@ def _guessed(tensors: Mapping[str, _Stored], source: Path) -> dict[str, StoredMi
         floats = all(stored.dtype in FLOATS for _, _, stored in found)
         dims = {len(stored.shape) for _, _, stored in found}
         one_ffn = stacked and (min(dims) < 2 or max(dims) < 3)  # neither stacked vectors nor stacked matrices
-        if len(counts) != 1 or counts == {(0,)} or one_ffn or not numbered or not floats:
+        count = next(iter(counts.pop()), 0) if len(counts) == 1 else 0
+        if not 1 <= count <= MOST_EXPERTS or one_ffn or not numbered or not floats:
             raise EwavitError(
-                f"{source} does not say which tensors of {mixture} are experts: save it with the metadata of "
-                "ewavit.expert_metadata(model)"
+                f"{source} does not say which tensors of {printable(mixture)} are experts: save it with the "
+                "metadata of ewavit.expert_metadata(model)"
             )
-        (count,) = counts.pop()
         mixtures[mixture] = StoredMixture(count, "stacked" if stacked else "separate", names)
     return mixtures
 
@@ -371,11 +339,11 @@ def _guessed(tensors: Mapping[str, _Stored], source: Path) -> dict[str, StoredMi
 
 
 def _write(
-    file: Path, outputs: Mapping[str, Sequence[_Stored]], metadata: Mapping[str, str], reader: _Reader
+    file: Path, outputs: Mapping[str, Sequence[Stored]], metadata: Mapping[str, str], reader: _Reader
 ) -> int:
     """Write one safetensors file; returns its size in bytes."""
     # The order of the safetensors library: the widest types first, so that all tensors are aligned.
-    order = sorted(outputs, key=lambda key: (-ITEM_BYTES.get(outputs[key][0].dtype, 1), key))
+    order = sorted(outputs, key=lambda key: (-ITEM_BITS[outputs[key][0].dtype], key))
     header: dict[str, Any] = {"__metadata__": _without_experts({"format": "pt", **metadata})}
     end = 0
     for key in order:
@@ -395,23 +363,32 @@ def _write(
 
 
 def _write_shards(
-    folder: Path, outputs: Mapping[str, Sequence[_Stored]], found: _Source, reader: _Reader
+    folder: Path, outputs: Mapping[str, Sequence[Stored]], found: _Source, reader: _Reader
 ) -> int:
-    """Write a folder of shards under their old names, without empty ones, and the index."""
+    """Write a folder of shards under their old names, without empty ones, the index, and other JSON files."""
     assert found.index is not None
-    folder.mkdir()
-    shards: dict[Path, dict[str, Sequence[_Stored]]] = {}
+    base = found.index.parent
+    shards: dict[Path, dict[str, Sequence[Stored]]] = {}
     for key, parts in outputs.items():
         shards.setdefault(parts[0].file, {})[key] = parts
-    written = sum(
-        _write(folder / file.name, tensors, found.metadata[file], reader) for file, tensors in shards.items()
-    )
+    written = 0
+    for file, tensors in shards.items():
+        to = folder / file.relative_to(base)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        written += _write(to, tensors, found.metadata[file], reader)
     size = sum(parts[0].size for parts in outputs.values())
     index = {
         "metadata": _without_experts({**found.index_metadata, "total_size": size}),
-        "weight_map": {key: parts[0].file.name for key, parts in sorted(outputs.items())},
+        "weight_map": {
+            key: parts[0].file.relative_to(base).as_posix() for key, parts in sorted(outputs.items())
+        },
     }
     (folder / found.index.name).write_text(json.dumps(index, indent=2) + "\n")
+    for file in base.glob(
+        "*.json"
+    ):  # what transformers wants beside the shards: the model, the preprocessing
+        if file.is_file() and not file.name.endswith(INDEX) and not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
     return written
 
 
@@ -419,18 +396,19 @@ def _without_experts(metadata: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in metadata.items() if key != EXPERTS}
 
 
-def _averaged(experts: Sequence[_Stored], reader: _Reader) -> Iterator[memoryview]:
+def _averaged(experts: Sequence[Stored], reader: _Reader) -> Iterator[memoryview]:
     """The bytes of the mean of equal tensors, or of one tensor, in pieces; each is valid until the next."""
-    count, size = len(experts), experts[0].size
-    width = BLOCK // count // 4096 * 4096  # bytes of each expert at a time
+    places = [(part.file, part.begin + n * part.size) for part in experts for n in range(part.count)]
+    count, size = len(places), experts[0].size
+    width = BLOCK // count // 4096 * 4096 or BLOCK // count // LEAST * LEAST  # bytes of each at a time
     dtype = FLOATS.get(experts[0].dtype, torch.uint8)
     mean = torch.empty(0, dtype=torch.promote_types(dtype, torch.float32))
     result = bytearray(width if count > 1 else 0)
     for done in range(0, size, width):
         each = min(width, size - done)
         piece = memoryview(reader.buffer)[: count * each]
-        for number, expert in enumerate(experts):
-            reader.fill(expert.file, expert.begin + done, piece[number * each : (number + 1) * each])
+        for number, (file, begin) in enumerate(places):
+            reader.fill(file, begin + done, piece[number * each : (number + 1) * each])
         if count == 1:
             yield piece
             continue

@@ -60,7 +60,7 @@ def files_below(folder: Path, suffixes: Iterable[str]) -> tuple[list[str], Count
         for entry in os.scandir(place):
             if _is_hidden(entry.name):
                 continue
-            if entry.is_dir():
+            if os.path.isdir(entry.path):  # False for a loop of links
                 inner = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(real, entry.name)
                 if inner not in above and inner not in seen:
                     seen.add(inner)

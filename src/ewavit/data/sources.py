@@ -25,6 +25,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder
 
 from ewavit.data.folders import class_folders, files_below, formats_text, split_folders
 from ewavit.errors import EwavitError, first_line
+from ewavit.files import regular
 
 Ints = npt.NDArray[np.int64]
 
@@ -100,7 +101,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 def _unpickle(path: Path) -> dict[bytes, Any]:
     try:
-        with path.open("rb") as stream:
+        with regular(path).open("rb") as stream:
             content = _ArrayUnpickler(stream, encoding="bytes").load()
     except FileNotFoundError:
         raise EwavitError(f"{path} is missing: unpack the CIFAR archive again") from None
@@ -297,7 +298,7 @@ class FileImages(ImageSource):
         return len(self.paths)
 
     def open(self, index: int) -> tuple[Image.Image, int]:
-        return Image.open(self.where(index)), int(self.targets[index])
+        return Image.open(regular(Path(self.where(index)))), int(self.targets[index])
 
     def where(self, index: int) -> str:
         return os.fsdecode(self.paths[index])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
@@ -13,8 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ewavit.core.checkpoint_files import INDEX, collapse_checkpoint, is_expert_key
+from ewavit.core.checkpoint_files import collapse_checkpoint, is_expert_key
+from ewavit.core.tensor_files import INDEX, read_index
 from ewavit.errors import EwavitError, first_line
+from ewavit.files import regular
 
 # In a folder, the first of these: a finished run has the first one, an interrupted run the second.
 _IN_FOLDER = ("model.safetensors", "checkpoint/model.safetensors", "checkpoint-previous/model.safetensors")
@@ -37,8 +38,12 @@ def read_weights(source: Path) -> dict[str, Any]:
         EwavitError: there is no such file, it cannot be read, or it holds a routed mixture.
     """
     file = _in_folder(source) if source.is_dir() else source
-    if not file.is_file():
+    if not file.exists():
         raise EwavitError(f"no file {source}: give the file with the weights, or the folder of a run")
+    try:
+        regular(file)
+    except OSError as problem:
+        raise EwavitError(f"{file} cannot be read as weights ({first_line(problem)})") from None
     try:
         state = _read(file)
     except EwavitError:
@@ -64,7 +69,7 @@ def named_tensors(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[
 def _in_folder(folder: Path) -> Path:
     indices = sorted(folder.glob(f"*{INDEX}"))
     files = [*(folder / name for name in _IN_FOLDER), *indices, folder / "pytorch_model.bin"]
-    found = next((file for file in files if file.is_file()), None)
+    found = next((file for file in files if file.exists()), None)
     if found is None:
         raise EwavitError(
             f"{folder} holds no {_IN_FOLDER[0]} and no checkpoint: give the file with the weights itself"
@@ -76,8 +81,8 @@ def _read(file: Path) -> Any:
     from safetensors.torch import load_file
 
     if file.name.endswith(INDEX):
-        shards = sorted(set(json.loads(file.read_bytes())["weight_map"].values()))
-        return {key: value for shard in shards for key, value in load_file(file.parent / shard).items()}
+        shards = sorted(set(read_index(file)[0].values()))
+        return {key: value for shard in shards for key, value in load_file(regular(shard)).items()}
     if file.suffix == ".safetensors":
         return load_file(file)
     with torch.serialization.safe_globals(_harmless()):

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ewavit.errors import EwavitError
+from ewavit.files import regular
 
 Floats = npt.NDArray[np.float32]
 TEXT_SUFFIXES = (".txt", ".xyz", ".csv", ".pts")
@@ -95,10 +96,11 @@ def load_file(path: Path, wanted: int, rng: np.random.Generator) -> npt.NDArray[
 
     Raises:
         EwavitError: trimesh is not installed.
+        OSError: it is missing, or a named pipe, a socket or a device.
         ValueError: an .npz file holds several arrays, none of them called `points`. Damaged files raise other
             errors as well.
     """
-    suffix = path.suffix.lower()
+    suffix = regular(path).suffix.lower()
     if suffix == ".npy":
         return np.asarray(np.load(path, allow_pickle=False))
     if suffix == ".npz":

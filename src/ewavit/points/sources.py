@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from ewavit.data.folders import class_folders, files_below, split_folders
 from ewavit.errors import EwavitError, first_line
+from ewavit.files import regular
 from ewavit.points.files import TEXT_SUFFIXES, Floats, checked, library, load_file, without_missing
 from ewavit.points.solids import make_solids
 
@@ -209,7 +210,7 @@ def _of_h5(files: Sequence[Path]) -> list[_Cloud]:
     clouds: list[_Cloud] = []
     for file in files:
         try:
-            with h5py.File(file, "r") as stored:
+            with h5py.File(regular(file), "r") as stored:
                 data, label = stored["data"][:], stored["label"][:]
         except (OSError, KeyError) as problem:
             raise EwavitError(
@@ -254,7 +255,7 @@ def _read_modelnet(reader: _Reader, kind: str, path: Path) -> PointSet:
 
 def _modelnet_npz(file: Path) -> tuple[tuple[str, ...], list[_Cloud], list[_Cloud]]:
     try:
-        with np.load(file, allow_pickle=False) as stored:
+        with np.load(regular(file), allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored}
         classes = tuple(str(name) for name in arrays["classes"])
         train, test = ((arrays[f"{split}_points"], arrays[f"{split}_label"]) for split in ("train", "test"))
@@ -349,9 +350,12 @@ def _classification(
 
 
 def _lines(file: Path) -> tuple[str, ...]:
-    if not file.is_file():
-        raise EwavitError(f"{file} is missing: download the set again")
-    return tuple(row.strip() for row in file.read_text().splitlines() if row.strip())
+    try:
+        text = regular(file).read_text()
+    except (OSError, UnicodeDecodeError) as problem:
+        what = f"cannot be read ({first_line(problem)})" if file.exists() else "is missing"
+        raise EwavitError(f"{file} {what}: download the set again") from None
+    return tuple(row.strip() for row in text.splitlines() if row.strip())
 
 
 # --- ShapeNetPart ---
@@ -377,7 +381,7 @@ def _read_shapenetpart(reader: _Reader, path: Path) -> PointSet:
         for name in names:
             file = path / "train_test_split" / f"shuffled_{name}_file_list.json"
             try:
-                shapes = json.loads(file.read_text())
+                shapes = json.loads(regular(file).read_text())
             except (OSError, ValueError) as problem:
                 raise EwavitError(
                     f"{file} cannot be read ({first_line(problem)}): download the set again"

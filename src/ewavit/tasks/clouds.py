@@ -13,6 +13,7 @@ from torch import nn
 from ewavit.data.batches import Data, Inputs
 from ewavit.data.weight_files import read_weights
 from ewavit.errors import EwavitError, first_line
+from ewavit.files import replacing
 from ewavit.points.batches import CloudInputs
 from ewavit.points.transformer import create_point_model, load_point_weights
 from ewavit.tasks.classification import Classification
@@ -131,5 +132,6 @@ def draw_clouds(clouds: Any, names: Sequence[tuple[str, ...]], path: Path) -> No
         right = label == found
         title = label if right else f"{label}\npredicted {found}"
         axis.set_title(title, fontsize=9, color="black" if right else "tab:red")
-    figure.savefig(path, dpi=120)
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)
     pyplot.close(figure)

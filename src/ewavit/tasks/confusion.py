@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ewavit.files import replacing
+from ewavit.files import csv_text, replacing
 
 NUMBERED = 20  # classes of the largest picture that has the counts in its cells
 NAMED = 60  # classes of the largest picture that has their names
@@ -69,16 +69,15 @@ class Confusion:
         return "\n".join(lines)
 
     def write(self, path: Path) -> None:
-        """Write a CSV file: a row for each true class, a column for each predicted class."""
+        """Write a CSV file: a row for each true class, a column for each predicted class, see `csv_text`."""
+        names = [csv_text(name) for name in self.classes]
         with (
             replacing(path) as partial,
             partial.open("w", newline="", encoding="utf-8", errors="backslashreplace") as handle,
         ):
             writer = csv.writer(handle)
-            writer.writerow(("class", *self.classes))
-            writer.writerows(
-                (name, *row) for name, row in zip(self.classes, self.counts.tolist(), strict=True)
-            )
+            writer.writerow(("class", *names))
+            writer.writerows((name, *row) for name, row in zip(names, self.counts.tolist(), strict=True))
 
     def draw(self, path: Path, title: str) -> None:
         """Draw the matrix as a picture; a row's colours are shares of the true class."""
@@ -105,5 +104,6 @@ class Confusion:
         axis.set_xlabel("predicted class")
         axis.set_ylabel("true class")
         axis.set_title(title, fontsize=10)
-        figure.savefig(path, dpi=120)
+        with replacing(path) as partial:
+            figure.savefig(partial, format="png", dpi=120)
         pyplot.close(figure)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ewavit.core.routing import TopK, routers
 from ewavit.core.surgery import expand
 from ewavit.data.batches import Data, Inputs
+from ewavit.files import regular
 from ewavit.tasks.choice import task_for
 from ewavit.tasks.task import Task
 from ewavit.tasks.timm_models import timm_config, transform_code
@@ -97,7 +98,7 @@ class ModelCard:
     def of_file(cls, file: Path) -> ModelCard | None:
         """The card in a safetensors file or in a run's folder; None if there is none."""
         try:
-            with safe_open(file / "model.safetensors" if file.is_dir() else file, "pt") as handle:
+            with safe_open(regular(file / "model.safetensors" if file.is_dir() else file), "pt") as handle:
                 found = (handle.metadata() or {}).get("ewavit")
         except (OSError, SafetensorError):  # missing, or of another format: the loader of weights says so
             return None

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ewavit.errors import EwavitError
-from ewavit.files import replacing
+from ewavit.files import regular, replacing
 from ewavit.training.run_folder import RunFolder
 
 FORMAT = 1
@@ -132,14 +132,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def _read(folder: Path, warning: str | None) -> Checkpoint:
-    state = json.loads((folder / "state.json").read_text())
+    state = json.loads(regular(folder / "state.json").read_text())
     if state["format"] != FORMAT:
         raise ValueError(f"format {state['format']}, this version reads {FORMAT}")
     for name, size in state["sizes"].items():
-        if (found := (folder / name).stat().st_size) != size:
+        if (found := regular(folder / name).stat().st_size) != size:
             raise ValueError(f"{name} has {found:,} of {size:,} bytes")
-    model = load_file(folder / "model.safetensors")
-    training = _join(state["training"], load_file(folder / "training.safetensors"))
+    model = load_file(regular(folder / "model.safetensors"))
+    training = _join(state["training"], load_file(regular(folder / "training.safetensors")))
     return Checkpoint(folder, model, training, state["facts"], warning)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
 import warnings
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from ewavit.data.batches import Data
 from ewavit.data.options import DataOptions
 from ewavit.data.relabelled import with_classes
 from ewavit.errors import EwavitError
-from ewavit.files import is_torch_file, replacing
+from ewavit.files import is_torch_file, regular, remove, replacing
 from ewavit.tasks.classification import ConfusionMeter
 from ewavit.tasks.task import Metrics
 from ewavit.training.building import expand_by_recipe
@@ -62,7 +61,7 @@ def load_model(source: Path) -> tuple[nn.Module, ModelCard]:
             f"run or a file that ewavit wrote, or train from its weights with --initial-checkpoint {file}"
         )
     try:
-        with safe_open(file, "pt") as handle:
+        with safe_open(regular(file), "pt") as handle:
             metadata = handle.metadata() or {}
         weights = load_file(file)
     except (OSError, SafetensorError) as problem:
@@ -151,7 +150,7 @@ def predictor(source: Path) -> tuple[Callable[[Tensor], Tensor], ModelCard]:
     import onnxruntime
 
     try:
-        session = onnxruntime.InferenceSession(str(source), providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(str(regular(source)), providers=["CPUExecutionProvider"])
         card = ModelCard.from_dict(json.loads(session.get_modelmeta().custom_metadata_map["ewavit"]))
     except Exception as problem:  # onnxruntime's errors have no common class
         raise EwavitError(f"{source} cannot be read as an ONNX file of ewavit ({problem})") from None
@@ -244,6 +243,8 @@ def export(source: Path, to: Path, data: str | None = None, mean_expert: bool = 
         )
     if not to.suffix and to.exists():
         raise EwavitError(f"{to} exists already: choose a new folder")
+    if to.exists() and to.suffix and not to.is_file():
+        raise EwavitError(f"{to} is there already, and is no file: choose another name")
     if not to.parent.is_dir():
         raise EwavitError(f"no folder {to.parent}: make it first")
     model, card = load_model(source)
@@ -256,15 +257,14 @@ def export(source: Path, to: Path, data: str | None = None, mean_expert: bool = 
             )
         collapse(model)
         of_file = replace(of_file, metric=None, mixture=None)
-    partial = to.with_name(f"unchecked-{to.name}")
+    partial = to.with_name(f".ewavit-unchecked-{to.name}")
+    remove(partial)  # what a killed process left
     try:
         _write(model, of_file, partial)
         checked = _check(partial, model, card, data, collapsed=routed)
         os.replace(partial, to)
     finally:
-        if partial.is_dir():
-            shutil.rmtree(partial)
-        partial.unlink(missing_ok=True)
+        remove(partial)
     file = to if to.suffix else RunFolder(to).model
     said = f"wrote {to} ({file.stat().st_size / 1e6:.1f} MB): {checked}"
     if to.suffix == ".onnx":

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 import yaml
 
 from ewavit.errors import EwavitError
+from ewavit.files import replacing
 
 if TYPE_CHECKING:
     from ewavit.core.routing import TopK
@@ -352,7 +353,8 @@ class Recipe:
 
     def save(self, path: Path) -> None:
         """Write the settings as YAML that `--config` reads."""
-        path.write_text(yaml.safe_dump(asdict(self), sort_keys=False))
+        with replacing(path) as partial:
+            partial.write_text(yaml.safe_dump(asdict(self), sort_keys=False))
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any], source: str) -> Recipe:

@@ -16,7 +16,7 @@ from torch import nn
 
 from ewavit.core.diagnostics import routing_statistics
 from ewavit.core.routing import auxiliary_loss
-from ewavit.files import replacing
+from ewavit.files import csv_text, replacing
 from ewavit.tasks.judge import Judge
 from ewavit.tasks.task import Prediction, Task
 from ewavit.training.recipe import Recipe
@@ -84,7 +84,7 @@ def write_summary(rows: list[Row], path: Path) -> None:
 
 
 def write_predictions(rows: list[Prediction], path: Path, classes: Sequence[str], spec: str) -> None:
-    """Write one CSV row per evaluation input, in the data's order.
+    """Write one CSV row per evaluation input, in the data's order. Text is written as `csv_text` does.
 
     Args:
         rows: the predictions.
@@ -102,8 +102,8 @@ def write_predictions(rows: list[Prediction], path: Path, classes: Sequence[str]
         for number, row in enumerate(rows):
             name = number if row.name is None else row.name.removeprefix(folder)
             top = "|".join(classes[label] for label in row.top)
-            label, found = classes[row.label], classes[row.prediction]
-            writer.writerow((*row[:2], name, label, found, f"{row.probability:.4f}", top))
+            texts = (str(name), classes[row.label], classes[row.prediction], f"{row.probability:.4f}", top)
+            writer.writerow((*row[:2], *map(csv_text, texts)))
 
 
 def draw_curves(rows: list[Row], path: Path, title: str, judged_on: str, judge: Judge) -> None:
@@ -153,7 +153,8 @@ def draw_curves(rows: list[Row], path: Path, title: str, judged_on: str, judge: 
         if len(axis.lines) > 1:
             axis.legend(frameon=False)
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=120)
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)
     pyplot.close(figure)
 
 

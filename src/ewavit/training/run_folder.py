@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from ewavit.files import regular
 from ewavit.training.recipe import Recipe
 
 
@@ -97,7 +98,7 @@ class RunFolder:
         return self.model.exists() and self.predictions.exists()
 
     def last_row(self) -> dict[str, str] | None:
-        """The last row of `summary`, or None if it has none yet."""
-        with suppress(OSError), self.summary.open(newline="") as handle:
+        """The last row of `summary`, or None if it has none yet or cannot be read."""
+        with suppress(OSError, ValueError, csv.Error), regular(self.summary).open(newline="") as handle:
             return next(iter(deque(csv.DictReader(handle), maxlen=1)), None)
         return None
