@@ -587,6 +587,20 @@ def test_a_mixture_answers_attributes_of_its_ffn(experts):
         mlp._private  # noqa: B018 (the lookup is what is tested)
 
 
+@both_layouts
+def test_a_layer_set_on_a_mixture_is_refused_where_no_expert_would_have_it(experts):
+    model = ewa.expand(tiny_vit(2), 4, experts=experts)
+    mlp = model.blocks[1].mlp
+    for name, value in (("act", nn.ReLU()), ("fc1", nn.Linear(16, 64))):
+        with pytest.raises(ewa.EwavitError, match=rf"{name} belongs to the FFN.*before ewavit\.expand"):
+            setattr(mlp, name, value)
+    mlp.note = "any attribute"
+    mlp.adapter = nn.Linear(2, 2)
+    for ffn in mlp.experts.ffns():
+        ffn.act = nn.ReLU()
+    assert isinstance(ewa.collapse(model).blocks[1].mlp.act, nn.ReLU)
+
+
 @pytest.mark.parametrize("lead", [(), (5,), (2, 5), (2, 3, 4), (2, 2, 3, 4), (1, 2, 2, 3, 4)])
 @both_layouts
 def test_an_ffn_takes_tokens_of_any_rank(lead, experts):

@@ -153,6 +153,22 @@ def keep_attributes(parameter: nn.Parameter, other: nn.Parameter) -> None:
         other.__dict__.setdefault(name, value)
 
 
+def all_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters under all their names."""
+    return list(module.named_parameters(remove_duplicate=False))
+
+
+def tie(pairs: list[tuple[nn.Module, nn.Module]]) -> None:
+    """Let copies share parameters where the modules do; `pairs` are modules with their copies."""
+    kept: dict[nn.Parameter, nn.Parameter] = {}
+    for module, made in pairs:
+        copied = dict(all_parameters(made))
+        for name, parameter in all_parameters(module):
+            if name in copied:  # not in what was parametrized or pruned since
+                holder, _, key = name.rpartition(".")
+                made.get_submodule(holder)._parameters[key] = kept.setdefault(parameter, copied[name])
+
+
 def share_call_hooks(source: nn.Module, target: nn.Module) -> None:
     """Let a module have the hooks of another one; adding or removing a hook then changes both."""
     for name in CALL_HOOKS:

@@ -79,7 +79,7 @@ class MoE(nn.Module):
             The FFN's output, in the FFN's shape.
 
         Raises:
-            EwavitError: torch.fx traces the model; its graph would hold neither the partition nor the mean.
+            EwavitError: torch.fx or TorchScript traces the model; its graph would repeat one partition.
         """
         if isinstance(x, Proxy):
             raise EwavitError(f"torch.fx cannot trace an expanded model: {_PLAIN}")
@@ -126,6 +126,16 @@ class MoE(nn.Module):
             if name.startswith("_") or "experts" not in self._modules:
                 raise
             return getattr(self.experts.ffns()[0], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse a layer or parameter that would replace one of the FFN: no expert would have it."""
+        own = name in vars(self) or name in self.__dict__.get("_modules", ())
+        if isinstance(value, nn.Module | Tensor) and not own and hasattr(self, name):
+            raise EwavitError(
+                f"{name} belongs to the FFN, and no expert would have the new one: set it before "
+                "ewavit.expand, or in each of moe.experts.ffns()"
+            )
+        super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
         return f"unit={self.unit!r}" + (", channels_first=True" if self.channels_first else "")

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ewavit.core.copying import hook_on_itself, share_call_hooks
+from ewavit.core.copying import all_parameters, hook_on_itself, share_call_hooks, tie
 from ewavit.core.devices import Peers, cut_like, is_sharded, whole
 from ewavit.core.draws import LAYER
 from ewavit.core.experts import ExpertLeaf, SeparateExperts, StackedExperts
@@ -89,13 +89,8 @@ def expand(
             dispatcher = None if router is None else _router(router, num_experts, ffn)
             moe = MoE(kind(ffn.module, num_experts), unit, ffn.channels_first, dispatcher)
         moe.dispatcher.key[LAYER] = number
-        share_call_hooks(ffn.module, moe)
         layers.append(moe)
-    made = [(ffn.module, moe.experts.ffns()) for ffn, moe in zip(chosen, layers, strict=True)]
-    for number in range(num_experts):  # stacked experts are one module, separate ones N
-        _tie([(ffn, copies[number]) for ffn, copies in made if number < len(copies)])
-    for ffn, moe in zip(chosen, layers, strict=True):
-        _replace(model, ffn.module, moe)
+    _insert(model, chosen, layers)
     _exempt_norms_from_decay(model)
     guard_save_pretrained(model)
     if peers is not None:
@@ -124,9 +119,9 @@ def _check_chosen(model: nn.Module, chosen: list[FFN], experts: str) -> None:
 
 def _refuse_tied(model: nn.Module, chosen: list[FFN], experts: str) -> None:
     """Raise for a parameter that an expanded FFN shares with a module outside, or with another layout."""
-    holders = {p: (ffn, name) for ffn in chosen for name, p in _parameters(ffn.module)}
+    holders = {p: (ffn, name) for ffn in chosen for name, p in all_parameters(ffn.module)}
     for ffn in chosen:
-        for name, parameter in _parameters(ffn.module):
+        for name, parameter in all_parameters(ffn.module):
             other, its_name = holders[parameter]
             if other.stackable != ffn.stackable and experts == "auto":
                 raise EwavitError(
@@ -147,22 +142,6 @@ def _refuse_tied(model: nn.Module, chosen: list[FFN], experts: str) -> None:
                 )
         children = ((f"{path}{key}.", part) for key, part in module._modules.items() if part is not None)
         waiting += [child for child in children if child[1] not in seen]
-
-
-def _parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """The parameters under all their names."""
-    return list(module.named_parameters(remove_duplicate=False))
-
-
-def _tie(pairs: list[tuple[nn.Module, nn.Module]]) -> None:
-    """Let the copies in pairs of a module and its copy share parameters where the modules share them."""
-    kept: dict[nn.Parameter, nn.Parameter] = {}
-    for module, made in pairs:
-        copied = dict(_parameters(made))
-        for name, parameter in _parameters(module):
-            if name in copied:  # not in what was parametrized or pruned since
-                holder, _, key = name.rpartition(".")
-                made.get_submodule(holder)._parameters[key] = kept.setdefault(parameter, copied[name])
 
 
 def _check_choices(unit: str, experts: str, placement: str) -> None:
@@ -281,6 +260,16 @@ def _refuse_wrapped(model: nn.Module) -> None:
             raise EwavitError("the model is compiled: call model.compile() after ewavit.expand(model)")
 
 
+def _insert(model: nn.Module, chosen: list[FFN], layers: list[MoE]) -> None:
+    """Put mixtures in the places of their FFNs; they share parameters where the FFNs do."""
+    made = [(ffn.module, moe.experts.ffns()) for ffn, moe in zip(chosen, layers, strict=True)]
+    for number in range(layers[0].num_experts):  # stacked experts are one module, separate ones N
+        tie([(ffn, copies[number]) for ffn, copies in made if number < len(copies)])
+    for ffn, moe in zip(chosen, layers, strict=True):
+        share_call_hooks(ffn.module, moe)
+        _replace(model, ffn.module, moe)
+
+
 def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put `new` wherever `old` is registered in the model (CoaT registers one FFN three times)."""
     for parent in list(model.modules()):
@@ -342,7 +331,7 @@ def collapse(model: Model) -> Model:
 def _plain(model: nn.Module) -> list[tuple[MoE, nn.Module]]:
     """Each mixture and the FFN with its mean expert; parameters that mixtures share stay shared."""
     made = [(moe, moe.collapse()) for moe in moe_layers(model).values()]
-    _tie([(moe.experts.ffns()[0], ffn) for moe, ffn in made])
+    tie([(moe.experts.ffns()[0], ffn) for moe, ffn in made])
     return made
 
 
