@@ -84,7 +84,8 @@ def test_every_kind_of_hook_inside_survives(kind):
     model, calls = tiny_vit(2), []
     register = getattr(model.blocks[1].mlp.fc1, f"register_{kind}_hook")
     handle = register(lambda *args: calls.append(1))
-    ewa.expand(model, 4)
+    with pytest.warns(UserWarning, match=r"the hooks of blocks\.1\.mlp\.fc1 fire once for each expert"):
+        ewa.expand(model, 4)
     step(model)
     assert calls
     ewa.collapse(model)
@@ -99,7 +100,8 @@ def test_every_kind_of_hook_inside_survives(kind):
 def test_a_bound_method_hook_inside_keeps_its_owner():
     model, recorder = tiny_vit(2), Recorder()
     model.blocks[1].mlp.fc2.register_forward_hook(recorder.hook)
-    ewa.expand(model, 4)
+    with pytest.warns(UserWarning, match="fire once for each expert"):
+        ewa.expand(model, 4)
     model.train()(images(4))
     ewa.collapse(model)(images(4))
     assert len(recorder.seen) == 4 + 1  # one call of each expert's own copy, one of the plain layer

@@ -24,6 +24,7 @@ CALL_HOOKS = (
     "_backward_pre_hooks",
     "_is_full_backward_hook",
 )
+_CALLED = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
@@ -178,6 +179,15 @@ def share_call_hooks(source: nn.Module, target: nn.Module) -> None:
 def without_call_hooks(module: nn.Module) -> dict[int, Any]:
     """A memo for `duplicate` that leaves the module's own hooks out; those of its parts stay."""
     return {id(vars(module)[name]): type(vars(module)[name])() for name in CALL_HOOKS if vars(module)[name]}
+
+
+def called_within(module: nn.Module) -> str:
+    """The name of a part with a hook of its calls, torch's that compute weights left out; "" without any."""
+    for name, part in module.named_modules():
+        held = (getattr(part, kind) for kind in _CALLED if name)
+        if any(not computes_weight(hook) for hooks in held for hook in hooks.values()):
+            return name
+    return ""
 
 
 def attachments(module: nn.Module) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ewavit.core.copying import all_parameters, hook_on_itself, share_call_hooks, tie
+from ewavit.core.copying import all_parameters, called_within, hook_on_itself, share_call_hooks, tie
 from ewavit.core.devices import Peers, cut_like, is_sharded, whole
 from ewavit.core.draws import LAYER
 from ewavit.core.experts import ExpertLeaf, SeparateExperts, StackedExperts
@@ -110,6 +110,8 @@ def _check_chosen(model: nn.Module, chosen: list[FFN], experts: str) -> None:
             raise EwavitError(
                 f'{ffn.name} ({ffn.class_name}) cannot be stacked: use experts="separate" or "auto"'
             )
+        if part := called_within(ffn.module):
+            warnings.warn(f"the hooks of {ffn.name}.{part} fire once for each expert", stacklevel=3)
     if frozen := [ffn.name for ffn in chosen if not any(p.requires_grad for p in ffn.module.parameters())]:
         warnings.warn(
             f"{frozen[0]} is frozen ({len(frozen)} of {len(chosen)} FFNs are): its experts will never differ",
