@@ -186,7 +186,7 @@ def called_within(module: nn.Module) -> str:
     for name, part in module.named_modules():
         held = (getattr(part, kind) for kind in _CALLED if name)
         if any(not computes_weight(hook) for hooks in held for hook in hooks.values()):
-            return name
+            return str(name)
     return ""
 
 
