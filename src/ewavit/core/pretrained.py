@@ -50,6 +50,10 @@ class PretrainedSaver:
             self._check_plain(layers)
         state = given.get("state_dict") or self.model.state_dict()
         given["state_dict"] = with_mean_ffns(self.model, state, keep_experts=for_trainer)
+        if for_trainer and "save_original_format" in inspect.signature(save).parameters:
+            # Else transformers 5 writes the keys of version 4, and its Trainer finds none of them when it
+            # resumes or loads the best model (https://github.com/huggingface/transformers/issues/48805).
+            given.setdefault("save_original_format", False)
         more = given.pop("kwargs", {})
         return save(**given, **more)
 

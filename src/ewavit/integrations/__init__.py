@@ -1,0 +1,1 @@
+"""One file per framework, which imports that framework and the core, nothing else."""

@@ -1,0 +1,146 @@
+"""`EWACallback` in transformers' Trainer: exact to resume, a stock model at the end."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import nn
+from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
+
+import ewavit as ewa
+from ewavit.core import moe_layers
+from ewavit.integrations.transformers import EWACallback
+from processes import in_processes
+
+CONFIG = ViTConfig(
+    hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=16,
+    patch_size=8, num_labels=3, hidden_dropout_prob=0.1,
+)  # fmt: skip
+
+
+class Images(torch.utils.data.Dataset):
+    def __len__(self):
+        return 32
+
+    def __getitem__(self, index):
+        generator = torch.Generator().manual_seed(index)
+        return {"pixel_values": torch.randn(3, 16, 16, generator=generator), "labels": index % 3}
+
+
+def trainer(folder, callback=None, **settings):
+    set_seed(0)
+    model = ViTForImageClassification(copy.deepcopy(CONFIG))
+    arguments = {
+        "num_train_epochs": 2, "per_device_train_batch_size": 8, "save_strategy": "steps", "save_steps": 3,
+        "logging_steps": 2, "report_to": [], "disable_tqdm": True, "use_cpu": True, "learning_rate": 1e-2,
+        "dataloader_pin_memory": False, **settings,
+    }  # fmt: skip
+    callbacks = [callback or EWACallback(ramp_steps=6)]
+    args = TrainingArguments(str(folder), **arguments)
+    return Trainer(model, args, train_dataset=Images(), eval_dataset=Images(), callbacks=callbacks)
+
+
+def weights(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def assert_equal(one, other):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"gradient_accumulation_steps": 2},
+        {"bf16": True},
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"max_grad_norm": 0.1, "lr_scheduler_type": "cosine"},
+    ],
+    ids=["plain", "accumulation", "bf16", "checkpointing", "checkpointing without reentry", "clipping"],
+)
+def test_a_resumed_training_is_exact_over_all_tensors(tmp_path, settings):
+    if "gradient_accumulation_steps" in settings:
+        settings = {**settings, "save_steps": 2}
+    every = settings.get("save_steps", 3)
+    whole = trainer(tmp_path / "whole", **settings)
+    whole.train()
+    resumed = trainer(tmp_path / "resumed", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"whole/checkpoint-{every}"))
+    last = f"checkpoint-{whole.state.max_steps}"
+    assert_equal(weights(tmp_path / "whole" / last), weights(tmp_path / "resumed" / last))
+    assert any(".experts." in name for name in weights(tmp_path / "whole" / last))
+    assert_equal(whole.model.state_dict(), resumed.model.state_dict())
+
+
+def test_after_training_the_model_is_stock_and_loads_without_a_missing_or_unexpected_key(tmp_path):
+    run = trainer(tmp_path)
+    assert moe_layers(run.model)
+    run.train()
+    assert not moe_layers(run.model)
+    run.save_model(str(tmp_path / "final"))
+    loaded, report = ViTForImageClassification.from_pretrained(tmp_path / "final", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    pixels = torch.stack([Images()[i]["pixel_values"] for i in range(4)])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(pixels).logits, run.model.eval()(pixels).logits)
+
+
+def test_the_best_model_is_that_of_its_checkpoint_collapsed(tmp_path):
+    run = trainer(tmp_path, eval_strategy="steps", eval_steps=3, load_best_model_at_end=True)
+    seen = {}
+
+    class Keep(EWACallback):
+        def on_save(self, args, state, control, **kwargs):
+            seen[state.global_step] = ewa.dense_state_dict(kwargs["model"])
+
+    run = trainer(
+        tmp_path, Keep(share_rate=0.1), eval_strategy="steps", eval_steps=3, load_best_model_at_end=True
+    )
+    run.train()
+    best = int(run.state.best_model_checkpoint.rpartition("-")[2])
+    assert_equal(run.model.state_dict(), seen[best])
+
+
+def test_share_rate_and_spread_are_logged(tmp_path):
+    run = trainer(tmp_path)
+    run.train()
+    rows = [row for row in run.state.log_history if "loss" in row]
+    assert [row["ewa/share_rate"] for row in rows] == pytest.approx([0.1, 0.2, 0.3, 0.3])
+    assert all(row["ewa/spread"] > 0 for row in rows)
+    saved = json.loads((tmp_path / "checkpoint-8/trainer_state.json").read_text())
+    assert saved["log_history"][0]["ewa/share_rate"] == pytest.approx(0.1)
+
+
+def test_a_model_without_ffns_is_refused_when_the_trainer_is_made(tmp_path):
+    args = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    with pytest.raises(ewa.EwavitError, match="no FFN"):
+        Trainer(nn.Linear(3, 3), args, callbacks=[EWACallback()])
+
+
+def check_two_processes(folder):
+    run = trainer(folder, ddp_backend="gloo", save_strategy="epoch", per_device_train_batch_size=4)
+    assert run.args.world_size == 2
+    run.train()
+    assert not moe_layers(run.model)
+    for name, value in run.model.state_dict().items():
+        values = [torch.empty_like(value) for _ in range(2)]
+        dist.all_gather(values, value)
+        assert torch.equal(*values), name
+    run.save_model(str(folder / "final"))
+    dist.barrier()
+    report = ViTForImageClassification.from_pretrained(folder / "final", output_loading_info=True)[1]
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+
+
+def test_two_processes_end_with_one_stock_model(tmp_path):
+    in_processes(2, check_two_processes, tmp_path)
