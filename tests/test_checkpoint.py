@@ -2,7 +2,6 @@
 
 import errno
 import json
-from dataclasses import asdict
 
 import pytest
 import torch
@@ -11,9 +10,8 @@ from hypothesis import strategies as st
 
 from ewavit import EwavitError
 from ewavit.training import checkpoint as room
-from ewavit.training.card import ModelCard
-from ewavit.training.checkpoint import Progress, load_checkpoint, save_checkpoint, save_tensors
-from ewavit.training.recipe import Recipe
+from ewavit.training.checkpoint import load_checkpoint, save_checkpoint, save_tensors
+from runs import facts
 
 plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 leaf = plain | st.lists(st.floats(width=32, allow_nan=False), min_size=1).map(torch.tensor)
@@ -45,13 +43,6 @@ def test_training_state_survives_the_trip_through_json_and_tensors(tree):
     tensors = {}
     skeleton = json.loads(json.dumps(room._split(tree, "key", tensors)))
     assert equal(room._join(skeleton, tensors), tree)
-
-
-def facts(number):
-    recipe = Recipe(epochs=9)
-    card = ModelCard("vit_tiny_patch16_224", {}, ("a", "b"), 1, 28, (0.5,), (0.5,), recipe.data)
-    progress = Progress(epoch=number, rows=[{"epoch": 0, "eval_loss": 1.0, "eval_top1": 50.0}])
-    return {"recipe": asdict(recipe), "card": asdict(card), "progress": asdict(progress), "layers": []}
 
 
 def save(run, number):

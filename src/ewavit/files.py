@@ -1,4 +1,4 @@
-"""`replacing` writes whole files, `locked` is a lock, `regular` refuses special files, `csv_text` is for tables."""
+"""`replacing` writes whole files, `locked` locks, `regular` refuses special files, `csv_text` is for CSV."""
 
 from __future__ import annotations
 

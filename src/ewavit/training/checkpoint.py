@@ -30,11 +30,13 @@ from ewavit.training.seal import check, digests, said, sealed, unsealed
 FORMAT = 2
 WITHOUT_DIGESTS = 1  # of version 0.1.0: sizes of files only
 FILES = ("model.safetensors", "training.safetensors")
+# In the order in which the safetensors library writes them: the widest first, so that all are aligned.
 DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.complex64: "C64",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
-    torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64", torch.bool: "BOOL",
+    torch.uint64: "U64", torch.int64: "I64", torch.float64: "F64", torch.complex64: "C64",
+    torch.float32: "F32", torch.uint32: "U32", torch.int32: "I32",
+    torch.bfloat16: "BF16", torch.float16: "F16", torch.uint16: "U16", torch.int16: "I16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL",
 }  # fmt: skip
 # What a damaged file may raise where it is read.
 DAMAGE = (
@@ -106,8 +108,8 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
     Raises:
         EwavitError: the disk is full or the file cannot be written; nothing is left behind.
     """
-    # The order of the library: the widest types first, so that all tensors are aligned.
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    rank = list(DTYPES).index
+    order = sorted(tensors, key=lambda name: (rank(tensors[name].dtype), name))
     header: dict[str, Any] = {"__metadata__": dict(sorted({"format": "pt", **(metadata or {})}.items()))}
     end = 0
     for name in order:
