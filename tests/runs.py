@@ -4,11 +4,14 @@ import csv
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
+from ewavit.training.card import ModelCard
+from ewavit.training.checkpoint import Progress
 from ewavit.training.loop import TrainingRun
 from ewavit.training.recipe import Recipe
 
@@ -22,8 +25,16 @@ TINY = {
 }
 
 
+def facts(number=1):
+    """What a checkpoint says beside its tensors, after so many epochs."""
+    recipe = Recipe(epochs=9)
+    card = ModelCard("vit_tiny_patch16_224", {}, ("a", "b"), 1, 28, (0.5,), (0.5,), recipe.data)
+    progress = Progress(epoch=number, rows=[{"epoch": 0, "eval_loss": 1.0, "eval_top1": 50.0}])
+    return {"recipe": asdict(recipe), "card": asdict(card), "progress": asdict(progress), "layers": []}
+
+
 def recipe(tmp_path, name, **settings):
-    return Recipe(**{**TINY, **settings}, output=str(tmp_path), name=name)
+    return Recipe(**{**TINY, "output": str(tmp_path), **settings}, name=name)
 
 
 def observe(monkeypatch, observer: Callable[[TrainingRun], None]):

@@ -16,6 +16,7 @@ from ewavit.training.weight_average import (
     TrainableWeightAverage,
     weight_average,
 )
+from runs import facts
 from small_models import images, randomised, separated, tiny_vit
 
 EPOCHS = 6
@@ -258,7 +259,7 @@ def test_an_average_goes_on_bit_for_bit_from_a_checkpoint(make, stop, tmp_path):
     model = expanded_vit()
     average = make(model)
     wander(average, model, 0, stop)
-    save_checkpoint(tmp_path, model.state_dict(), {"average": average.state_dict()}, {})
+    save_checkpoint(tmp_path, model.state_dict(), {"average": average.state_dict()}, facts())
     resumed_model = expanded_vit()
     resumed = make(resumed_model)
     saved = load_checkpoint(tmp_path)

@@ -1,19 +1,26 @@
-"""`replacing` writes files whole or not at all, `regular` refuses what is none, `csv_text` is for tables."""
+"""`replacing` writes whole files, `locked` locks, `regular` refuses special files, `csv_text` is for CSV."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import re
 import shutil
+import socket
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from ewavit.errors import EwavitError
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A context manager for writing a file or folder under another name, which then replaces `path`.
+
+    The content is on the disk before it replaces `path`, and the new name is on the disk at the end.
 
     Args:
         path: what to write. If the block raises, it stays as it was and nothing else is left behind.
@@ -24,13 +31,76 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: the file cannot be written.
     """
-    partial = path.with_name(f".{path.name}.ewavit-partial")  # no name of a user's own
+    partial = partial_of(path)
     remove(partial)  # what a killed process left
     try:
         yield partial
+        sync(partial)
         os.replace(partial, path)
+        sync_names(path.parent)
     finally:
         remove(partial)
+
+
+def partial_of(path: Path) -> Path:
+    """Where `replacing` writes; no name of a user's own."""
+    return path.with_name(f".{path.name}.ewavit-partial")
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder with all that is in it, is on the disk.
+
+    Raises:
+        OSError: the disk failed.
+    """
+    if path.is_dir():
+        for inner in path.iterdir():
+            sync(inner)
+        sync_names(path)
+        return
+    with path.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def sync_names(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk; nothing where the file system cannot."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def locked(file: Path, what: str) -> Iterator[None]:
+    """A context manager that holds a lock for this process. The lock ends with the process, however it ends.
+
+    It is a record lock of POSIX: forked children do not hold it, and NFS knows it. On a file system without
+    locks nothing is locked.
+
+    Args:
+        file: the file of the lock; it stays, and names the process.
+        what: what is locked, in words, for the message.
+
+    Raises:
+        EwavitError: another process holds the lock.
+        OSError: the file cannot be written.
+    """
+    with file.open("a+") as handle:
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as problem:
+            if problem.errno in (errno.EACCES, errno.EAGAIN):
+                handle.seek(0)
+                who = handle.read(200).strip()
+                raise EwavitError(
+                    f"{what} is in use by {who or 'another process'}: wait until it ends, or stop it"
+                ) from None
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        handle.flush()
+        yield
 
 
 def remove(path: Path) -> None:

@@ -55,6 +55,12 @@ def load_model(source: Path) -> tuple[nn.Module, ModelCard]:
     if (source / "state.json").exists() or (source.is_dir() and not RunFolder(source).model.exists()):
         return _from_checkpoint(source)
     file = RunFolder(source).model if source.is_dir() else source
+    run = RunFolder(file.parent)
+    if file in (run.model, run.average) and (damage := run.damage(file)):
+        if file != run.model or not run.has_checkpoint:
+            raise EwavitError(f"{file} is damaged ({damage}): use another copy of it")
+        warnings.warn(f"{file} is damaged ({damage}): used the run's checkpoint instead", stacklevel=2)
+        return _from_checkpoint(run.path)
     if is_torch_file(file):
         raise EwavitError(
             f"{file} is a file of torch.save, which does not say its model, data and preprocessing: give the "
@@ -130,8 +136,10 @@ def save_models(
         save_tensors(average, RunFolder(run).average, of_average.metadata())
     card = replace(card, metric=row[f"eval_{column}"])
     if write:
-        save_tensors(weights, RunFolder(run).model, card.metadata())
         _write_config(card, run)
+        with replacing(RunFolder(run).model) as partial:  # the last file: with it the run is finished
+            save_tensors(weights, partial, card.metadata())
+            RunFolder(run).seal(partial)
     return card
 
 

@@ -32,6 +32,7 @@ from ewavit.core.surgery import collapsed
 from ewavit.data.batches import Batch, seed_all
 from ewavit.data.relabelled import with_classes
 from ewavit.errors import Diverged, EwavitError, Refused
+from ewavit.files import remove
 from ewavit.tasks.choice import task_for
 from ewavit.tasks.task import Metrics
 from ewavit.training import report
@@ -90,7 +91,7 @@ def train(recipe: Recipe) -> Result:
         made = _built(recipe, run, start_accelerator(recipe, run))
     except EwavitError as problem:
         raise Refused(str(problem)) from problem
-    return _trained(made)
+    return _trained(made, fresh=True)
 
 
 def resume(run: Path, **changes: Any) -> Result:
@@ -103,19 +104,31 @@ def resume(run: Path, **changes: Any) -> Result:
     Raises:
         EwavitError: no run or no whole checkpoint there, or the run is finished.
     """
-    checkpoint = load_checkpoint(run)
+    main = os.environ.get("RANK", "0") == "0"
+    with RunFolder(run).locked() if main and RunFolder(run).has_checkpoint else nullcontext():
+        return _resume(run, changes, main)
+
+
+def _resume(run: Path, changes: dict[str, Any], main: bool) -> Result:
+    checkpoint, files = load_checkpoint(run), RunFolder(run)
     recipe = Recipe.from_dict(checkpoint.facts["recipe"], str(checkpoint.path))
     if "data" not in changes:
         changes["data"] = found_spec(recipe.data, checkpoint.facts["card"].get("absolute_data"))
     recipe = replace(recipe, **changes)
-    model_file = RunFolder(run).model
-    if checkpoint.facts["progress"]["epoch"] >= recipe.epochs and model_file.exists():
-        if started_again():
-            return Result(run, checkpoint.facts["progress"]["rows"][-1], model_file)
-        raise EwavitError(f"{run} is finished after {recipe.epochs} epochs: there is nothing to resume")
+    if checkpoint.facts["progress"]["epoch"] >= recipe.epochs and files.model.exists():
+        damage = files.damage()
+        if not damage and started_again():
+            return Result(run, checkpoint.facts["progress"]["rows"][-1], files.model)
+        if not damage:
+            raise EwavitError(f"{run} is finished after {recipe.epochs} epochs: there is nothing to resume")
+        if main:
+            report.say(f"warning: {run} is damaged ({damage}): its files are written again")
     accelerator = start_accelerator(recipe, run)
-    if checkpoint.warning and accelerator.is_main_process:
+    if checkpoint.warning and main:
         report.say(f"warning: {checkpoint.warning}")
+        if checkpoint.path == files.previous_checkpoint and files.checkpoint.exists():
+            remove(files.damaged_checkpoint)  # a new checkpoint must not push the whole one out
+            os.replace(files.checkpoint, files.damaged_checkpoint)
     return _trained(_built(recipe, run, accelerator, checkpoint))
 
 
@@ -132,8 +145,14 @@ def _built(
         return TrainingRun(recipe, run, accelerator, checkpoint)
 
 
-def _trained(run: TrainingRun) -> Result:
-    with told_of_lost_processes(run.accelerator, run.folder):
+def _trained(run: TrainingRun, fresh: bool = False) -> Result:
+    locks = fresh and run.accelerator.is_main_process
+    with (
+        told_of_lost_processes(run.accelerator, run.folder),
+        run.files.locked() if locks else nullcontext(),
+    ):
+        if locks:
+            _check_unused(run.folder)  # another start may have been faster
         return run.train()
 
 
@@ -174,6 +193,11 @@ class TrainingRun:
         seed_all(recipe.seed)
         self.state = TrainingState.build(recipe, self.data, accelerator, self.updates_per_epoch, checkpoint)
         self.progress, self.average = self.state.progress, self.state.average
+        if self.progress.batch > self._batches_per_epoch:
+            raise EwavitError(
+                f"{run} was stopped after batch {self.progress.batch} of an epoch, and here an epoch has "
+                f"{self._batches_per_epoch}: give the data of the run with --data"
+            )
         if recipe.compile:
             self.state.model.compile()
         self.model, self.optimizer = accelerator.prepare(self.state.model, self.state.optimizer)
@@ -336,8 +360,8 @@ class TrainingRun:
         return value
 
     def _diverged(self, what: str) -> Diverged:
-        has_checkpoint = self.files.checkpoint.exists()
-        kept = f"the last good checkpoint is in {self.folder}" if has_checkpoint else "no checkpoint yet"
+        saved = self.files.has_checkpoint
+        kept = f"the last good checkpoint is in {self.folder}" if saved else "no checkpoint yet"
         return Diverged(
             f"{what}, in epoch {self.progress.epoch + 1}: lower --lr, lengthen --warmup-epochs or set "
             f"--clip-grad ({kept})"
@@ -403,8 +427,12 @@ class TrainingRun:
 def _run_folder(recipe: Recipe) -> Path:
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     run = Path(recipe.output) / (recipe.name or f"{stamp}-{recipe.model or 'vit_tiny'}")
-    if RunFolder(run).checkpoint.exists() or RunFolder(run).model.exists():
+    _check_unused(run)
+    return run
+
+
+def _check_unused(run: Path) -> None:
+    if RunFolder(run).is_used:
         raise EwavitError(f"{run} holds a run already: choose another --name, or go on with --resume {run}")
     if run.exists() and not run.is_dir():
         raise EwavitError(f"{run} is a file: choose another --output or --name")
-    return run

@@ -98,8 +98,8 @@ def told_of_lost_processes(accelerator: Accelerator, run: Path) -> Iterator[None
         if accelerator.num_processes == 1 or not lost:
             raise
         reason = re.sub(r"^\[\S+\] |\. This is .*", "", first_line(problem))
-        has_checkpoint = RunFolder(run).checkpoint.exists()
-        kept = "its last checkpoint is whole" if has_checkpoint else "no checkpoint was written yet"
+        saved = RunFolder(run).has_checkpoint
+        kept = "its last checkpoint is whole" if saved else "no checkpoint was written yet"
         raise ProcessLost(
             f"process {accelerator.process_index} lost another one ({reason}), which says why itself or was "
             f"killed; {kept}: start the same processes with `train --resume {run}`, or let "

@@ -1,15 +1,17 @@
-"""`RunFolder`: the names of the files that a run writes."""
+"""`RunFolder`: the names of the files that a run writes, their digests, and the lock of the run."""
 
 from __future__ import annotations
 
 import csv
 from collections import deque
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ewavit.files import regular
+from ewavit.files import locked, partial_of, regular, remove, replacing
 from ewavit.training.recipe import Recipe
+from ewavit.training.seal import check, digest, digests, said, sealed, unsealed
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,11 @@ class RunFolder:
     def new_checkpoint(self) -> Path:
         """The folder of a checkpoint that is being written."""
         return self.path / "checkpoint-new"
+
+    @property
+    def damaged_checkpoint(self) -> Path:
+        """The folder of a damaged newest checkpoint, after the run went on from the one before it."""
+        return self.path / "checkpoint-damaged"
 
     @property
     def model(self) -> Path:
@@ -83,6 +90,16 @@ class RunFolder:
         return self.path / "curves.png"
 
     @property
+    def digests(self) -> Path:
+        """The digests of the files of a finished run."""
+        return self.path / "digests.json"
+
+    @property
+    def lock(self) -> Path:
+        """The file that a process locks while it trains the run."""
+        return self.path / ".lock"
+
+    @property
     def log(self) -> Path:
         """The output of a comparison's run, in a file beside the folder."""
         return self.path.with_name(self.path.name + ".log")
@@ -93,9 +110,63 @@ class RunFolder:
         return self.checkpoint.is_dir() or self.previous_checkpoint.is_dir()
 
     @property
+    def is_used(self) -> bool:
+        """Whether a run was trained here, to whatever step."""
+        return self.has_checkpoint or self.model.exists()
+
+    @property
     def is_finished(self) -> bool:
         """Whether the last files of a run are there."""
         return self.model.exists() and self.predictions.exists()
+
+    @property
+    def _files(self) -> tuple[Path, ...]:
+        """The files of a finished run, the model last."""
+        read = (self.args, self.summary, self.predictions, self.config, self.average)
+        return (*read, self.picture, self.curves, self.model)
+
+    def seal(self, model: Path) -> None:
+        """Write the digests of the files that are there, with those of the file that becomes `model`.
+
+        Raises:
+            OSError: a file cannot be read or written.
+        """
+        names = [file.name for file in self._files if file.exists() and file != self.model]
+        found = {**digests(self.path, names), self.model.name: digest(model)}
+        with replacing(self.digests) as partial:
+            partial.write_text(sealed({"files": found}) + "\n")
+
+    def damage(self, *files: Path) -> str | None:
+        """Compare files of a finished run, all unless given, with their digests.
+
+        Returns:
+            What is wrong, in words; None if nothing is, and for a run of version 0.1.0, which has no digests.
+        """
+        if not self.digests.exists():
+            return None
+        try:
+            listed = unsealed(regular(self.digests).read_text())["files"]
+            expected = {file.name: listed[file.name] for file in files} or dict(listed)
+        except (OSError, ValueError, KeyError, TypeError) as problem:
+            return f"{self.digests.name}: {said(problem)}"
+        try:
+            check(self.path, expected)
+        except (OSError, ValueError) as problem:
+            return said(problem)
+        return None
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """A context manager for training the run: in it, no other process does. Removes what a kill left.
+
+        Raises:
+            EwavitError: another process trains it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with locked(self.lock, str(self.path)):
+            for left in (self.new_checkpoint, *map(partial_of, (*self._files, self.digests))):
+                remove(left)
+            yield
 
     def last_row(self) -> dict[str, str] | None:
         """The last row of `summary`, or None if it has none yet or cannot be read."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from ewavit.core.averaging import ExpertAveraging
 from ewavit.core.checkpoint_files import expert_metadata
@@ -26,25 +26,12 @@ from ewavit.training.building import (
     set_grad_checkpointing,
 )
 from ewavit.training.card import ModelCard
-from ewavit.training.checkpoint import Checkpoint, save_checkpoint
+from ewavit.training.checkpoint import DAMAGE, Checkpoint, Progress, save_checkpoint
 from ewavit.training.prediction import SpreadPrediction
 from ewavit.training.recipe import Recipe
-from ewavit.training.report import Row, say
+from ewavit.training.report import say
+from ewavit.training.seal import said
 from ewavit.training.weight_average import WeightAverage, weight_average
-
-
-@dataclass
-class Progress:
-    """How far a run is; `batch` counts within the epoch, `update` optimizer steps in all."""
-
-    epoch: int = 0
-    batch: int = 0
-    update: int = 0
-    loss_sum: float = 0.0
-    loss_count: int = 0
-    lr: float = 0.0  # of the latest step
-    seconds: float = 0.0  # spent in training steps
-    rows: list[Row] = field(default_factory=list)
 
 
 @dataclass
@@ -162,13 +149,25 @@ class TrainingState:
                 f"{checkpoint.path} is the checkpoint of another model: its mixtures are {theirs}, this "
                 f"model's are {mine}"
             )
-        training = checkpoint.training
-        state = {"model": checkpoint.model, "optimizer": training["optimizer"]}
         try:
-            load_stacked_state_dict(self.model, state, self.optimizer)
+            self._restore_parts(checkpoint.model, checkpoint.training)
+        except EwavitError:
+            raise
         except RuntimeError as problem:
             first = str(problem).strip().splitlines()[-1].strip()
             raise EwavitError(f"{checkpoint.path} is the checkpoint of another model ({first})") from None
+        except DAMAGE as problem:
+            raise EwavitError(
+                f"{checkpoint.path} is damaged ({said(problem)}): remove it, and the one before it is used"
+            ) from None
+        self.progress = Progress(**checkpoint.facts["progress"])
+        if not self.accelerator.is_main_process:
+            self.progress.loss_sum, self.progress.loss_count = 0.0, 0
+
+    def _restore_parts(self, model: dict[str, Tensor], training: Any) -> None:
+        load_stacked_state_dict(
+            self.model, {"model": model, "optimizer": training["optimizer"]}, self.optimizer
+        )
         if self.averaging is not None:
             self.averaging.load_state_dict(training["averaging"])
         if self.prediction is not None:
@@ -179,6 +178,3 @@ class TrainingState:
             self.average.load_state_dict(mine)
         if training["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(training["scaler"])
-        self.progress = Progress(**checkpoint.facts["progress"])
-        if not self.accelerator.is_main_process:
-            self.progress.loss_sum, self.progress.loss_count = 0.0, 0
