@@ -180,7 +180,7 @@ def test_a_damaged_file_is_named_or_skipped(tmp_path, name, content):
 
 def test_objects_in_numpy_files_are_refused(tmp_path):
     np.save(tmp_path / "a.npy", np.array([print, 1], object))
-    with pytest.raises(ValueError, match="allow_pickle=False"):
+    with pytest.raises(ValueError, match="Python objects, which could run code"):
         load_file(tmp_path / "a.npy", 8, np.random.default_rng(0))
 
 

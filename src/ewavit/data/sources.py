@@ -6,8 +6,11 @@ an EwavitError here.
 
 import importlib.resources
 import importlib.util
+import io
 import os
 import pickle
+import pickletools
+import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -79,13 +82,46 @@ _CIFAR = {  # folder: (training files, evaluation file, file of names, key of na
 }
 
 
+class _PickledType:
+    """A numpy type in a pickle: its letters and, from its state, the order of its bytes."""
+
+    def __init__(self, letters: str | bytes, *_: Any) -> None:
+        self.letters, self.order = _text(letters), "|"
+
+    def __setstate__(self, state: Sequence[Any]) -> None:
+        self.order = _text(state[1])
+
+
+class _PickledArray:
+    """A numpy array in a pickle; `numpy` sees the bytes only after their number is checked."""
+
+    def __init__(self, *_: Any) -> None:
+        self.values = np.empty(0, np.uint8)
+
+    def __setstate__(self, state: Sequence[Any]) -> None:
+        _, shape, kind, by_column, content = state
+        if not re.fullmatch("[iub][1-8]", kind.letters):
+            raise pickle.UnpicklingError(f"it holds an array of type {kind.letters}; image sets hold integers")
+        dtype = np.dtype(kind.letters).newbyteorder(kind.order)
+        values = np.frombuffer(content, dtype).reshape(shape, order="F" if by_column else "C")
+        self.values = values.copy()  # writable
+
+
+def _text(value: str | bytes) -> str:
+    """A text of a pickle; those of Python 2 are read as bytes."""
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
 class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickles numpy arrays, numbers, strings and containers; any other class or function is an error."""
+    """Unpickles arrays of integers, numbers, strings and containers; any other class or function is an error.
+
+    numpy's own unpickling is not called.
+    """
 
     _allowed = {  # noqa: RUF012 (constant)
-        ("multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
+        ("multiarray", "_reconstruct"): _PickledArray,
+        ("numpy", "ndarray"): object,  # an argument of _reconstruct
+        ("numpy", "dtype"): _PickledType,
         # Python 3 writes bytes so in the old protocols; this replacement knows no other codec
         ("_codecs", "encode"): lambda text, _encoding: text.encode("latin1"),
     }
@@ -99,31 +135,45 @@ class _ArrayUnpickler(pickle.Unpickler):
         return self._allowed[key]
 
 
-def _unpickle(path: Path) -> dict[bytes, Any]:
+def _check_memo(content: bytes) -> None:
+    """Refuse a pickle that numbers its objects beyond its length: the unpickler allocates by that number.
+
+    Raises:
+        ValueError: it does, or it is damaged.
+    """
+    for opcode, argument, _ in pickletools.genops(content):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(content):
+            raise ValueError(f"it numbers an object {argument:,} in {len(content):,} bytes")
+
+
+def _unpickle(path: Path) -> dict[str, Any]:
     try:
-        with regular(path).open("rb") as stream:
-            content = _ArrayUnpickler(stream, encoding="bytes").load()
+        pickled = regular(path).read_bytes()
+        _check_memo(pickled)
+        content = _ArrayUnpickler(io.BytesIO(pickled), encoding="bytes").load()
+        if not isinstance(content, dict):
+            raise ValueError("it holds no dictionary")
+        return {
+            _text(key): value.values if isinstance(value, _PickledArray) else value
+            for key, value in content.items()
+        }
     except FileNotFoundError:
         raise EwavitError(f"{path} is missing: unpack the CIFAR archive again") from None
     except Exception as error:  # damaged pickles fail in many ways
         raise EwavitError(
             f"cannot read CIFAR file {path} ({first_line(error)}): download it again"
         ) from error
-    if not isinstance(content, dict):
-        raise EwavitError(f"{path} is not a CIFAR file (it holds no dictionary): download it again")
-    # Python 2 wrote byte keys; a copy rewritten by Python 3 may hold strings
-    return {key.encode() if isinstance(key, str) else key: value for key, value in content.items()}
 
 
 def _cifar_batch(path: Path, label_key: str, num_classes: int) -> tuple[npt.NDArray[np.uint8], Ints]:
     content = _unpickle(path)
     try:
-        images = np.asarray(content[b"data"])
+        images = np.asarray(content["data"])
         if images.dtype != np.uint8:
             raise ValueError(f"its images are {images.dtype}, not uint8")
         images = images.reshape(-1, 3, 32, 32)
-        labels = np.asarray(content[label_key.encode()], dtype=np.int64)
-    except (KeyError, ValueError, TypeError) as error:
+        labels = np.asarray(content[label_key], dtype=np.int64)
+    except (KeyError, ValueError, TypeError, OverflowError) as error:
         raise EwavitError(f"CIFAR file {path} is damaged ({first_line(error)}): download it again") from error
     if labels.shape != (len(images),) or not len(labels) or labels.min() < 0 or labels.max() >= num_classes:
         raise EwavitError(
@@ -163,8 +213,9 @@ def read_cifar(folder: Path) -> Arrays:
     """
     kind = next(kind for kind in _CIFAR if _is_cifar(folder, kind))
     train_files, eval_file, meta, names_key, label_key = _CIFAR[kind]
-    names = _unpickle(folder / meta).get(names_key.encode(), [])
-    classes = tuple(n.decode() if isinstance(n, bytes) else str(n) for n in names)
+    names = _unpickle(folder / meta).get(names_key)
+    named = isinstance(names, list) and all(isinstance(name, str | bytes) for name in names)
+    classes = tuple(_text(name) for name in names or ()) if named else ()
     if len(classes) < 2:
         raise EwavitError(f"CIFAR file {folder / meta} names no classes: download it again")
     train = [_cifar_batch(folder / file, label_key, len(classes)) for file in train_files]

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import io
+import math
 import re
+import zipfile
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +21,7 @@ Floats = npt.NDArray[np.float32]
 TEXT_SUFFIXES = (".txt", ".xyz", ".csv", ".pts")
 FINEST = 1e-6  # distance in a cloud of radius 1 below which two points are one to a float32 model
 MOST_COLUMNS = 32  # of a point; a last dimension above this is not one of points
+MOST_INFLATION, ALWAYS_ALLOWED = 100, 2**26  # bytes read for each byte of a packed file; bytes of any file
 
 
 def checked(points: npt.NDArray[Any], where: str, least: int) -> Floats:
@@ -34,6 +39,8 @@ def checked(points: npt.NDArray[Any], where: str, least: int) -> Floats:
         EwavitError: the array is no cloud, has too few points, or they are not finite, all the same, or the
             same once they are scaled.
     """
+    if points.dtype.kind not in "fiu":
+        raise EwavitError(f"{where} holds values of type {points.dtype}: a cloud is an array of numbers")
     if points.ndim != 2 or points.shape[1] < 3 or not len(points):
         what = "is empty" if points.ndim == 2 and not len(points) else f"has the shape {points.shape}"
         raise EwavitError(f"{where} {what}: a cloud is an array (points, 3), with at least {least} points")
@@ -102,22 +109,92 @@ def load_file(path: Path, wanted: int, rng: np.random.Generator) -> npt.NDArray[
     """
     suffix = regular(path).suffix.lower()
     if suffix == ".npy":
-        return np.asarray(np.load(path, allow_pickle=False))
+        with path.open("rb") as stream:
+            return read_array(stream, path.stat().st_size)
     if suffix == ".npz":
-        with np.load(path, allow_pickle=False) as stored:
-            names = list(stored)
-            if "points" not in names and len(names) != 1:
-                raise ValueError(f"it holds {', '.join(names)} and no array called points")
-            return np.asarray(stored["points" if "points" in names else names[0]])
+        stored = read_npz(path, ("points",))
+        if len(stored) != 1:
+            raise ValueError(f"it holds {', '.join(stored)} and no array called points")
+        return next(iter(stored.values()))
     if suffix == ".pcd":
         return read_pcd(path)
     if suffix in TEXT_SUFFIXES:
         return read_text(path)
     trimesh = library("trimesh")
-    shape = trimesh.load(path, process=False)
-    if len(getattr(shape, "faces", ())):
-        return np.asarray(trimesh.sample.sample_surface(shape, wanted, seed=rng)[0])
-    return np.asarray(getattr(shape, "vertices", np.empty((0, 3))))
+    content = io.BytesIO(path.read_bytes())  # so trimesh finds no other file, whatever this one names
+    shape = trimesh.load(content, suffix[1:], process=False, skip_materials=True)
+    vertices, faces = getattr(shape, "vertices", np.empty((0, 3))), getattr(shape, "faces", ())
+    if not len(faces):
+        return np.asarray(vertices)
+    if not np.isfinite(vertices).all():
+        raise ValueError("a corner of its faces is not finite")
+    if np.min(faces) < 0 or np.max(faces) >= len(vertices):
+        raise ValueError(f"a face names a corner beyond its {len(vertices):,} vertices")
+    return np.asarray(trimesh.sample.sample_surface(shape, wanted, seed=rng)[0])
+
+
+def read_array(stream: IO[bytes], size: int) -> npt.NDArray[Any]:
+    """Read one array of numpy's .npy format; nothing is allocated before its header is checked.
+
+    Args:
+        stream: at the start of the array.
+        size: its bytes, header included.
+
+    Raises:
+        ValueError: it is no such array, holds Python objects, or has another size than its header says.
+    """
+    version = np.lib.format.read_magic(stream)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"version {version} of numpy's format is not read")
+    read_header = (
+        np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    )
+    shape, by_column, dtype = read_header(stream)
+    if dtype.hasobject:
+        raise ValueError("it holds Python objects, which could run code: save an array of numbers")
+    wanted, left = math.prod(shape) * dtype.itemsize, size - stream.tell()
+    if not dtype.itemsize or min(shape, default=0) < 0 or wanted != left:
+        raise ValueError(f"its header says {wanted:,} bytes of shape {shape}, and {left:,} follow")
+    return np.frombuffer(stream.read(left), dtype).reshape(shape, order="F" if by_column else "C")
+
+
+def read_npz(path: Path, wanted: Collection[str] = ()) -> dict[str, npt.NDArray[Any]]:
+    """Read the arrays of an .npz file by name.
+
+    Args:
+        path: the file.
+        wanted: read these arrays only, if the file has them.
+
+    Raises:
+        ValueError: an array is damaged or holds Python objects, or the file is packed suspiciously tight.
+            Damaged files raise other errors as well.
+    """
+    with zipfile.ZipFile(regular(path)) as packed:
+        members = {each.filename.removesuffix(".npy"): each for each in packed.infolist()}
+        chosen = {name: member for name, member in members.items() if name in wanted} or members
+        check_inflation(sum(member.file_size for member in chosen.values()), path)
+        arrays = {}
+        for name, member in chosen.items():
+            with packed.open(member) as stream:
+                arrays[name] = read_array(stream, member.file_size)
+        return arrays
+
+
+def check_inflation(size: int, path: Path) -> None:
+    """Refuse a packed file that becomes far larger when it is read, as no cloud does.
+
+    Args:
+        size: bytes to read, as the file says.
+        path: the file.
+
+    Raises:
+        ValueError: it would take more than 64 MiB and 100 times the file's size.
+    """
+    packed = path.stat().st_size
+    if size > max(MOST_INFLATION * packed, ALWAYS_ALLOWED):
+        raise ValueError(
+            f"its {packed:,} bytes would become {size:,}, more than {MOST_INFLATION} times as many"
+        )
 
 
 def read_text(path: Path) -> npt.NDArray[np.float64]:
@@ -188,6 +265,8 @@ def read_pcd(path: Path) -> npt.NDArray[np.float64]:
         body = stream.read()
     names, kind, count = header["FIELDS"], header["DATA"][0], int(header["POINTS"][0])
     repeats = [int(number) for number in header.get("COUNT", ["1"] * len(names))]
+    if min(count, *repeats) < 0:
+        raise ValueError(f"its header says POINTS {count} and COUNT {repeats}")
     if kind == "ascii":
         columns = np.cumsum([0, *repeats])[[names.index(axis) for axis in "xyz"]]
         table = np.array([text.split() for text in body.decode("ascii").splitlines()[:count]], np.float64)

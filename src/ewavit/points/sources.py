@@ -7,6 +7,7 @@ is corrupt, empty, not finite, collapsed or too small raises an EwavitError that
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,16 @@ import numpy.typing as npt
 from ewavit.data.folders import class_folders, files_below, split_folders
 from ewavit.errors import EwavitError, first_line
 from ewavit.files import regular
-from ewavit.points.files import TEXT_SUFFIXES, Floats, checked, library, load_file, without_missing
+from ewavit.points.files import (
+    TEXT_SUFFIXES,
+    Floats,
+    check_inflation,
+    checked,
+    library,
+    load_file,
+    read_npz,
+    without_missing,
+)
 from ewavit.points.solids import make_solids
 
 Ints = npt.NDArray[np.int64]
@@ -192,8 +202,13 @@ def _of_file(path: Path, label: int) -> _Cloud:
 
 
 def _of_array(array: Any, labels: Any, where: str) -> list[_Cloud]:
-    """Clouds from an array (clouds, points, 3) and labels (clouds,) or (clouds, 1)."""
+    """Clouds from an array (clouds, points, 3 or more) and labels (clouds,) or (clouds, 1)."""
     labels = np.asarray(labels).reshape(-1)
+    if array.ndim != 3 or labels.dtype.kind not in "iu":
+        raise EwavitError(
+            f"{where} has clouds of shape {array.shape} and labels of type {labels.dtype}: give an array "
+            "(clouds, points, 3) and whole numbers"
+        )
     if len(array) != len(labels):
         raise EwavitError(f"{where} has {len(array)} clouds and {len(labels)} labels: download it again")
 
@@ -211,13 +226,34 @@ def _of_h5(files: Sequence[Path]) -> list[_Cloud]:
     for file in files:
         try:
             with h5py.File(regular(file), "r") as stored:
-                data, label = stored["data"][:], stored["label"][:]
-        except (OSError, KeyError) as problem:
+                data, label = (_h5_array(stored, name, file) for name in ("data", "label"))
+        except Exception as problem:  # h5py raises what it likes for a damaged file
             raise EwavitError(
                 f"{file} cannot be read as an h5 file of clouds ({first_line(problem)}): download it again"
             ) from None
         clouds += _of_array(data, label, str(file))
     return clouds
+
+
+def _h5_array(stored: Any, name: str, file: Path) -> npt.NDArray[Any]:
+    """A data set of an h5 file, from the file itself: links, virtual sets and outside storage are refused.
+
+    Raises:
+        ValueError: it is no such array of numbers, or the file is packed suspiciously tight.
+    """
+    h5py = library("h5py")
+    link = stored.get(name, getlink=True)
+    if not isinstance(link, h5py.HardLink):
+        what = "missing" if link is None else f"a link ({type(link).__name__}), and links are not followed"
+        raise ValueError(f"its {name} is {what}")
+    found = stored[name]
+    if not isinstance(found, h5py.Dataset) or found.dtype.kind not in "fiu" or found.shape is None:
+        raise ValueError(f"its {name} is no array of numbers")
+    if found.is_virtual or found.external:
+        raise ValueError(f"its {name} is in other files, and those are not read")
+    chunk = math.prod(found.chunks or ()) * found.dtype.itemsize
+    check_inflation(max(found.nbytes, chunk), file)
+    return np.asarray(found[:])
 
 
 # --- published sets ---
@@ -255,8 +291,7 @@ def _read_modelnet(reader: _Reader, kind: str, path: Path) -> PointSet:
 
 def _modelnet_npz(file: Path) -> tuple[tuple[str, ...], list[_Cloud], list[_Cloud]]:
     try:
-        with np.load(regular(file), allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored}
+        arrays = read_npz(file)
         classes = tuple(str(name) for name in arrays["classes"])
         train, test = ((arrays[f"{split}_points"], arrays[f"{split}_label"]) for split in ("train", "test"))
     except Exception as problem:  # zip, format and key errors of a damaged or foreign file
