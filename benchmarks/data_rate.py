@@ -36,11 +36,11 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torchvision.transforms import v2
 
+from ewavit.data.arrays import Arrays
 from ewavit.data.augmentation import Augmentation, Mix, TensorAugmentation, tensor_auto_augment
 from ewavit.data.batches import Batch, Data
 from ewavit.data.in_memory import TensorData
 from ewavit.data.options import DataOptions
-from ewavit.data.sources import Arrays
 from ewavit.study.bench import Trainee, interval_of_median
 from ewavit.training.opening import open_data
 from ewavit.training.processes import keep_freed_memory

@@ -21,6 +21,7 @@ from timm.data.dataset import IterableImageDataset
 from torchvision.transforms import v2
 
 from ewavit.data import rand_augment
+from ewavit.data.arrays import read_bundled
 from ewavit.data.augmentation import (
     Augmentation,
     Mix,
@@ -32,7 +33,6 @@ from ewavit.data.augmentation import (
 from ewavit.data.batches import BatchPlan, Data
 from ewavit.data.loading import LoaderData
 from ewavit.data.options import DataOptions
-from ewavit.data.sources import read_bundled
 from ewavit.errors import EwavitError
 from ewavit.training.opening import open_data
 

@@ -28,7 +28,7 @@ from ewavit.cli import main
 from ewavit.compare.results import read_run
 from ewavit.core import moe_layers
 from ewavit.core.pretrained import with_mean_ffns
-from ewavit.data.sources import read_bundled
+from ewavit.data.arrays import read_bundled
 from ewavit.errors import EwavitError
 from ewavit.tasks.confusion import Confusion
 from ewavit.tasks.judge import TOP1

@@ -92,7 +92,10 @@ def test_evaluation_with_the_same_votes_gives_the_figure_of_the_run(finished):
 def test_exported_files_compute_the_same(finished, tmp_path, ending):
     said = export(finished.run, tmp_path / f"model.{ending}")
     assert "logits equal the model's" in said
-    assert evaluate(tmp_path / f"model.{ending}").count == 2
+    with pytest.raises(EwavitError, match="'clouds'"):  # the file names no folder of this machine
+        evaluate(tmp_path / f"model.{ending}")
+    clouds = finished.run.parent / "clouds"
+    assert evaluate(tmp_path / f"model.{ending}", data=f"points:{clouds}").count == 2
 
 
 def test_interrupted_and_resumed_run_ends_with_the_same_bits(tmp_path, monkeypatch):

@@ -18,8 +18,8 @@ from ewavit.cli import main
 from ewavit.compare.arms import make_arms
 from ewavit.compare.engines import Kind, execute
 from ewavit.compare.work import Work
+from ewavit.data.arrays import read_cifar
 from ewavit.data.folders import class_folders, files_below
-from ewavit.data.sources import read_cifar
 from ewavit.data.weight_files import read_weights
 from ewavit.files import regular
 from ewavit.points.files import load_file

@@ -114,12 +114,14 @@ def execute(recipe: Recipe, threads: int) -> End:
 
 def _train_or_resume(recipe: Recipe, run: RunFolder) -> None:
     from ewavit.training.loop import resume, train
+    from ewavit.training.places import given_spec
 
     if run.is_finished:
         return
     run.model.unlink(missing_ok=True)  # written before the end was reached
     if run.has_checkpoint:
-        resume(run.path, data_dir=recipe.data_dir, workers=recipe.workers, tensorboard=recipe.tensorboard)
+        same = {name: getattr(recipe, name) for name in ("data_dir", "workers", "tensorboard")}
+        resume(run.path, **same, **given_spec(recipe.data))
     else:
         shutil.rmtree(run.path, ignore_errors=True)
         train(recipe)

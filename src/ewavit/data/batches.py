@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ewavit.data.sources import Ints
+from ewavit.data.arrays import Ints
 from ewavit.errors import EwavitError
 
 Batch = tuple[Tensor, Tensor]

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
+from ewavit.data.arrays import Arrays, Ints, find_cifar, read_bundled, read_cifar
 from ewavit.data.augmentation import TensorAugmentation
 from ewavit.data.batches import Batch, Data, Resizing, Statistics, hold_out, take_first
 from ewavit.data.options import DataOptions
-from ewavit.data.sources import Arrays, Ints, find_cifar, read_bundled, read_cifar
 
 BUNDLED = "fashion-mnist-mini"
 

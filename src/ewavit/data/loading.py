@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import Compose
 
+from ewavit.data.arrays import Ints
 from ewavit.data.augmentation import Augmentation
 from ewavit.data.batches import Batch, Data, Resizing, Statistics, entropy, hold_out, take_first
 from ewavit.data.folders import formats_text
@@ -29,7 +30,6 @@ from ewavit.data.options import DataOptions
 from ewavit.data.sources import (
     FileImages,
     ImageSource,
-    Ints,
     UnreadableImage,
     class_names,
     decoded,

@@ -66,6 +66,32 @@ def named_tensors(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[
             yield from named_tensors(value, f"{prefix}{key}.")
 
 
+def check_finite(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str) -> None:
+    """Refuse weights that are NaN or infinite where a fresh model's are finite.
+
+    Args:
+        tensors: of a file, by the model's keys.
+        own: of the fresh model.
+        source: the file, for messages.
+
+    Raises:
+        EwavitError: it names the first such tensor.
+    """
+    for key, value in tensors.items():
+        if not value.is_floating_point() or _is_finite(value) or (key in own and not _is_finite(own[key])):
+            continue
+        raise EwavitError(
+            f"{source}: {key} holds {int((~value.float().isfinite()).sum()):,} values that are NaN or "
+            "infinite: use weights from before the training diverged"
+        )
+
+
+def _is_finite(values: Tensor) -> bool:
+    if values.is_floating_point() and values.element_size() == 1:
+        values = values.float()  # torch has no isfinite for 8 bits
+    return bool(values.isfinite().all())
+
+
 def _in_folder(folder: Path) -> Path:
     indices = sorted(folder.glob(f"*{INDEX}"))
     files = [*(folder / name for name in _IN_FOLDER), *indices, folder / "pytorch_model.bin"]

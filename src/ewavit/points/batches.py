@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ewavit.data.arrays import Ints
 from ewavit.data.batches import Batch, Data, Inputs, hold_out, take_first
 from ewavit.data.folders import formats_text
 from ewavit.data.options import DataOptions
-from ewavit.data.sources import Ints
 from ewavit.errors import EwavitError
 from ewavit.points.augmentation import PointAugmentation
 from ewavit.points.ops import gather_points

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ewavit.data.weight_files import named_tensors, read_weights
+from ewavit.data.weight_files import check_finite, named_tensors, read_weights
 from ewavit.errors import EwavitError, first_line
 from ewavit.points.ops import farthest_point_sample, gather_points, interpolate, knn
 
@@ -423,7 +423,7 @@ def load_point_weights(model: nn.Module, state: Mapping[str, Any], where: str) -
         were left over.
 
     Raises:
-        EwavitError: the weights are those of another model.
+        EwavitError: the weights are those of another model, or not finite.
     """
     weights = point_state_dict(state)
     own = model.state_dict()
@@ -446,6 +446,7 @@ def load_point_weights(model: nn.Module, state: Mapping[str, Any], where: str) -
             f"{where} is the checkpoint of another model ({misfits[0]}; {len(misfits)} differences): "
             "choose the model and settings of the checkpoint"
         )
+    check_finite(weights, own, where)
     model.load_state_dict(weights, strict=False)
     used = {id(value) for value in weights.values()}
     left_over = [key for key, value in named_tensors(state) if id(value) not in used]

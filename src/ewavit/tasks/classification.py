@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,7 +19,13 @@ from ewavit.data.batches import Data, ImageInputs, Inputs
 from ewavit.tasks.confusion import Confusion
 from ewavit.tasks.judge import TOP1
 from ewavit.tasks.task import Meter, Metrics, Mixing, Task
-from ewavit.tasks.timm_models import as_arguments, build_timm_model, fitting_patch, is_timm_folder
+from ewavit.tasks.timm_models import (
+    as_arguments,
+    build_timm_model,
+    create_timm_model,
+    fitting_patch,
+    is_timm_folder,
+)
 
 DEFAULT_MODEL = "vit_tiny_patch16_224"
 
@@ -54,8 +59,7 @@ class Classification(Task):
         return build_timm_model(name, inputs, pretrained, initial_checkpoint, say, kwargs)
 
     def create_model(self, name: str, settings: Mapping[str, Any]) -> nn.Module:
-        model: nn.Module = timm.create_model(name, **settings)
-        return model
+        return create_timm_model(name, settings)
 
     def loading_code(
         self, name: str, settings: Mapping[str, Any], file: Path, pretrained_cfg: Mapping[str, Any]

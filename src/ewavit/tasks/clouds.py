@@ -18,6 +18,7 @@ from ewavit.points.batches import CloudInputs
 from ewavit.points.transformer import create_point_model, load_point_weights
 from ewavit.tasks.classification import Classification
 from ewavit.tasks.task import Mixing, Prediction
+from ewavit.tasks.timm_models import check_settings
 from ewavit.tasks.weights import LoadReport
 
 SHOWN = 10  # clouds in the picture of a run
@@ -53,7 +54,7 @@ class CloudClassification(Classification):
                 "--pretrained loads timm's weights: use --initial-checkpoint FILE for a point model"
             )
         settings = {"num_classes": inputs.num_classes, **kwargs}
-        model = create_point_model(name, **settings)
+        model = self.create_model(name, settings)
         if initial_checkpoint is not None:
             weights = read_weights(Path(initial_checkpoint))
             new, left_over = load_point_weights(model, weights, initial_checkpoint)
@@ -73,6 +74,7 @@ class CloudClassification(Classification):
         return model.train(), settings
 
     def create_model(self, name: str, settings: Mapping[str, Any]) -> nn.Module:
+        check_settings(settings)
         return create_point_model(name, **settings)
 
     def loading_code(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,12 +16,22 @@ import torch
 from torch import nn
 
 from ewavit.data.batches import ImageInputs
+from ewavit.data.weight_files import check_finite
 from ewavit.errors import EwavitError, first_line
 from ewavit.points.transformer import MODELS as POINT_MODELS
 from ewavit.tasks.weights import LoadReport, fit, misfit
 
 MOST_PATCHES = 4096
 FEWEST_PATCHES = 4
+# timm's own arguments; those of an architecture are what is left.
+_LOADING = {
+    *inspect.signature(timm.create_model).parameters,
+    *inspect.signature(timm.models.build_model_with_cfg).parameters,
+    "features_only", "out_indices", "feature_cls", "pruned",
+}  # fmt: skip
+_REACHES = re.compile(r"(?:^|_)(?:pretrained|checkpoint|cache|url|file|filename|dir|hub|hf)(?:_|$)")
+_NAME, _WORD = re.compile(r"\w+(?:\.\w+)?", re.ASCII), re.compile(r"[\w.+-]{0,100}", re.ASCII)
+_LARGEST, _LONGEST, _DEEPEST = 2**20, 1000, 4  # of the numbers, lists and levels in a model's arguments
 WEIGHTS, CONFIG = "model.safetensors", "config.json"  # of a folder that timm loads
 
 
@@ -41,14 +53,7 @@ def build_timm_model(
             weights are missing or of another model.
     """
     img_size = inputs.img_size
-    if name in POINT_MODELS:
-        raise EwavitError(
-            f"{name} is for point clouds: give --data solids or modelnet10:PATH, or another --model"
-        )
-    if not timm.is_model(name.split(".")[0]):
-        close = difflib.get_close_matches(name, timm.list_models(), 3)
-        hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists all models"
-        raise EwavitError(f"timm has no model {name!r}: {hint}")
+    check_timm_model(name, kwargs)
     _check_patches(kwargs.get("patch_size"), img_size)
     settings = {
         "num_classes": inputs.num_classes, "in_chans": inputs.in_chans, "img_size": img_size, **kwargs
@@ -79,6 +84,64 @@ def build_timm_model(
     return model, settings
 
 
+def check_timm_model(name: str, settings: Mapping[str, Any]) -> None:
+    """Refuse a name or settings that are more than an architecture's: timm would read files or the network.
+
+    Args:
+        name: a name of timm's registry, with or without a tag.
+        settings: numbers and words, and lists and dicts of them, by the names of a constructor's arguments.
+
+    Raises:
+        EwavitError: it names the wrong one.
+    """
+    if name in POINT_MODELS:
+        raise EwavitError(
+            f"{name} is for point clouds: give --data solids or modelnet10:PATH, or another --model"
+        )
+    if not _NAME.fullmatch(name) or not timm.is_model(name.split(".")[0]):
+        close = difflib.get_close_matches(name, timm.list_models(), 3)
+        hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists all models"
+        raise EwavitError(f"timm has no model {name!r}: {hint}")
+    check_settings(settings)
+
+
+def create_timm_model(name: str, settings: Mapping[str, Any]) -> nn.Module:
+    """Create a timm model with fresh weights from its name and settings, as `build_timm_model` returned them.
+
+    Raises:
+        EwavitError: they are more than an architecture's, or do not work.
+    """
+    check_timm_model(name, settings)
+    return _create(name, dict(settings))
+
+
+def check_settings(settings: Mapping[str, Any], depth: int = 0) -> None:
+    """Refuse arguments of a model that are not plain numbers and words, or have a name of timm's loading.
+
+    Raises:
+        EwavitError: it names the wrong argument.
+    """
+    for key, value in settings.items():
+        if not isinstance(key, str) or not key.isidentifier() or key in _LOADING or _REACHES.search(key):
+            raise EwavitError(f"{str(key)[:100]!r} is no argument of an architecture: leave it out")
+        values = value if isinstance(value, list | tuple) else (value,)
+        if depth > _DEEPEST or len(values) > _LONGEST or not all(_is_plain(each, depth) for each in values):
+            raise EwavitError(
+                f"{key}={repr(value)[:100]} is no plain setting of a model: give numbers up to "
+                f"{_LARGEST:,}, words, or lists of them"
+            )
+
+
+def _is_plain(value: Any, depth: int) -> bool:
+    """Whether a value is a number in range, a word, or a list or dict of them."""
+    if isinstance(value, dict | list | tuple):
+        check_settings(value if isinstance(value, dict) else {"list": value}, depth + 1)
+        return True
+    if isinstance(value, str):
+        return _WORD.fullmatch(value) is not None
+    return value is None or (isinstance(value, int | float) and abs(value) <= _LARGEST)
+
+
 def _create(name: str, settings: dict[str, Any], **more: Any) -> nn.Module:
     """Call `timm.create_model`; `img_size` is removed from `settings` if the model does not know it."""
     try:
@@ -106,6 +169,7 @@ def _from_file(name: str, file: str, settings: dict[str, Any]) -> tuple[nn.Modul
     with torch.random.fork_rng(devices=[]):  # a fresh head is drawn for the model that is returned, not here
         own = _create(name, settings).state_dict()
     fitted = fit(file, own, heads, num_classes)
+    check_finite(fitted.weights, own, file)
     overlay = {"state_dict": dict(fitted.weights), "num_classes": fitted.num_classes}
     first_conv = config.first_conv if config and isinstance(config.first_conv, str) else None
     if (stem := fitted.weights.get(f"{first_conv}.weight")) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from torch import Tensor, nn
 from ewavit.core.routing import TopK, routers
 from ewavit.core.surgery import expand
 from ewavit.data.batches import Data, Inputs
+from ewavit.errors import EwavitError, first_line
 from ewavit.files import regular
 from ewavit.tasks.choice import task_for
 from ewavit.tasks.task import Task
 from ewavit.tasks.timm_models import timm_config, transform_code
-from ewavit.training.places import absolute_spec
+from ewavit.training.card_check import build_for, check_fields, parse_card
+from ewavit.training.places import absolute_spec, portable_spec
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,8 @@ class ModelCard:
     `model_kwargs` is all that `timm.create_model` takes beside the name. `interpolation`, `crop_pct` and
     `crop_mode` say in timm's words how evaluation images are resized; None for clouds and in old files.
     `metric` is the task's judging metric on `data`, None within the first epoch. `mixture` is None for a
-    plain model. `absolute_data` and `data_dir` are where the run read its data, as absolute paths; None in
-    exported files.
+    plain model. `absolute_data` and `data_dir` are where the run read its data, as absolute paths. They
+    are in `state.json` of a checkpoint, never in the metadata of a file.
     """
 
     model: str
@@ -84,31 +87,59 @@ class ModelCard:
         return replace(card, num_points=data.num_points, absolute_data=place, data_dir=root, **resizing)
 
     @classmethod
-    def from_dict(cls, card: dict[str, Any]) -> ModelCard:
-        """The inverse of `asdict` after a trip through JSON."""
+    def from_dict(cls, card: dict[str, Any], source: str = "the card") -> ModelCard:
+        """The inverse of `asdict` after a trip through JSON; `source` is the file, for messages.
+
+        Raises:
+            EwavitError: a field is missing, unknown or wrong.
+        """
         if "top1" in card:  # the name of the field in files of version 0.1
             card = {**card, "metric": card["top1"]}
             del card["top1"]
-        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in card.items()}
-        if mixture := values.get("mixture"):
-            values["mixture"] = RoutedMixture(**mixture | {"layers": tuple(mixture["layers"])})
+        check_fields(card, source)
+        try:
+            values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in card.items()}
+            if mixture := values.get("mixture"):
+                TopK(**mixture["router"])
+                values["mixture"] = RoutedMixture(**mixture | {"layers": tuple(mixture["layers"])})
+        except (EwavitError, TypeError) as problem:
+            raise EwavitError(f"{source} does not describe a model: {first_line(problem)}") from None
         return cls(**values)
 
     @classmethod
+    def of_metadata(cls, metadata: Mapping[str, str], source: str) -> ModelCard | None:
+        """The card in the metadata of a file; None if there is none. Places of data are not taken from it.
+
+        Raises:
+            EwavitError: as `from_dict`.
+        """
+        if "ewavit" not in metadata:
+            return None
+        card = parse_card(metadata["ewavit"], source)
+        return replace(cls.from_dict(card, source), absolute_data=None, data_dir=None)
+
+    @classmethod
     def of_file(cls, file: Path) -> ModelCard | None:
-        """The card in a safetensors file or in a run's folder; None if there is none."""
+        """The card in a safetensors file or in a run's folder; None if there is none.
+
+        Raises:
+            EwavitError: as `from_dict`.
+        """
+        file = file / "model.safetensors" if file.is_dir() else file
         try:
-            with safe_open(regular(file / "model.safetensors" if file.is_dir() else file), "pt") as handle:
-                found = (handle.metadata() or {}).get("ewavit")
+            with safe_open(regular(file), "pt") as handle:
+                metadata = handle.metadata() or {}
         except (OSError, SafetensorError):  # missing, or of another format: the loader of weights says so
             return None
-        return None if found is None else cls.from_dict(json.loads(found))
+        return cls.of_metadata(metadata, str(file))
 
     def metadata(self) -> dict[str, str]:
-        """The card as metadata of a safetensors or ONNX file."""
+        """The card as metadata of a safetensors or ONNX file, without the places of this machine."""
+        card = asdict(replace(self, data=portable_spec(self.data)))
+        del card["absolute_data"], card["data_dir"]
         pretrained_cfg = self.pretrained_cfg
         more = {"pretrained_cfg": json.dumps(pretrained_cfg)} if pretrained_cfg else {}
-        return {"ewavit": json.dumps(asdict(self)), **more}
+        return {"ewavit": json.dumps(card), **more}
 
     @property
     def preparation(self) -> dict[str, Any]:
@@ -135,15 +166,33 @@ class ModelCard:
         """Shape of the model's inputs, and its number of classes."""
         return self.task.inputs(len(self.classes), self.in_chans, self.img_size, self.num_points)
 
-    def build(self) -> nn.Module:
-        """The model, with fresh weights."""
-        model = self.task.create_model(self.model, self.model_kwargs)
+    def build(self, weights: Mapping[str, Tensor], source: str, num_experts: int = 1) -> nn.Module:
+        """The dense model, with fresh weights, if a file holds such a model.
+
+        Args:
+            weights: what the file holds.
+            source: the file, for messages.
+            num_experts: experts in each mixture of the file.
+
+        Raises:
+            EwavitError: the weights are those of another model, or it cannot be built.
+        """
+
+        def create() -> nn.Module:
+            return self.task.create_model(self.model, self.model_kwargs)
+
+        model = build_for(weights, create, source, num_experts)
         if self.pretrained_cfg:
             model.pretrained_cfg = {**model.pretrained_cfg, **self.pretrained_cfg}  # type: ignore[dict-item, assignment]
-        if self.mixture is not None:
-            router = TopK(**self.mixture.router)
-            expand(model, self.mixture.num_experts, select=self.mixture.layers, router=router)
         return model
+
+    def build_deployed(self, weights: Mapping[str, Tensor], source: str) -> nn.Module:
+        """As `build`, but the routed mixture if it is one."""
+        if self.mixture is None:
+            return self.build(weights, source)
+        model = self.build(weights, source, self.mixture.num_experts)
+        router = TopK(**self.mixture.router)
+        return expand(model, self.mixture.num_experts, select=self.mixture.layers, router=router)
 
     def loading_code(self, file: Path) -> str:
         """Python lines that load the file: with ewavit for a mixture, else with the task's own library."""

@@ -6,7 +6,8 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from ewavit.core.surgery import collapse, dense_state_dict
 from ewavit.data.batches import Data
 from ewavit.data.options import DataOptions
 from ewavit.data.relabelled import with_classes
-from ewavit.errors import EwavitError
+from ewavit.data.weight_files import check_finite
+from ewavit.errors import MOST_CHARACTERS, EwavitError, first_line
 from ewavit.files import is_torch_file, regular, remove, replacing
 from ewavit.tasks.classification import ConfusionMeter
 from ewavit.tasks.task import Metrics
@@ -31,7 +33,7 @@ from ewavit.training.card import ModelCard, RoutedMixture
 from ewavit.training.checkpoint import load_checkpoint, save_tensors
 from ewavit.training.evaluation import evaluate_batches
 from ewavit.training.opening import open_data, usable_workers
-from ewavit.training.places import found_spec
+from ewavit.training.places import portable_spec, spec_of_file
 from ewavit.training.recipe import Recipe
 from ewavit.training.report import Row
 from ewavit.training.run_folder import RunFolder
@@ -72,33 +74,62 @@ def load_model(source: Path) -> tuple[nn.Module, ModelCard]:
         weights = load_file(file)
     except (OSError, SafetensorError) as problem:
         raise EwavitError(f"{file} cannot be read as safetensors ({problem}): export it again") from None
-    if "ewavit" not in metadata:
+    card = ModelCard.of_metadata(metadata, str(file))
+    if card is None:
         raise EwavitError(f"{file} does not say which model it holds: give a file or run that ewavit wrote")
     if EXPERTS in metadata:
         raise EwavitError(
             f"{file} holds experts: give the folder that it is in, or export it to .safetensors first"
         )
-    card = ModelCard.from_dict(json.loads(metadata["ewavit"]))
-    model = card.build()
-    model.load_state_dict(weights)
-    return model.eval(), card
+    model = card.build_deployed(weights, str(file))
+    _load(model, weights, file)
+    return model.eval(), recorded_places(card, RunFolder(file.parent))
+
+
+def _load(model: nn.Module, weights: Mapping[str, Tensor], file: Path) -> None:
+    """Load finite weights that are all there and no more."""
+    check_finite(weights, model.state_dict(), str(file))
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as problem:
+        reason = " ".join(str(problem).split())[:MOST_CHARACTERS]
+        raise EwavitError(f"{file} holds another model than it says ({reason}): export it again") from None
 
 
 def _from_checkpoint(source: Path) -> tuple[nn.Module, ModelCard]:
     checkpoint = load_checkpoint(source)
     if checkpoint.warning:
         warnings.warn(checkpoint.warning, stacklevel=3)
-    recipe = Recipe.from_dict(checkpoint.facts["recipe"], str(checkpoint.path))
+    try:
+        facts, progress = checkpoint.facts, checkpoint.facts["progress"]
+        recipe = Recipe.from_dict(facts["recipe"], str(checkpoint.path))
+        card = ModelCard.from_dict(facts["card"], str(checkpoint.path))
+        if progress["rows"] and progress["batch"] == 0:
+            card = replace(card, metric=float(progress["rows"][-1][f"eval_{card.task.judge.column}"]))
+    except (KeyError, TypeError, IndexError, AttributeError) as problem:
+        raise EwavitError(
+            f"{checkpoint.path / 'state.json'} is not as ewavit wrote it ({first_line(problem)}): use "
+            "another checkpoint"
+        ) from None
     recipe = replace(recipe, placement="local")  # replicas are saved stacked
-    card = ModelCard.from_dict(checkpoint.facts["card"])
-    model = expand_by_recipe(card.build(), recipe)
-    model.load_state_dict(checkpoint.model)
+    dense = card.build(checkpoint.model, str(checkpoint.path), recipe.experts)
+    model = expand_by_recipe(dense, recipe)
+    _load(model, checkpoint.model, checkpoint.path)
     if recipe.experts > 1 and not recipe.keeps_experts:
         collapse(model)
-    progress = checkpoint.facts["progress"]
-    if progress["rows"] and progress["batch"] == 0:
-        card = replace(card, metric=progress["rows"][-1][f"eval_{card.task.judge.column}"])
     return model.eval(), card
+
+
+def recorded_places(card: ModelCard, run: RunFolder) -> ModelCard:
+    """The card of a run's file, with the places of the data as a checkpoint of the run names them."""
+    for folder in (run.checkpoint, run.previous_checkpoint):
+        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            facts = json.loads((folder / "state.json").read_text())["facts"]["card"]
+            found = ModelCard.from_dict(facts, str(folder))
+            if portable_spec(found.data) == card.data:
+                places = {name: getattr(found, name) for name in ("data", "absolute_data", "data_dir")}
+                return replace(card, **places)
+    return card
 
 
 def save_models(
@@ -159,11 +190,25 @@ def predictor(source: Path) -> tuple[Callable[[Tensor], Tensor], ModelCard]:
 
     try:
         session = onnxruntime.InferenceSession(str(regular(source)), providers=["CPUExecutionProvider"])
-        card = ModelCard.from_dict(json.loads(session.get_modelmeta().custom_metadata_map["ewavit"]))
+        name = session.get_inputs()[0].name
+        metadata = session.get_modelmeta().custom_metadata_map
     except Exception as problem:  # onnxruntime's errors have no common class
-        raise EwavitError(f"{source} cannot be read as an ONNX file of ewavit ({problem})") from None
-    name = session.get_inputs()[0].name
-    return lambda images: torch.from_numpy(session.run(None, {name: images.cpu().numpy()})[0]), card
+        raise EwavitError(f"{source} cannot be read as an ONNX file ({first_line(problem)})") from None
+    of_file = ModelCard.of_metadata(metadata, str(source))
+    if of_file is None:
+        raise EwavitError(f"{source} does not say which model it holds: give a file that ewavit wrote")
+
+    def predict(images: Tensor) -> Tensor:
+        try:
+            outputs = session.run(None, {name: images.cpu().numpy()})[0]
+        except Exception as problem:
+            raise EwavitError(
+                f"{source} does not compute on {tuple(images.shape)} inputs ({first_line(problem)}): "
+                "export it again"
+            ) from None
+        return torch.from_numpy(outputs)
+
+    return predict, of_file
 
 
 def evaluate(
@@ -210,7 +255,7 @@ def _open_for(card: ModelCard, spec: str | None, options: DataOptions) -> Data:
         options, data_dir=options.data_dir or card.data_dir, workers=usable_workers(options.workers),
         **card.preparation,
     )  # fmt: skip
-    data = open_data(spec or found_spec(card.data, card.absolute_data), options)
+    data = open_data(spec or spec_of_file(card.data, card.absolute_data), options)
     if data.in_chans != card.in_chans:
         raise EwavitError(
             f"{data.name} has {data.in_chans} channels, the model {card.in_chans}: give the data that it was "
@@ -256,7 +301,7 @@ def export(source: Path, to: Path, data: str | None = None, mean_expert: bool = 
     if not to.parent.is_dir():
         raise EwavitError(f"no folder {to.parent}: make it first")
     model, card = load_model(source)
-    routed, of_file = bool(moe_layers(model)), replace(card, absolute_data=None, data_dir=None)
+    routed, of_file = bool(moe_layers(model)), card
     if routed:
         if not mean_expert:
             raise EwavitError(

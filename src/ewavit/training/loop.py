@@ -42,7 +42,7 @@ from ewavit.training.checkpoint import Checkpoint, load_checkpoint
 from ewavit.training.evaluation import evaluate_batches, predictions
 from ewavit.training.export import save_models
 from ewavit.training.opening import open_recipe_data
-from ewavit.training.places import found_spec
+from ewavit.training.places import given_spec, spec_of_file
 from ewavit.training.processes import (
     Interrupted,
     start_accelerator,
@@ -85,7 +85,7 @@ def train(recipe: Recipe) -> Result:
     if recipe.name is not None and started_again():
         run = Path(recipe.output) / recipe.name
         if RunFolder(run).has_checkpoint and _is_run_of(recipe, run):
-            return resume(run)
+            return resume(run, **given_spec(recipe.data))
     try:
         run = _run_folder(recipe)
         made = _built(recipe, run, start_accelerator(recipe, run))
@@ -112,8 +112,9 @@ def resume(run: Path, **changes: Any) -> Result:
 def _resume(run: Path, changes: dict[str, Any], main: bool) -> Result:
     checkpoint, files = load_checkpoint(run), RunFolder(run)
     recipe = Recipe.from_dict(checkpoint.facts["recipe"], str(checkpoint.path))
+    card = ModelCard.from_dict(checkpoint.facts["card"], str(checkpoint.path))
     if "data" not in changes:
-        changes["data"] = found_spec(recipe.data, checkpoint.facts["card"].get("absolute_data"))
+        changes["data"] = spec_of_file(recipe.data, card.absolute_data)
     recipe = replace(recipe, **changes)
     if checkpoint.facts["progress"]["epoch"] >= recipe.epochs and files.model.exists():
         damage = files.damage()

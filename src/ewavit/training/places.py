@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ewavit.data.sources import is_folder
+from ewavit.data.sources import is_folder, is_timm
 from ewavit.errors import EwavitError
 from ewavit.points.sources import is_points
 
@@ -19,6 +19,13 @@ def absolute_spec(spec: str) -> str | None:
     """A data spec with its local path made absolute; None for a spec without a path."""
     kind, path = split_path(spec)
     return None if path is None else f"{kind}{path.absolute()}"
+
+
+def portable_spec(spec: str) -> str:
+    """A data spec as a published file may hold it: of an absolute path its last name only."""
+    kind, path = split_path(spec)
+    place = Path(spec.removeprefix(kind))
+    return f"{kind}{place.name}" if path is not None and place.is_absolute() else spec
 
 
 def found_spec(spec: str, absolute: str | None) -> str:
@@ -46,3 +53,25 @@ def found_spec(spec: str, absolute: str | None) -> str:
             "--data"
         )
     return spec
+
+
+def spec_of_file(spec: str, absolute: str | None) -> str:
+    """As `found_spec`, for a spec that a file names and nobody gave: it may come from a stranger.
+
+    Raises:
+        EwavitError: as `found_spec`, or the data are fetched by a library that may run code from them.
+    """
+    if is_timm(spec) and not spec.lower().startswith("torch/"):
+        raise EwavitError(
+            f"a file names the data {spec!r}, which may come from the network and run code: if you trust "
+            f"them, give --data {spec}"
+        )
+    return found_spec(spec, absolute)
+
+
+def given_spec(spec: str) -> dict[str, str]:
+    """The change `data` for `resume` of a run whose command names its data again; empty for local data.
+
+    Local data may have moved, and are found by what the run recorded.
+    """
+    return {"data": spec} if is_timm(spec) else {}

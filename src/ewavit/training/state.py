@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from ewavit.core.checkpoint_files import expert_metadata
 from ewavit.core.distributed import load_stacked_state_dict, stacked_state_dict
 from ewavit.core.moe import moe_layers
 from ewavit.data.batches import Data
+from ewavit.data.weight_files import check_finite
 from ewavit.errors import EwavitError
 from ewavit.tasks.choice import task_for
 from ewavit.training.building import (
@@ -26,6 +28,7 @@ from ewavit.training.building import (
     set_grad_checkpointing,
 )
 from ewavit.training.card import ModelCard
+from ewavit.training.card_check import no_larger_than
 from ewavit.training.checkpoint import DAMAGE, Checkpoint, Progress, save_checkpoint
 from ewavit.training.prediction import SpreadPrediction
 from ewavit.training.recipe import Recipe
@@ -67,14 +70,16 @@ class TrainingState:
             EwavitError: no such model, settings that do not fit it, or another run's checkpoint.
         """
         name, kwargs = model_settings(recipe, data.inputs)
-        dense, settings = task_for(recipe.data).build_model(
-            name,
-            data.inputs,
-            pretrained=recipe.pretrained and checkpoint is None,
-            initial_checkpoint=None if checkpoint else recipe.initial_checkpoint,
-            say=say if accelerator.is_main_process else None,
-            **kwargs,
-        )
+        limit = no_larger_than(checkpoint.model, str(checkpoint.path)) if checkpoint else nullcontext()
+        with limit:
+            dense, settings = task_for(recipe.data).build_model(
+                name,
+                data.inputs,
+                pretrained=recipe.pretrained and checkpoint is None,
+                initial_checkpoint=None if checkpoint else recipe.initial_checkpoint,
+                say=say if accelerator.is_main_process else None,
+                **kwargs,
+            )
         card = ModelCard.of(name, settings, recipe.data, data, recipe.data_dir)
         if recipe.placement == "replicas":
             dense.to(accelerator.device)  # where the processes can send it to each other
@@ -149,6 +154,7 @@ class TrainingState:
                 f"{checkpoint.path} is the checkpoint of another model: its mixtures are {theirs}, this "
                 f"model's are {mine}"
             )
+        check_finite(checkpoint.model, self.model.state_dict(), str(checkpoint.path))
         try:
             self._restore_parts(checkpoint.model, checkpoint.training)
         except EwavitError:
