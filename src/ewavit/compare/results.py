@@ -135,11 +135,15 @@ def read_run(run: RunFolder, seed: int, judge: Judge, epochs: Sequence[int] | No
         if metric is not None and metric != points[-1].metric:
             raise ValueError(f"its last {judge.name} is {points[-1].metric}, the model's file says {metric}")
     finished = Run(seed, points, memory, labels, predictions)
-    if labels is None or predictions is None:
-        return finished
-    with _reading(run, run.predictions):
-        _check_predictions(labels, predictions, classes, judge, points[-1].metric)
-    return replace(finished, samples=len(labels) if judge.share_of_samples else None)
+    if labels is not None and predictions is not None:
+        with _reading(run, run.predictions):
+            _check_predictions(labels, predictions, classes, judge, points[-1].metric)
+        finished = replace(finished, samples=len(labels) if judge.share_of_samples else None)
+    for file in (run.summary, run.predictions):
+        with _reading(run, file):
+            if damage := run.damage(file):
+                raise ValueError(damage)
+    return finished
 
 
 def latest_metric(run: RunFolder, judge: Judge) -> float:
