@@ -488,7 +488,7 @@ DAMAGES = {
     "nan loss": (cell("train_loss", "nan", 0), "summary.csv", "train_loss is nan"),
     "no loss": (cell("eval_loss", ""), "summary.csv", "eval_loss is ''"),
     "infinite time": (cell("seconds", "inf"), "summary.csv", "seconds is inf"),
-    "another time": (cell("seconds", "1.5", 0), "summary.csv", "differs from its digest"),
+    "another learning rate": (cell("lr", "0.123", 0), "summary.csv", "differs from its digest"),
     "another metric": (cell("eval_top1", "99.0"), "summary.csv", "the model's file says"),
     "one more right": (one_more_right, "predictions.csv", "the summary's top-1 is"),
     "a word predicted": (predicted("prediction", "cat"), "predictions.csv", "'cat'"),
