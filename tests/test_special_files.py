@@ -24,10 +24,11 @@ from ewavit.data.weight_files import read_weights
 from ewavit.files import regular
 from ewavit.points.files import load_file
 from ewavit.points.sources import SUFFIXES, read_points
-from ewavit.training.checkpoint import load_checkpoint
+from ewavit.training.checkpoint import load_checkpoint, save_checkpoint
 from ewavit.training.export import evaluate, export
 from ewavit.training.recipe import Recipe
 from ewavit.training.run_folder import RunFolder
+from runs import facts
 
 
 def pipe(path):
@@ -155,11 +156,7 @@ def test_settings_that_are_no_file_are_refused(tmp_path, capsys, command, kind):
 @pytest.mark.parametrize("name", ["state.json", "model.safetensors", "training.safetensors"])
 def test_a_checkpoint_with_something_else_for_a_file_is_damaged(tmp_path, name, kind):
     folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    state = {"format": 1, "sizes": {}, "facts": {}, "training": {"dict": []}}
-    (folder / "state.json").write_text(json.dumps(state))
-    for file in ("model.safetensors", "training.safetensors"):
-        save_file({}, folder / file)
+    save_checkpoint(tmp_path, {}, {}, facts(), {})
     assert load_checkpoint(tmp_path).model == {}
     (folder / name).unlink()
     KINDS[kind](folder / name)

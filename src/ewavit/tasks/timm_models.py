@@ -99,9 +99,9 @@ def check_timm_model(name: str, settings: Mapping[str, Any]) -> None:
             f"{name} is for point clouds: give --data solids or modelnet10:PATH, or another --model"
         )
     if not _NAME.fullmatch(name) or not timm.is_model(name.split(".")[0]):
-        close = difflib.get_close_matches(name, timm.list_models(), 3)
+        close = difflib.get_close_matches(name[:100], timm.list_models(), 3)
         hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists all models"
-        raise EwavitError(f"timm has no model {name!r}: {hint}")
+        raise EwavitError(f"timm has no model {name[:100]!r}: {hint}")
     check_settings(settings)
 
 

@@ -192,7 +192,10 @@ class ModelCard:
             return self.build(weights, source)
         model = self.build(weights, source, self.mixture.num_experts)
         router = TopK(**self.mixture.router)
-        return expand(model, self.mixture.num_experts, select=self.mixture.layers, router=router)
+        try:
+            return expand(model, self.mixture.num_experts, select=self.mixture.layers, router=router)
+        except EwavitError as problem:
+            raise EwavitError(f"{source} does not describe its mixture: {first_line(problem)}") from None
 
     def loading_code(self, file: Path) -> str:
         """Python lines that load the file: with ewavit for a mixture, else with the task's own library."""

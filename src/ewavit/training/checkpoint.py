@@ -240,7 +240,7 @@ def _check_sizes(folder: Path, sizes: Mapping[str, int]) -> None:
 def _check_facts(facts: Mapping[str, Any], source: str) -> None:
     """Refuse facts that a run did not write."""
     recipe = Recipe.from_dict(facts["recipe"], source)
-    card = ModelCard.from_dict(facts["card"])
+    card = ModelCard.from_dict(facts["card"], source)
     progress = Progress.from_dict(facts["progress"], ("eval_loss", f"eval_{card.task.judge.column}"))
     if progress.epoch > recipe.epochs:
         raise ValueError(f"epoch is {progress.epoch} of {recipe.epochs}")

@@ -100,17 +100,11 @@ def _from_checkpoint(source: Path) -> tuple[nn.Module, ModelCard]:
     checkpoint = load_checkpoint(source)
     if checkpoint.warning:
         warnings.warn(checkpoint.warning, stacklevel=3)
-    try:
-        facts, progress = checkpoint.facts, checkpoint.facts["progress"]
-        recipe = Recipe.from_dict(facts["recipe"], str(checkpoint.path))
-        card = ModelCard.from_dict(facts["card"], str(checkpoint.path))
-        if progress["rows"] and progress["batch"] == 0:
-            card = replace(card, metric=float(progress["rows"][-1][f"eval_{card.task.judge.column}"]))
-    except (KeyError, TypeError, IndexError, AttributeError) as problem:
-        raise EwavitError(
-            f"{checkpoint.path / 'state.json'} is not as ewavit wrote it ({first_line(problem)}): use "
-            "another checkpoint"
-        ) from None
+    facts, progress = checkpoint.facts, checkpoint.facts["progress"]
+    recipe = Recipe.from_dict(facts["recipe"], str(checkpoint.path))
+    card = ModelCard.from_dict(facts["card"], str(checkpoint.path))
+    if progress["rows"] and progress["batch"] == 0:
+        card = replace(card, metric=progress["rows"][-1][f"eval_{card.task.judge.column}"])
     recipe = replace(recipe, placement="local")  # replicas are saved stacked
     dense = card.build(checkpoint.model, str(checkpoint.path), recipe.experts)
     model = expand_by_recipe(dense, recipe)

@@ -16,7 +16,6 @@ from ewavit.core.checkpoint_files import expert_metadata
 from ewavit.core.distributed import load_stacked_state_dict, stacked_state_dict
 from ewavit.core.moe import moe_layers
 from ewavit.data.batches import Data
-from ewavit.data.weight_files import check_finite
 from ewavit.errors import EwavitError
 from ewavit.tasks.choice import task_for
 from ewavit.training.building import (
@@ -154,7 +153,6 @@ class TrainingState:
                 f"{checkpoint.path} is the checkpoint of another model: its mixtures are {theirs}, this "
                 f"model's are {mine}"
             )
-        check_finite(checkpoint.model, self.model.state_dict(), str(checkpoint.path))
         try:
             self._restore_parts(checkpoint.model, checkpoint.training)
         except EwavitError:
