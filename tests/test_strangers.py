@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import zipfile
 from dataclasses import asdict
 
@@ -17,7 +16,6 @@ from timm.models import _builder, _hub
 
 import ewavit as ewa
 from ewavit.cli import main
-from ewavit.data.arrays import read_cifar
 from ewavit.points.files import checked
 from ewavit.points.files import load_file as load_cloud
 from ewavit.points.sources import read_points
@@ -25,7 +23,6 @@ from ewavit.training.card import ModelCard
 from ewavit.training.export import evaluate, export
 from ewavit.training.loop import train
 from runs import recipe
-from test_data import write_cifar
 
 SMALL = {
     "img_size": 16,
@@ -237,16 +234,6 @@ def test_arrays_that_would_run_code_are_refused(tmp_path):
     for file in pickled_arrays(tmp_path):
         with pytest.raises(ValueError, match="Python objects"):
             load_cloud(file, 16, np.random.default_rng(0))
-    assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize("key", [b"data", b"labels", b"more"])
-def test_cifar_files_that_would_run_code_are_refused(tmp_path, key):
-    folder = write_cifar(tmp_path)
-    content = pickle.loads((folder / "data_batch_1").read_bytes())
-    (folder / "data_batch_1").write_bytes(pickle.dumps({**content, key: Evil(tmp_path / "ran")}))
-    with pytest.raises(ewa.EwavitError, match="data_batch_1"):
-        read_cifar(folder)
     assert not (tmp_path / "ran").exists()
 
 

@@ -83,7 +83,7 @@ def load_model(source: Path) -> tuple[nn.Module, ModelCard]:
         )
     model = card.build_deployed(weights, str(file))
     _load(model, weights, file)
-    return model.eval(), recorded_places(card, RunFolder(file.parent))
+    return model.eval(), _recorded_places(card, RunFolder(file.parent))
 
 
 def _load(model: nn.Module, weights: Mapping[str, Tensor], file: Path) -> None:
@@ -114,7 +114,7 @@ def _from_checkpoint(source: Path) -> tuple[nn.Module, ModelCard]:
     return model.eval(), card
 
 
-def recorded_places(card: ModelCard, run: RunFolder) -> ModelCard:
+def _recorded_places(card: ModelCard, run: RunFolder) -> ModelCard:
     """The card of a run's file, with the places of the data as a checkpoint of the run names them."""
     for folder in (run.checkpoint, run.previous_checkpoint):
         with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
