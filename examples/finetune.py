@@ -17,7 +17,7 @@ from safetensors.torch import load_model, save_file
 from torch import Tensor, nn
 
 import ewavit as ewa
-from ewavit.data.sources import read_bundled
+from ewavit.data.arrays import read_bundled
 
 VIT = {"img_size": 28, "patch_size": 4, "in_chans": 1, "embed_dim": 64, "depth": 4, "num_heads": 4}
 
