@@ -11,8 +11,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from lightning.pytorch import LightningModule
+from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
 
 import ewavit as ewa
+from ewavit.core import moe_layers
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -73,6 +76,39 @@ def test_the_code_of_the_loop_page_runs(tmp_path, monkeypatch):
     names["model"](torch.randn(2, 3, 32, 32)).sum().backward()
     names["optimizer"].step()
     assert min(ewa.expert_spread(names["model"]).values()) > 0
+
+
+def test_the_code_for_other_trainers_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "where_you_train.md").read_text()
+    for_transformers, for_lightning = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    size = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 1, "intermediate_size": 16}
+    model = ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, **size))
+    pixels = torch.randn(8, 3, 16, 16)
+    data = [{"pixel_values": image, "labels": 0} for image in pixels]
+    args = TrainingArguments("out", max_steps=2, report_to=[], use_cpu=True, disable_tqdm=True)
+    names = {"model": model, "data": data, "args": args}
+    exec(for_transformers, names)
+    assert not moe_layers(names["model"])
+    assert (tmp_path / "vit" / "model.safetensors").exists()
+
+    class Module(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.vit = ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, **size))
+
+        def training_step(self, batch, index):
+            return self.vit(batch).logits.square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters())
+
+    module = Module()
+    exec(for_lightning.replace("max_epochs=10", "max_epochs=1, accelerator='cpu'"), {
+        "module": module, "loader": torch.utils.data.DataLoader(pixels, batch_size=4),
+    })  # fmt: skip
+    saved = torch.load(tmp_path / "vit.ckpt", weights_only=False)["state_dict"]
+    assert saved.keys() == Module().state_dict().keys()
 
 
 def test_the_measures_of_the_house_are_counted_from_the_source(tmp_path):

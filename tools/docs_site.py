@@ -31,7 +31,9 @@ LISTED = {
     "ewavit.compare.compare": ("compare",),
 }
 # Files outside of docs/ that pages link to, as ../records/NAME: they are part of the site.
-LINKED = ("records/*.json", "recipes/**/*.yaml", "examples/*", "CONTRIBUTING.md")
+LINKED = (
+    "records/*.json", "recipes/**/*.yaml", "examples/*", "tests/test_*.py", "CONTRIBUTING.md", "SECURITY.md"
+)  # fmt: skip
 
 
 def command_line_page() -> str:
@@ -112,5 +114,5 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Point links to the repository's files at their copies in the site."""
-    markdown = re.sub(r"\]\(\.\./((?:records|recipes|examples)/[^)#]+)\)", r"](\1)", markdown)
-    return markdown.replace("](../CONTRIBUTING.md)", "](CONTRIBUTING.md.txt)")
+    markdown = re.sub(r"\]\(\.\./((?:records|recipes|examples|tests)/[^)#]+)\)", r"](\1)", markdown)
+    return re.sub(r"\]\(\.\./(CONTRIBUTING|SECURITY)\.md\)", r"](\1.md.txt)", markdown)
