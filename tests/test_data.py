@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 import shutil
+import signal
 import struct
 from collections import Counter
 from collections.abc import Iterator
@@ -555,6 +556,20 @@ def test_an_epoch_left_early_does_not_disturb_the_next(tmp_path: Path) -> None:
     again = data.train_batches(1)
     next(left)
     assert same(reference, list(again))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_workers_outlive_a_signal_to_all_processes_of_a_run(tmp_path: Path, number: signal.Signals) -> None:
+    folder, before = str(write_folder(tmp_path)), multiprocessing.active_children()
+    data = open_data(folder, DataOptions(batch_size=1, workers=2))
+    batches = data.train_batches(0)
+    first = [next(batches), next(batches)]  # one from each worker
+    workers = [process for process in multiprocessing.active_children() if process not in before]
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker.pid or 0, number)
+    reference = open_data(folder, DataOptions(batch_size=1, workers=0))
+    assert same([*first, *batches], list(reference.train_batches(0)))
 
 
 def test_reading_files_leaves_the_global_generators_alone(tmp_path: Path) -> None:

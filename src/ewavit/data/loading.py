@@ -6,6 +6,7 @@ The first half handles single images, in a worker; the second half makes batches
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -360,6 +361,17 @@ class LoaderData(Data):
             raise EwavitError(f"no image of {self.name} can be read: give another set")
 
 
+def outlive_first_signal(worker: int) -> None:
+    """Let a worker go on after a signal to all processes of a run: the run needs it to end its step.
+
+    Args:
+        worker: its number, which the DataLoader passes.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A second one ends it, as it does where the DataLoader ends a stuck worker.
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
 def _loader(samples: Samples, keys: BatchKeys, options: DataOptions) -> DataLoader[Sample]:
     return DataLoader(
         samples,
@@ -368,6 +380,7 @@ def _loader(samples: Samples, keys: BatchKeys, options: DataOptions) -> DataLoad
         collate_fn=collate,
         persistent_workers=options.workers > 0,
         pin_memory=options.device.type == "cuda",
+        worker_init_fn=outlive_first_signal,
         generator=torch.Generator(),  # else each pass would draw from the global one
     )
 
@@ -480,6 +493,7 @@ class StreamData(Data):
             num_workers=self._workers,
             drop_last=dataset is self._train,
             pin_memory=device.type == "cuda",
+            worker_init_fn=outlive_first_signal,
             generator=generator,
         )
         try:
