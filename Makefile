@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := src tests benchmarks tools examples
 
-.PHONY: install demo test lint hooks package oldest docs bench
+.PHONY: install demo test lint hooks package oldest docs faults bench
 
 install: .venv/installed
 
@@ -47,6 +47,14 @@ oldest:
 # A broken link, an anchor that is not there or a public name without a docstring is an error.
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# The table of docs/reliability.md: about an hour on two cores. The suite runs all of it shorter.
+faults: install
+	$(BIN)/python tests/faults/kill.py --rounds 2 --comparisons 4 --record
+	$(BIN)/python tests/faults/damage.py --cases 1000 --record
+	$(BIN)/python tests/faults/disk.py --record
+	$(BIN)/python tests/faults/signals.py --cases 30 --record
+	$(BIN)/python tests/faults/load.py --steps 200000 --files 1000000 --record
 
 bench: install
 	$(BIN)/python benchmarks/step_time.py

@@ -396,7 +396,7 @@ def untimed(tree):
     return [untimed(value) for value in tree] if isinstance(tree, list) else tree
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, 2, 4])
 @pytest.mark.parametrize("settings", [{}, {"router": "topk", "model_ema": False}], ids=["ema", "router"])
 def test_two_equal_runs_leave_equal_files(tmp_path, monkeypatch, threads, settings):
     torch.set_num_threads(threads)
