@@ -1,8 +1,8 @@
 """Change the core in one place at a time and look whether a test notices: mutmut on six files.
 
-mutmut leaves decorated functions alone, among them what runs under `torch.no_grad()`. In the copy that it works on,
-`@decorator` above a function becomes `name = decorator(name)` below it, so that these are mutated, too. The record
-counts changes of words in messages apart: they change no result.
+mutmut leaves decorated functions alone, among them what runs under `torch.no_grad()`. In the copy that it
+works on, `@decorator` above a function becomes `name = decorator(name)` below it, so that these are mutated,
+too. The record counts changes of words in messages apart: they change no result.
 
     python tools/mutation.py --record records/mutation.json
     python tools/mutation.py --only core/partition.py
@@ -35,12 +35,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 # Each file, and the tests that concern it.
 TESTS = {
-    "core/partition.py": ("partition", "invariants"),
-    "core/experts.py": ("experts", "invariants", "optimizers"),
-    "core/averaging.py": ("averaging", "attachments", "invariants"),
+    "core/partition.py": ("partition", "draws"),
+    "core/experts.py": ("experts", "optimizers"),
+    "core/averaging.py": ("averaging", "attachments"),
     "core/surgery.py": ("surgery", "experts", "attachments"),
     "core/routing.py": ("routing",),
-    "training/checkpoint.py": ("checkpoint",),
+    "training/checkpoint.py": ("checkpoint", "released"),
 }
 SETTINGS = """
 [tool.mutmut]
@@ -106,6 +106,8 @@ def mutants(path: Path, module: str) -> list[str]:
 
 def tried(file: str, most: int, seed: int, match: str) -> dict[str, Any]:
     """Run mutmut on one file: the number of mutants by end, and what survived."""
+    from mutmut.mutation.diff_apply import get_diff_for_mutant
+
     begun, module = time.perf_counter(), "ewavit." + file.removesuffix(".py").replace("/", ".")
     with tempfile.TemporaryDirectory(prefix="mutation-") as place:
         folder = Path(place)
@@ -126,6 +128,7 @@ def tried(file: str, most: int, seed: int, match: str) -> dict[str, Any]:
         ends = {name: codes.get(name) for name in chosen}
         if None in ends.values():
             raise SystemExit(f"mutmut did not finish {file}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
+        os.chdir(folder)  # where mutmut finds its files
         row: dict[str, Any] = {"mutants": len(names), "tried": len(chosen)}
         survivors, words = [], Counter[str]()
         for name, code in ends.items():
@@ -138,11 +141,13 @@ def tried(file: str, most: int, seed: int, match: str) -> dict[str, Any]:
                 if code in NO_TESTS
                 else "timeout"
             )
-            shown = subprocess.run(
-                [*command, "show", name], cwd=folder, capture_output=True, text=True
-            ).stdout
+            lines = get_diff_for_mutant(name, path=f"src/ewavit/{file}").splitlines()
             old, new = (
-                [line[1:].strip() for line in shown.splitlines() if re.match(rf"\{sign}(?!\{sign})", line)]
+                [
+                    line[1:].strip()
+                    for line in lines
+                    if line.startswith(sign) and not line.startswith(3 * sign)
+                ]
                 for sign in "-+"
             )
             if _same_but_words(" ".join(old), " ".join(new)):
@@ -150,11 +155,8 @@ def tried(file: str, most: int, seed: int, match: str) -> dict[str, Any]:
                 continue
             row[how] = row.get(how, 0) + 1
             if how in ("survived", "no tests"):
-                function = (
-                    re.sub(r"__mutmut_\d+$", "", name.removeprefix(f"{module}."))
-                    .replace("ǁ", ".")
-                    .lstrip("x_.")
-                )
+                function = re.sub(r"^(x_|xǁ)|__mutmut_\d+$", "", name.removeprefix(f"{module}."))
+                function = function.replace("ǁ", ".")
                 survivors.append({"in": function, "was": " ".join(old), "is": " ".join(new), "why": ""})
     noticed = row.get("killed", 0) + row.get("timeout", 0)
     row["killed_share"] = round(
@@ -186,22 +188,20 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the draw")
     parser.add_argument("--record", type=Path, help="JSON file to write; the reasons in it are kept")
     options = parser.parse_args()
-    rows = {}
+    record = options.record and options.record.absolute()
     for file in options.only or TESTS:
-        row = rows[file] = tried(file, options.most, options.seed, options.match)
-        print(
-            f"{file}: {row['tried']} of {row['mutants']} mutants, {row['killed_share']:.1%} killed, {row['seconds']} s",
-            flush=True,
-        )
+        row = tried(file, options.most, options.seed, options.match)
+        counts = f"{row['tried']} of {row['mutants']} mutants"
+        print(f"{file}: {counts}, {row['killed_share']:.1%} killed, {row['seconds']} s", flush=True)
         for each in row["survivors"]:
             print(f"  {each['in']}: {each['was']}\n    -> {each['is']}")
-    if options.record is not None:
-        write(options.record, rows, options.seed)
+        if record is not None:
+            write(record, {file: row}, options.seed)
     return 0
 
 
 def write(file: Path, rows: dict[str, Any], seed: int) -> None:
-    """Write the record; files that were not tried now, and the reasons of survivors, are taken from the one in place."""
+    """Write the record; other files and the reasons of survivors are taken from the one in place."""
     old = json.loads(file.read_text())["files"] if file.exists() else {}
     why = {
         (each["in"], each["was"], each["is"]): each["why"]
@@ -213,10 +213,12 @@ def write(file: Path, rows: dict[str, Any], seed: int) -> None:
             each["why"] = why.get((each["in"], each["was"], each["is"]), "")
     packages = ("mutmut", "torch", "pytest")
     facts = {
-        "command": shlex.join(["python", *sys.argv]), "date": datetime.now(timezone.utc).date().isoformat(), "seed": seed,
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "seed": seed,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-    }  # fmt: skip
+    }
     file.write_text(json.dumps(facts | {"files": old | rows}, indent=1, ensure_ascii=False) + "\n")
 
 

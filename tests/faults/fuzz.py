@@ -1,8 +1,8 @@
 """Give damaged and odd input to every reader of files and settings, many thousand times.
 
-A right answer to bad input is an `EwavitError`, on the command line exit status 2 and one line. A finding is any other
-exception, more than 2 seconds, more than 1 GiB of memory, a crash, or a result that another reader contradicts.
-The cases come from hypothesis; a seed repeats them.
+A right answer to bad input is an `EwavitError`, on the command line exit status 2 and one line. A finding is
+any other exception, more than 2 seconds, more than 1 GiB of memory, a crash, or a result that another reader
+contradicts. The cases come from hypothesis; a seed repeats them.
 
     python tests/faults/fuzz.py --cases 100000
     python tests/faults/fuzz.py --cases 2000 --only "pcd files" --keep findings/
@@ -54,7 +54,7 @@ TARGET_FILES = (fuzz_comparison, fuzz_images, fuzz_points, fuzz_settings, fuzz_w
 MOST_SECONDS = 2.0  # of the processor, for one case
 MOST_WAITING = 20.0  # seconds on the clock, for a case that waits: other work may keep the processor busy
 MOST_MEMORY = 2**30  # bytes beside what the process has at its start
-BATCH = 500  # cases of one process
+BATCH = 2000  # cases of one process
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -159,9 +159,12 @@ def _work(target: Target, seed: int, cases: int, folder: Path, keep: Path | None
 
     @hypothesis.seed(seed)
     @settings(
-        max_examples=cases, database=None, deadline=None, phases=[Phase.generate],
+        max_examples=cases,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
+    )
     @given(st.data())
     def each(data: st.DataObject) -> None:
         if problem := _tried(target, data, shared, counts):
@@ -269,6 +272,8 @@ def main() -> int:
             print(
                 f"  {finding['kind']} at {finding['place']}, {finding['cases']} cases: {finding['message']}"
             )
+    if options.record is not None and options.record.exists() and options.only:
+        rows = json.loads(options.record.read_text())["targets"] | rows
     made = record(rows, options.seed, time.perf_counter() - begun)
     if options.record is not None:
         options.record.write_text(json.dumps(made, indent=1) + "\n")

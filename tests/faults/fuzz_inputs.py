@@ -96,11 +96,49 @@ _NUMBERS = (
     2**64 - 1,
 )
 _TOKENS = (
-    b"nan", b"inf", b"-inf", b"-1", b"0", b"1e400", b"1e-400", b"2e38", b"1e30", b"99999999999999999999", b"1_0",
-    b"0x10", b"\0", b"\xff\xfe", b"\xed\xa0\x80", b"\n", b"\r\n", b"\r", b" ", b"\t", b",", b";", b'"', b"'", b"[",
-    b"{", b"]", b"}", b":", b"#", b"//", b"\xef\xbb\xbf", b"None", b"null", b"true", b"=cmd", b"../", b"/etc/passwd",
-    "٣".encode(), b"A" * 300, b"[" * 3000, b'{"a":' * 3000,
-)  # fmt: skip
+    b"nan",
+    b"inf",
+    b"-inf",
+    b"-1",
+    b"0",
+    b"1e400",
+    b"1e-400",
+    b"2e38",
+    b"1e30",
+    b"99999999999999999999",
+    b"1_0",
+    b"0x10",
+    b"\0",
+    b"\xff\xfe",
+    b"\xed\xa0\x80",
+    b"\n",
+    b"\r\n",
+    b"\r",
+    b" ",
+    b"\t",
+    b",",
+    b";",
+    b'"',
+    b"'",
+    b"[",
+    b"{",
+    b"]",
+    b"}",
+    b":",
+    b"#",
+    b"//",
+    b"\xef\xbb\xbf",
+    b"None",
+    b"null",
+    b"true",
+    b"=cmd",
+    b"../",
+    b"/etc/passwd",
+    "٣".encode(),
+    b"A" * 300,
+    b"[" * 3000,
+    b'{"a":' * 3000,
+)
 _OPERATIONS = st.lists(
     st.tuples(st.integers(0, 8), st.integers(0, 2**16), st.integers(0, 2**16)), min_size=1, max_size=5
 )
@@ -146,15 +184,21 @@ def damaged(draw: Draw, data: bytes) -> bytes:
 
 
 _LEAVES = st.one_of(
-    st.none(), st.booleans(), st.sampled_from(_NUMBERS), st.integers(-(2**70), 2**70), st.floats(),
-    st.sampled_from(["", "a", "-1", "nan", "\ud800", "\0", "../up", "/etc/passwd", "x" * 2000, "http://a/b", "é"]),
+    st.none(),
+    st.booleans(),
+    st.sampled_from(_NUMBERS),
+    st.integers(-(2**70), 2**70),
+    st.floats(),
+    st.sampled_from(
+        ["", "a", "-1", "nan", "\ud800", "\0", "../up", "/etc/passwd", "x" * 2000, "http://a/b", "é"]
+    ),
     st.text(max_size=8),
-)  # fmt: skip
+)
 VALUES = st.one_of(
     _LEAVES,
     st.lists(_LEAVES, max_size=3),
     st.dictionaries(st.text(max_size=4), _LEAVES, max_size=3),
-    st.sampled_from([[[[[[]]]]], {"a": {"b": {}}}, [0] * 5000]),
+    st.sampled_from([[[[[[]]]]], {"a": {"b": {}}}, [0] * 500]),
 )
 _EDITS = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2**16), VALUES), min_size=1, max_size=3)
 
