@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := src tests benchmarks tools examples
 
-.PHONY: install demo test lint hooks package oldest docs faults bench
+.PHONY: install demo test lint hooks package oldest matrix fuzz mutation docs faults bench
 
 install: .venv/installed
 
@@ -43,6 +43,21 @@ oldest:
 	$(OLDEST)/uv pip install -q --python $(OLDEST)/python --resolution lowest-direct --exclude-newer 2026-11-24 \
 		-e '.[all,dev]'
 	$(OLDEST)/python -m pytest -q -n auto
+
+# What would run with the oldest and newest versions, and what did: records/matrix.json. make matrix RUN=--run makes
+# the environments (5 GB each) and runs the suite in them.
+matrix: install
+	test -z "$(RUN)" || $(BIN)/python -m pip install -q -c constraints.txt uv
+	$(BIN)/python tools/matrix.py $(RUN)
+
+# Damaged and odd input for every reader: 100,000 cases take about 15 minutes of one core.
+fuzz: install
+	$(BIN)/python tests/faults/fuzz.py --cases 102000 --seed 1 --record records/faults-fuzz.json
+
+# Mutants of the core, a seeded sample of each file: about 20 minutes of one core. mutmut stays out of .venv.
+mutation: install
+	$(BIN)/python -m pip install -q --target .venv-mutation mutmut==3.8.1
+	PYTHONPATH=.venv-mutation $(BIN)/python tools/mutation.py --most 45 --record records/mutation.json
 
 # A broken link, an anchor that is not there or a public name without a docstring is an error.
 docs: install

@@ -34,6 +34,7 @@ from ewavit.data.augmentation import (
 from ewavit.data.batches import BatchPlan, Data
 from ewavit.data.loading import LoaderData
 from ewavit.data.options import DataOptions
+from ewavit.data.sources import FileImages, UnreadableImage, read_folder
 from ewavit.errors import EwavitError
 from ewavit.training.opening import open_data
 
@@ -956,6 +957,10 @@ def test_wrong_tiny_imagenet_annotations_are_named(tmp_path: Path) -> None:
     annotations = write_tiny_imagenet(tmp_path) / "val" / "val_annotations.txt"
     annotations.write_text("val_0.JPEG\tn03\nval_1.JPEG\tn99\n")
     assert "val_annotations.txt line 2" in error_of(opened, str(tmp_path), batch_size=2)
+    annotations.write_text("../train/x.JPEG\tn03\n")
+    assert "val_annotations.txt line 1 names no image" in error_of(opened, str(tmp_path), batch_size=2)
+    annotations.write_bytes(b"val_0.JPEG\tn0\xff\n")
+    assert "val_annotations.txt cannot be read" in error_of(opened, str(tmp_path), batch_size=2)
     annotations.write_text("")
     assert "val_annotations.txt is empty" in error_of(opened, str(tmp_path), batch_size=2)
 
@@ -1026,3 +1031,18 @@ def test_opened_folders_are_loader_data_with_names_and_counts(tmp_path: Path) ->
     data = open_data(str(write_folder(tmp_path / "pets")), DataOptions(batch_size=2, workers=0))
     assert isinstance(data, LoaderData)
     assert (data.name, data.num_skipped, data.num_classes) == ("pets", 0, 3)
+
+
+def test_a_file_that_pil_would_give_to_another_program_is_no_image(tmp_path: Path) -> None:
+    file = tmp_path / "a.png"
+    Image.new("RGB", (4, 4)).save(file, "eps")
+    with pytest.raises(UnreadableImage, match="no image that PIL can read"):
+        FileImages([str(file)], [0], ("a", "b")).load(0, "RGB")
+
+
+def test_class_folders_may_have_any_digits_in_their_names(tmp_path: Path) -> None:
+    for name in ("m²", "m10", "m2"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        Image.new("L", (4, 4)).save(tmp_path / "train" / name / "a.png")
+    train, _ = read_folder(tmp_path, "train", "val", holdout=True)
+    assert train.classes == ("m2", "m10", "m²")

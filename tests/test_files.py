@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from comparisons import make_comparison
 from ewavit.compare.report import write_results
 from ewavit.errors import Diverged, EwavitError, first_line
-from ewavit.files import csv_text, replacing
+from ewavit.files import csv_text, is_torch_file, replacing
 from ewavit.tasks.confusion import Confusion
 from ewavit.tasks.task import Prediction
 from ewavit.training.report import write_predictions
@@ -151,3 +151,10 @@ def test_the_first_line_of_an_error_is_short_unless_it_is_our_own():
     assert first_line(RuntimeError("x" * 500)) == "x" * 200
     assert first_line(Diverged("x" * 500 + "\ny")) == "x" * 500
     assert issubclass(Diverged, EwavitError)
+
+
+@pytest.mark.parametrize("spaces", [0x0280, 0x0580, 0x4B50])
+def test_safetensors_with_a_header_of_any_length_are_no_torch_file(tmp_path, spaces):
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(spaces.to_bytes(8, "little") + b"{}".ljust(spaces))
+    assert not is_torch_file(file)

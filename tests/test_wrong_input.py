@@ -404,6 +404,7 @@ def test_model_kwargs_that_no_text_can_hold_are_refused(value):
         ({"data": 3}, "--data 3 does not work: give text"),
         ({"data": None}, "--data None does not work: give text"),
         ({"model_kwargs": ["depth=4"]}, "--model-kwargs"),
+        ({"scale": 1}, "--scale 1 does not work: give numbers"),
     ],
 )
 def test_a_recipe_of_the_wrong_type_is_refused_by_name(settings, said):

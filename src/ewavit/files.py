@@ -154,7 +154,9 @@ def is_torch_file(file: Path) -> bool:
     if not file.is_file():
         return False
     with file.open("rb") as handle:
-        start = handle.read(4)
-    return start == b"PK\x03\x04" or (
+        start = handle.read(9)
+    if start[2:] == b"\0\0\0\0\0\0{":  # the length of a safetensors header may begin like a pickle
+        return False
+    return start[:4] == b"PK\x03\x04" or (
         start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")
     )

@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 
 from ewavit.errors import EwavitError
 
+MOST_CHARACTERS = 2000  # of a message
+
 
 class Parser(argparse.ArgumentParser):
     """An argparse parser that raises wrong input as one line, with the closest right word."""
@@ -50,8 +52,9 @@ class Help(argparse.HelpFormatter):
 
 
 def shortened(text: str) -> str:
-    """A message with its longest words cut: a user's text may have any length."""
-    return re.sub(r"\S{500,}", lambda word: f"{word[0][:100]}...", text)
+    """A message with its longest words and its middle cut: a user's text may have any length."""
+    text = re.sub(r"\S{500,}", lambda word: f"{word[0][:100]}...", text)
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:1000]} ... {text[-500:]}"
 
 
 def nonempty(text: str) -> str:

@@ -36,7 +36,7 @@ def _generator(key: Tensor, purpose: int, device: torch.device) -> torch.Generat
 
 # Operators of their own, because a compiled graph can hold no generator. No CUDA graph may capture them: it
 # would replay the step at which it was captured.
-@torch.library.custom_op("ewavit::permutation", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
+@torch.library.custom_op("ewavit::permutation", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def permutation(key: Tensor, purpose: int, length: int, device: torch.device) -> Tensor:
     """A random permutation of 0, ..., `length` - 1.
 
@@ -60,7 +60,7 @@ def _(key: Tensor, purpose: int, length: int, device: torch.device) -> Tensor:
     return torch.empty(length, dtype=torch.int64, device=device)
 
 
-@torch.library.custom_op("ewavit::normal", mutates_args=(), tags=torch.Tag.cudagraph_unsafe)
+@torch.library.custom_op("ewavit::normal", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def normal(key: Tensor, like: Tensor) -> Tensor:
     """Standard normal numbers in the shape, dtype and on the device of `like`; `key` as in `permutation`."""
     return torch.empty_like(like).normal_(generator=_generator(key, 0, like.device))

@@ -5,9 +5,11 @@ Each split is an `ImageSource`. Missing, damaged and wrong files raise an Ewavit
 
 import importlib.util
 import os
+import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,7 +17,6 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 from timm.data import create_dataset
 from timm.data.dataset import ImageDataset
-from timm.utils.misc import natural_key
 from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder
 
 from ewavit.data.arrays import Ints
@@ -84,6 +85,14 @@ def is_16_bit(image: Image.Image) -> bool:
     return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG"))
 
 
+@cache
+def _image_formats() -> tuple[str, ...]:
+    """What files of images may hold, by PIL's names, whatever their suffix; PIL runs a program for EPS."""
+    names = ("JPEG", "MPO", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", "AVIF", "JPEG2000")
+    Image.init()
+    return tuple(name for name in names if name in Image.OPEN)
+
+
 class ImageSource(ABC):
     """One split of an image set; images are decoded one by one, on request."""
 
@@ -149,7 +158,8 @@ class FileImages(ImageSource):
         return len(self.paths)
 
     def open(self, index: int) -> tuple[Image.Image, int]:
-        return Image.open(regular(Path(self.where(index)))), int(self.targets[index])
+        file = regular(Path(self.where(index)))
+        return Image.open(file, formats=_image_formats()), int(self.targets[index])
 
     def where(self, index: int) -> str:
         return os.fsdecode(self.paths[index])
@@ -179,7 +189,7 @@ class TimmImages(ImageSource):
             return image, int(label)
         file: IO[bytes]
         file, label = self.reader[index]
-        return Image.open(file), int(label)
+        return Image.open(file, formats=_image_formats()), int(label)
 
     def where(self, index: int) -> str:
         samples = getattr(self.dataset, "samples", None)
@@ -208,10 +218,13 @@ def class_names(holder: Any) -> tuple[str, ...]:
 # --- folders ---
 
 
+def _natural_key(name: str) -> list[int | str]:
+    """timm's order of classes: its tools agree about labels. timm's own key fails on a name with ²."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())]
+
+
 def _read_class_folders(folder: Path) -> FileImages:
-    classes = tuple(
-        sorted(class_folders(folder), key=natural_key)
-    )  # timm's order: its tools agree about labels
+    classes = tuple(sorted(class_folders(folder), key=_natural_key))
     if len(classes) < 2:
         has = f"one class only ({classes[0]})" if classes else "no class folders"
         raise EwavitError(f"{folder} holds {has}: give at least two folders of images, one per class")
@@ -232,14 +245,24 @@ def _read_class_folders(folder: Path) -> FileImages:
     return FileImages(paths, labels, classes, others)
 
 
+def _is_no_name(text: str) -> bool:
+    return text in ("", ".", "..") or "/" in text or "\0" in text
+
+
 def _read_tiny_imagenet_val(folder: Path, classes: tuple[str, ...]) -> FileImages:
     annotations = folder / "val_annotations.txt"
     index = {name: label for label, name in enumerate(classes)}
-    rows = [line.split("\t") for line in annotations.read_text().splitlines() if line.strip()]
+    try:
+        text = annotations.read_text()
+    except (OSError, UnicodeDecodeError) as problem:
+        raise EwavitError(
+            f"{annotations} cannot be read ({first_line(problem)}): unpack the archive again"
+        ) from None
+    rows = [line.split("\t") for line in text.splitlines() if line.strip()]
     for number, row in enumerate(rows, 1):
-        if len(row) < 2 or row[1] not in index:
+        if len(row) < 2 or row[1] not in index or _is_no_name(row[0]):
             raise EwavitError(
-                f"{annotations} line {number} names no class of train/: unpack the archive again"
+                f"{annotations} line {number} names no image, or no class of train/: unpack the archive again"
             )
     if not rows:
         raise EwavitError(f"{annotations} is empty: unpack the archive again")

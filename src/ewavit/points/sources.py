@@ -404,7 +404,8 @@ _PARTS = {
 
 def _read_shapenetpart(reader: _Reader, path: Path) -> PointSet:
     """The published text files; training takes the training and validation clouds, as in the papers."""
-    folders = dict(row.split()[::-1] for row in _lines(path / "synsetoffset2category.txt"))
+    rows = [row.split() for row in _lines(path / "synsetoffset2category.txt")]
+    folders = {row[1]: row[0] for row in rows if len(row) == 2}
     places = {folder: list(_PARTS).index(name) for folder, name in folders.items() if name in _PARTS}
     if not places:
         raise EwavitError(
@@ -416,13 +417,13 @@ def _read_shapenetpart(reader: _Reader, path: Path) -> PointSet:
         for name in names:
             file = path / "train_test_split" / f"shuffled_{name}_file_list.json"
             try:
-                shapes = json.loads(regular(file).read_text())
-            except (OSError, ValueError) as problem:
+                shapes = [shape.split("/")[-2:] for shape in json.loads(regular(file).read_text())]
+                pairs = [(folder, identity) for folder, identity in shapes]
+            except (OSError, ValueError, TypeError, AttributeError, RecursionError) as problem:
                 raise EwavitError(
                     f"{file} cannot be read ({first_line(problem)}): download the set again"
                 ) from None
-            for shape in shapes:
-                folder, identity = shape.split("/")[-2:]
+            for folder, identity in pairs:
                 if folder in places:
                     clouds.append(_of_file(path / folder / f"{identity}.txt", places[folder]))
         return clouds

@@ -421,7 +421,7 @@ def _converted(setting: Field[Any], value: Any) -> Any:
             return os.fspath(value)
     elif isinstance(value, numbers.Real) and (kind is not bool or value in (0, 1)):
         with suppress(ValueError, OverflowError):  # not a number, infinity, or too large
-            if (converted := kind(value)) == value or kind is float:
+            if kind is not tuple and ((converted := kind(value)) == value or kind is float):
                 return converted
         if kind is float or not math.isfinite(value):
             raise EwavitError(f"{name} {value} does not work: choose a finite number")
