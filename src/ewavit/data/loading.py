@@ -493,7 +493,6 @@ class StreamData(Data):
             num_workers=self._workers,
             drop_last=dataset is self._train,
             pin_memory=device.type == "cuda",
-            worker_init_fn=outlive_first_signal,
             generator=generator,
         )
         try:
