@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import zipfile
 from argparse import Namespace
 from pathlib import Path
@@ -18,6 +19,7 @@ from safetensors.torch import load, load_file, save, save_file
 
 import ewavit
 from ewavit.core.checkpoint_files import EXPERTS, collapse_checkpoint
+from ewavit.core.routing import TopK
 from ewavit.data.weight_files import read_weights
 from ewavit.training.card import ModelCard
 
@@ -215,16 +217,13 @@ def shards(draw: Draw, shared: tuple[Path, dict[str, Any]]) -> str:
     to = folder / "out" / draw(st.sampled_from(["plain", "plain.safetensors"]))
     refusal = _collapsed(file, to)
     if refusal is None:
-        parts = [to] if to.is_file() else sorted(to.glob("*.safetensors"))
+        parts = [to] if to.is_file() else sorted(to.rglob("*.safetensors"))
         found = {key: value for part in parts for key, value in load_file(part).items()}
-        for part in to.iterdir() if to.is_dir() else [to]:
-            part.unlink()
-        if to.is_dir():
-            to.rmdir()
+        shutil.rmtree(to) if to.is_dir() else to.unlink()
         held = json.loads(file.read_bytes())["weight_map"]
-        outside = [name for name in held.values() if (folder / name).resolve().parent != folder.resolve()]
+        outside = [name for name in held.values() if folder not in (folder / name).resolve().parents]
         if outside:
-            raise Wrong(f"an index named {outside[0]}, which is not beside it")
+            raise Wrong(f"an index named {outside[0]}, which is not in its folder")
         wanted = {key for key in held if ".experts." not in key} | {
             f"{MIXTURE}.fc1.weight",
             f"{MIXTURE}.fc1.bias",
@@ -362,7 +361,11 @@ def _cards(folder: Path) -> tuple[Path, list[tuple[dict[str, Any], dict[str, tor
     }
     made = []
     for content in (_CARD, routed, clouds):
-        made.append((content, ModelCard.from_dict(json.loads(json.dumps(content))).build().state_dict()))
+        card = ModelCard.from_dict(json.loads(json.dumps(content)))
+        model = card.task.create_model(card.model, card.model_kwargs)
+        if card.mixture is not None:
+            ewavit.expand(model, 2, select=card.mixture.layers, router=TopK(**card.mixture.router))
+        made.append((content, model.state_dict()))
     # What a card must never do: read this file, or anything else that it names.
     torch.save({"x": 1}, folder / "named.pth")
     return folder, made
