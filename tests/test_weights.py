@@ -335,6 +335,12 @@ def test_another_models_weights_are_refused_with_the_keys_names(tmp_path, made, 
         assert word in message
 
 
+@pytest.mark.parametrize("model", ["vit", "deit"])
+def test_files_with_the_names_of_transformers_are_refused_with_what_helps(tmp_path, model):
+    state = {f"{model}.embeddings.cls_token": torch.zeros(1, 1, 48), "classifier.bias": torch.zeros(3)}
+    assert "these are transformers' names" in refused(written(state, tmp_path / "other.pth"))
+
+
 @pytest.mark.parametrize("content", [b"", b"no weights", b"PK\x03\x04 no zip"])
 @pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
 def test_damaged_files_are_named(tmp_path, content, name):

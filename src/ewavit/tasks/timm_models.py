@@ -19,7 +19,7 @@ from ewavit.data.batches import ImageInputs
 from ewavit.data.weight_files import check_finite
 from ewavit.errors import EwavitError, first_line
 from ewavit.points.transformer import MODELS as POINT_MODELS
-from ewavit.tasks.weights import LoadReport, fit, misfit
+from ewavit.tasks.weights import Fitted, LoadReport, fit, misfit
 
 MOST_PATCHES = 4096
 FEWEST_PATCHES = 4
@@ -180,11 +180,17 @@ def _from_file(name: str, file: str, settings: dict[str, Any]) -> tuple[nn.Modul
     except EwavitError:
         raise EwavitError(
             f"{file} does not hold the weights of {name} with these settings "
-            f"({misfit(fitted, own, heads)}): choose the --model and --model-kwargs of the file"
+            f"({misfit(fitted, own, heads)}): {_remedy(fitted)}"
         ) from None
     if fitted.num_classes != num_classes:
         model.reset_classifier(num_classes)  # type: ignore[operator]
     return model, fitted.report
+
+
+def _remedy(fitted: Fitted) -> str:
+    if any("embeddings.cls_token" in key for key in fitted.weights):
+        return "these are transformers' names, which are not converted: give timm's file of the model"
+    return "choose the --model and --model-kwargs of the file"
 
 
 def as_arguments(values: Mapping[str, Any]) -> str:
