@@ -100,7 +100,8 @@ def test_a_whole_file_loads(tmp_path, unreachable):
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("checkpoint_path", "FILE"), ("pretrained", True), ("pretrained_cfg", {"file": "FILE"}),
+        ("depth", 10**6), ("checkpoint_path", "FILE"), ("pretrained", True),
+        ("pretrained_cfg", {"file": "FILE"}),
         ("pretrained_cfg_overlay", {"file": "FILE"}), ("cache_dir", "FILE"), ("features_only", True),
         ("pretrained_strict", False), ("checkpoint_file", "FILE"), ("hf_hub_id", "a/b"), ("url", "FILE"),
         ("embed_dim", {"file": "/etc/passwd"}), ("norm_layer", "/etc/passwd"),

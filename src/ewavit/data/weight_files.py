@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import tempfile
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
@@ -111,8 +112,11 @@ def _read(file: Path) -> Any:
         return {key: value for shard in shards for key, value in load_file(regular(shard)).items()}
     if file.suffix == ".safetensors":
         return load_file(file)
+    with file.open("rb") as handle:  # of an old file, torch reads as many bytes as a damaged length says
+        zipped = handle.read(4) == b"PK\x03\x04"
     with torch.serialization.safe_globals(_harmless()):
-        return torch.load(file, map_location="cpu", weights_only=True)
+        source = file if zipped else io.BytesIO(file.read_bytes())
+        return torch.load(source, map_location="cpu", weights_only=True)
 
 
 def _reason(file: Path, problem: Exception) -> str:

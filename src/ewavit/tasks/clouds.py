@@ -75,6 +75,8 @@ class CloudClassification(Classification):
 
     def create_model(self, name: str, settings: Mapping[str, Any]) -> nn.Module:
         check_settings(settings)
+        if "num_classes" not in settings:
+            raise EwavitError(f"{name} has no num_classes among its settings: give a card with all of them")
         return create_point_model(name, **settings)
 
     def loading_code(

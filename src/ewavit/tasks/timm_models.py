@@ -31,6 +31,7 @@ _LOADING = {
 }  # fmt: skip
 _REACHES = re.compile(r"(?:^|_)(?:pretrained|checkpoint|cache|url|file|filename|dir|hub|hf)(?:_|$)")
 _NAME, _WORD = re.compile(r"\w+(?:\.\w+)?", re.ASCII), re.compile(r"[\w.+-]{0,100}", re.ASCII)
+_MOST_LAYERS = 10_000
 _LARGEST, _LONGEST, _DEEPEST = 2**20, 1000, 4  # of the numbers, lists and levels in a model's arguments
 WEIGHTS, CONFIG = "model.safetensors", "config.json"  # of a folder that timm loads
 
@@ -130,6 +131,9 @@ def check_settings(settings: Mapping[str, Any], depth: int = 0) -> None:
                 f"{key}={repr(value)[:100]} is no plain setting of a model: give numbers up to "
                 f"{_LARGEST:,}, words, or lists of them"
             )
+        counted = values if "depth" in key or "layers" in key else ()
+        if any(isinstance(each, int | float) and each > _MOST_LAYERS for each in counted):
+            raise EwavitError(f"{key}={value} is out of range: give at most {_MOST_LAYERS:,} layers")
 
 
 def _is_plain(value: Any, depth: int) -> bool:
