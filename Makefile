@@ -66,7 +66,8 @@ docs: install
 # The table of docs/reliability.md: about an hour on two cores. The suite runs all of it shorter.
 faults: install
 	$(BIN)/python tests/faults/kill.py --rounds 2 --comparisons 4 --record
-	$(BIN)/python tests/faults/damage.py --cases 1000 --record
+	$(BIN)/python tests/faults/damage.py --cases 1000 --cuts 20 --record
+	$(BIN)/python tests/faults/groups.py --rounds 4 --record
 	$(BIN)/python tests/faults/disk.py --record
 	$(BIN)/python tests/faults/signals.py --cases 30 --record
 	$(BIN)/python tests/faults/load.py --steps 200000 --files 1000000 --record

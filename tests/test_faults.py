@@ -10,7 +10,8 @@ import pytest
 FAULTS = Path(__file__).parent / "faults"
 SHORT = {
     "kill": ["--rounds", "1", "--settings", "2", "--comparisons", "0"],
-    "damage": ["--cases", "100"],
+    "damage": ["--cases", "100", "--cuts", "400"],
+    "groups": ["--rounds", "1", "--groups", "1"],
     "disk": ["--sizes", "3"],
     "signals": ["--cases", "3"],
     "load": ["--steps", "2000", "--files", "10000"],

@@ -1,10 +1,11 @@
 """Damage checkpoints and finished runs; each damage must be named, or harmless to the bit.
 
-    python tests/faults/damage.py --cases 1000 --record
+    python tests/faults/damage.py --cases 1000 --cuts 20 --record
 
 A damage is a flipped bit, a cut, bytes overwritten or inserted, a file missing, swapped with the other
 checkpoint's or another run's, or one value of a JSON file edited. Named: an error of one line, or the whole
 checkpoint before it with a warning that names the file. Harmless: what is read is the undamaged content.
+With `--cuts N` the small files are also cut at every Nth byte, one after the other.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from ewavit.training.loop import train
 from ewavit.training.run_folder import RunFolder
 from runs import recipe
 
+SMALL = 16_384  # bytes
 VALUES: tuple[Any, ...] = (None, -1, 0, 2**70, 1e308, float("nan"), "", "x" * 1000, [], {}, True, [[]] * 3)
 
 
@@ -130,14 +132,8 @@ class Tries:
 
     def damage(self) -> str:
         """Damage a fresh copy; returns what was done, in words."""
-        shutil.rmtree(self.copy, ignore_errors=True)
-        shutil.copytree(self.run, self.copy)
-        files = sorted(
-            file
-            for file in self.copy.rglob("*")
-            if file.is_file() and file.suffix != ".png" and file.name != ".lock"
-        )
-        file = random.choice(files)
+        self._renew()
+        file = random.choice(self._files())
         name = file.relative_to(self.copy)
         kind = random.random()
         if kind < 0.06:
@@ -155,6 +151,26 @@ class Tries:
             change(content)
         file.write_bytes(content)
         return f"{name}: {change.__name__}"
+
+    def cuts(self, every: int) -> Iterator[str]:
+        """Cut each small file at every so many bytes, alone, and say so before the next cut."""
+        self._renew()
+        for file in self._files():
+            content = file.read_bytes()
+            if len(content) <= SMALL:
+                for length in range(0, len(content), every):
+                    file.write_bytes(content[:length])
+                    yield f"{file.relative_to(self.copy)} cut to {length} bytes"
+                file.write_bytes(content)
+
+    def _renew(self) -> None:
+        shutil.rmtree(self.copy, ignore_errors=True)
+        shutil.copytree(self.run, self.copy)
+
+    def _files(self) -> list[Path]:
+        """The files of the copy that a reader reads."""
+        files = (file for file in self.copy.rglob("*") if file.is_file())
+        return sorted(file for file in files if file.suffix != ".png" and file.name != ".lock")
 
     def outcome(self) -> str:
         """ "named", "harmless" or "silent", for the readers of a copy together."""
@@ -190,25 +206,33 @@ class Tries:
         return same(vars(read_run(RunFolder(self.copy), 1, TOP1)), vars(self.row))
 
 
+def count(tries: Tries, damages: Iterator[str]) -> Counter[str]:
+    """Try damages: how many were named, harmless, silent or a traceback."""
+    found: Counter[str] = Counter({"silent": 0, "traceback": 0})
+    for done in damages:
+        try:
+            outcome = tries.outcome()
+        except Exception as problem:
+            outcome = f"traceback {type(problem).__name__}: {problem}"
+        if outcome not in ("named", "harmless"):
+            print(f"{done}: {outcome}", flush=True)
+            outcome = outcome.split()[0]
+        found[outcome] += 1
+    return found
+
+
 def main() -> None:
-    args = arguments(__doc__, cases=1000)
+    args = arguments(__doc__, cases=1000, cuts=0)
     begun = time.monotonic()
-    found: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
         tries = Tries(Path(folder))
-        for _ in range(args.cases):
-            done = tries.damage()
-            try:
-                outcome = tries.outcome()
-            except Exception as problem:
-                outcome = f"traceback {type(problem).__name__}: {problem}"
-            if outcome not in ("named", "harmless"):
-                print(f"{done}: {outcome}", flush=True)
-                outcome = outcome.split()[0]
-            found[outcome] += 1
-    result: dict[str, object] = {"cases": args.cases, "silent": 0, "traceback": 0, **found}
+        found = count(tries, (tries.damage() for _ in range(args.cases)))
+        cut = count(tries, tries.cuts(args.cuts) if args.cuts else iter(()))
+    result: dict[str, object] = {"cases": args.cases, **found}
+    if args.cuts:
+        result["cuts of small files"] = {"cases": cut.total(), **cut}
     report("damage", args, begun, result)
-    sys.exit(found["named"] + found["harmless"] < args.cases)
+    sys.exit(bool((set(+found) | set(+cut)) - {"named", "harmless"}))
 
 
 if __name__ == "__main__":
