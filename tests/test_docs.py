@@ -51,6 +51,19 @@ def test_a_public_name_without_a_docstring_is_found(site, monkeypatch):
     ]
 
 
+def test_the_site_shows_each_framework_in_a_tab_with_its_whole_script(site):
+    page = (ROOT / "docs" / "where_you_train.md").read_text()
+    before, tabs = site.with_tabs(page).split("=== ", 1)
+    assert before in page
+    scripts = sorted((ROOT / "examples").glob("with_*.py"))
+    assert len(scripts) == 6
+    for script in scripts:
+        shown = "".join(f"    {line}" if line.strip() else line for line in script.open())
+        assert shown in tabs, script.name
+    assert tabs.count('=== "') == 6  # timm's script is in its tab without an example of ours
+    assert site.with_tabs("## no tabs\n") == "## no tabs\n"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_a_page_links_to_files_that_exist(page):
     generated = {"command-line.md", "changelog.md"}

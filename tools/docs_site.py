@@ -112,7 +112,27 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
+def with_tabs(markdown: str) -> str:
+    """Make a tab of each section between the two marks, and show a script where its link stands alone.
+
+    The page in the repository has headings and links instead, which every reader of Markdown shows.
+    """
+    before, start, rest = markdown.partition("<!-- tabs -->\n")
+    if not start:
+        return markdown
+    tabs, _, after = rest.partition("<!-- end of tabs -->\n")
+    tabs = re.sub(
+        r"^\[.+\]\(\.\./(examples/.+\.py)\)$",
+        lambda link: f"{link[0]}\n\n```python\n{(ROOT / link[1]).read_text()}```",
+        tabs,
+        flags=re.MULTILINE,
+    )
+    tabs = re.sub(r"^(?=.)", "    ", tabs, flags=re.MULTILINE)
+    return before + re.sub(r"^    ## (.+)$", r'=== "\1"', tabs, flags=re.MULTILINE) + after
+
+
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Point links to the repository's files at their copies in the site."""
+    """Make tabs, and point links to the repository's files at their copies in the site."""
+    markdown = with_tabs(markdown)
     markdown = re.sub(r"\]\(\.\./((?:records|recipes|examples|tests)/[^)#]+)\)", r"](\1)", markdown)
     return re.sub(r"\]\(\.\./(CONTRIBUTING|SECURITY)\.md\)", r"](\1.md.txt)", markdown)
