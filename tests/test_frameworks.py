@@ -15,7 +15,7 @@ from transformers import ViTForImageClassification
 pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("with_*.py"))
-# No release of Composer can be installed beside ewavit's torch, so its script runs only where somebody has both.
+# No release of Composer can be installed beside ewavit's torch: its script runs where somebody has both.
 COMPOSER = [("with_composer.py", ["vit.pt"])] if importlib.util.find_spec("composer") else []
 VIT = {"num_classes": 10, "in_chans": 1, "img_size": 28, "patch_size": 4}
 
