@@ -13,6 +13,7 @@ SHORT = {
     "damage": ["--cases", "100"],
     "disk": ["--sizes", "3"],
     "signals": ["--cases", "3"],
+    "not_finite": ["--rounds", "0", "--steps", "200"],
     "load": ["--steps", "2000", "--files", "10000"],
 }
 
