@@ -70,6 +70,7 @@ faults: install
 	$(BIN)/python tests/faults/groups.py --rounds 4 --record
 	$(BIN)/python tests/faults/disk.py --record
 	$(BIN)/python tests/faults/signals.py --cases 30 --record
+	$(BIN)/python tests/faults/not_finite.py --record
 	$(BIN)/python tests/faults/load.py --steps 200000 --files 1000000 --record
 
 bench: install

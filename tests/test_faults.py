@@ -14,6 +14,7 @@ SHORT = {
     "groups": ["--rounds", "1", "--groups", "1"],
     "disk": ["--sizes", "3"],
     "signals": ["--cases", "3"],
+    "not_finite": ["--rounds", "0", "--steps", "200"],
     "load": ["--steps", "2000", "--files", "10000"],
 }
 
