@@ -7,7 +7,7 @@ generator, sorting random or hashed numbers, and one draw for all layers.
 Move: dispatch and combine, forward and backward. Multiply: N experts as one batched matmul against the dense
 layer and against a loop. Average: what `average_experts_` does against passes expert by expert and against
 one compiled kernel. Rounds are interleaved; medians, and ratios to the first row of a group with a bootstrap
-interval. Writes records/parts-DEVICE.json.
+interval. Writes records/parts-DEVICE.json, or with --draws records/parts-draws-DEVICE.json.
 """
 
 from __future__ import annotations
@@ -167,6 +167,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--draws", action="store_true", help="the draws alone, into a record of their own")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     keep_freed_memory()
@@ -182,10 +183,12 @@ def main() -> None:
         f"average, {args.layers} layers": averagings(args.dim, hidden, args.experts, args.layers, device),
     }
     result = {}
+    if args.draws:
+        groups = dict(list(groups.items())[:1])
     for title, ways in groups.items():
         print(title)
         result[title] = medians(ways, args.rounds, synchronize)
-    write_record(f"parts-{device}", vars(args), result)
+    write_record(f"parts-{'draws-' if args.draws else ''}{device}", vars(args), result)
 
 
 if __name__ == "__main__":
