@@ -43,14 +43,16 @@ def draws(tokens: int, experts: int, layers: int, device: str) -> Ways:
             order = torch.randperm(tokens, device=device)
             torch.empty_like(order).scatter_(0, order, torch.arange(tokens, device=device))
 
-    def hashed(step: Tensor = torch.zeros((), dtype=torch.int64, device=device)) -> None:  # noqa: B008
+    step = torch.zeros((), dtype=torch.int64, device=device)
+
+    def hashed() -> None:
         for layer in range(layers):
             mixed = torch.arange(tokens, device=device) + (step + layer) * 0x9E3779B1
             for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
                 mixed = ((mixed ^ (mixed >> shift)) * factor) & 0xFFFFFFFF
             order = mixed.argsort()
             torch.empty_like(order).scatter_(0, order, torch.arange(tokens, device=device))
-        step += 1
+        step.add_(1)
 
     def sorting() -> None:
         for _ in range(layers):

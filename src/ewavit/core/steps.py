@@ -77,6 +77,8 @@ def _register() -> None:
 
 
 def _draw_anew(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if not _followers:  # optimizers of other models step, too
+        return
     held = held_by(optimizer)
     counted = unwrapped_optimizer(optimizer).param_groups[0].get(STEPS_KEY)  # by an attached averaging
     for moe in list(_followers):
