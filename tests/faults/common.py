@@ -53,6 +53,12 @@ def go_on(tmp: Path, name: str, **settings: object) -> None:
         train(recipe(tmp, name, recovery_interval=2, **settings))
 
 
+def is_finished(run: Path) -> bool:
+    """Whether a run has ended: a command that resumes such a run is refused."""
+    files = RunFolder(run)
+    return files.is_finished and files.damage() is None
+
+
 def forked(
     work: Callable[[], None], prepare: Callable[[], None] = lambda: None, log: Path | None = None
 ) -> int:

@@ -21,9 +21,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from common import REFUSED, arguments, ended, forked, go_on, report
+from common import REFUSED, arguments, ended, forked, go_on, is_finished, report
 
-from ewavit.training.run_folder import RunFolder
 from runs import assert_same_end
 
 
@@ -67,8 +66,7 @@ def complaint(tmp: Path, folder: Path, prepare: Callable[[], None] = lambda: Non
 def after_room(tmp: Path, folder: Path) -> str:
     """Let a stopped run go on; what is wrong with its end, or nothing."""
     log = tmp / "log"
-    finished = RunFolder(folder / "run").is_finished
-    if not finished and (status := ended(forked(lambda: go_on(folder, "run"), log=log))):
+    if not is_finished(folder / "run") and (status := ended(forked(lambda: go_on(folder, "run"), log=log))):
         return f"does not go on: {status}, {log.read_text()[-300:]}"
     try:
         assert_same_end(tmp / "whole" / "run", folder / "run")
@@ -133,7 +131,7 @@ def something_else(tmp: Path, name: str, make: Callable[[Path], object]) -> str:
     place.parent.mkdir(parents=True)
     make(place)
     problem = complaint(tmp, folder)
-    if not problem and not RunFolder(folder / "run").is_finished and place.exists():
+    if not problem and not is_finished(folder / "run") and place.exists():
         shutil.rmtree(place) if place.is_dir() else place.unlink()
     return problem or after_room(tmp, folder)
 

@@ -24,12 +24,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from common import TRACEBACK, arguments, forked, go_on, report
+from common import TRACEBACK, arguments, forked, go_on, is_finished, report
 from kill import MOMENTS, prepared
 from safetensors.torch import load_file
 
 from ewavit.training.processes import ProcessLost
-from ewavit.training.run_folder import RunFolder
 from runs import TINY, assert_same_end
 
 GROUPS: dict[str, tuple[int, dict[str, object]]] = {
@@ -95,7 +94,7 @@ def kill_one(tmp: Path, title: str, name: str, seconds: float) -> tuple[int, int
     case = f"{title}, process {victim}, {moment}"
     if TRACEBACK in statuses:
         return kills, waited, f"{case}: {statuses}: {(tmp / 'log').read_text()[-600:]}"
-    if not RunFolder(tmp / name).is_finished:
+    if not is_finished(tmp / name):
         again, _ = ends(start(tmp, title, name, {}))
         if any(again):
             return kills, waited, f"{case}: does not go on: {again}: {(tmp / 'log').read_text()[-600:]}"

@@ -20,11 +20,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from common import SETTINGS, arguments, ended, forked, go_on, report, settings_of
+from common import SETTINGS, arguments, ended, forked, go_on, is_finished, report, settings_of
 
 import ewavit.files
 import ewavit.training.loop
-from ewavit.training.run_folder import RunFolder
 from runs import assert_same_end
 
 MOMENTS = ("time", "replace", "fsync", "write", "evaluate")
@@ -64,20 +63,22 @@ def prepared(moment: str, seconds: float) -> Callable[[], None]:
 
 def kill_run(tmp: Path, setting: str, moment: str, seconds: float, name: str) -> tuple[int, int]:
     """Kill a run up to three times, let it end, and compare; returns kills and wrong ends."""
-    settings, kills = settings_of(setting, tmp), 0
+    settings, kills, log = settings_of(setting, tmp), 0, tmp / f"{name}.log"
     for _ in range(3):
-        status = ended(forked(lambda: go_on(tmp, name, **settings), prepared(moment, seconds)))
+        status = ended(forked(lambda: go_on(tmp, name, **settings), prepared(moment, seconds), log))
         if status == -signal.SIGKILL:
             kills += 1
+            if is_finished(tmp / name):  # killed after its last file
+                break
         elif status:
-            print(f"{setting}, {moment}: exit status {status}")
+            print(f"{setting}, {moment}: exit status {status} after {kills} kills\n{log.read_text()[-2000:]}")
             return kills, 1
         else:
             break
-    if not RunFolder(tmp / name).is_finished:
-        status = ended(forked(lambda: go_on(tmp, name, **settings)))
+    if not is_finished(tmp / name):
+        status = ended(forked(lambda: go_on(tmp, name, **settings), log=log))
         if status:
-            print(f"{setting}, {moment}: exit status {status} after {kills} kills")
+            print(f"{setting}, {moment}: exit status {status} after {kills} kills\n{log.read_text()[-2000:]}")
             return kills, 1
     try:
         assert_same_end(tmp / setting, tmp / name)

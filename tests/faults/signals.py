@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from common import INTERRUPTED, arguments, ended, forked, go_on, report, settings_of
+from common import INTERRUPTED, arguments, ended, forked, go_on, is_finished, report, settings_of
 
 from ewavit.training.run_folder import RunFolder
 from runs import TINY, assert_same_end
@@ -73,8 +73,9 @@ def stopped_group(tmp: Path, name: str, number: signal.Signals, delay: float) ->
     run = RunFolder(tmp / name)
     if status == INTERRUPTED and not run.has_checkpoint:
         return "wrong: group, no checkpoint", seconds
-    ended_before = run.is_finished and not run.damage()
-    if not ended_before and (again := ended(forked(lambda: go_on(tmp, name, **settings), log=log))):
+    if not is_finished(tmp / name) and (
+        again := ended(forked(lambda: go_on(tmp, name, **settings), log=log))
+    ):
         return f"wrong: group, does not go on: {again}, {log.read_text()[-300:]}", seconds
     assert_same_end(tmp / "group", tmp / name)
     return "group stopped before or after its steps" if outside else "group stopped in training", seconds
