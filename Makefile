@@ -65,7 +65,7 @@ docs: install
 
 # The table of docs/reliability.md: about an hour on two cores. The suite runs all of it shorter.
 faults: install
-	$(BIN)/python tests/faults/kill.py --rounds 2 --comparisons 4 --record
+	$(BIN)/python tests/faults/kill.py --rounds 2 --comparisons 6 --record
 	$(BIN)/python tests/faults/damage.py --cases 1000 --cuts 20 --record
 	$(BIN)/python tests/faults/groups.py --rounds 4 --record
 	$(BIN)/python tests/faults/disk.py --record

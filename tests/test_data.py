@@ -21,7 +21,7 @@ from PIL import Image
 from timm.data.dataset import IterableImageDataset
 from torchvision.transforms import v2
 
-from ewavit.data import rand_augment
+from ewavit.data import loading, rand_augment
 from ewavit.data.arrays import read_bundled
 from ewavit.data.augmentation import (
     Augmentation,
@@ -557,6 +557,24 @@ def test_an_epoch_left_early_does_not_disturb_the_next(tmp_path: Path) -> None:
     again = data.train_batches(1)
     next(left)
     assert same(reference, list(again))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_workers_outlive_a_signal_that_comes_while_they_start(
+    tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = loading.outlive_first_signal
+
+    def late(worker: int) -> None:
+        os.kill(os.getpid(), number)  # before the worker is prepared
+        original(worker)
+
+    monkeypatch.setattr(loading, "outlive_first_signal", late)
+    folder = str(write_folder(tmp_path))
+    batches, reference = (
+        open_data(folder, DataOptions(batch_size=2, workers=workers)).train_batches(0) for workers in (2, 0)
+    )
+    assert same(list(batches), list(reference))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -1,6 +1,7 @@
 """Properties of whole runs: exact resumption, what a run leaves behind, evaluation, export, two processes."""
 
 import csv
+import os
 import shutil
 import signal
 import subprocess
@@ -17,11 +18,13 @@ from safetensors.torch import load_file
 
 from ewavit import EwavitError
 from ewavit.core import moe_layers
+from ewavit.training import loop
 from ewavit.training.checkpoint import load_checkpoint
 from ewavit.training.export import evaluate, export, load_model
 from ewavit.training.loop import TrainingRun, resume, train
 from ewavit.training.processes import Interrupted
 from ewavit.training.recipe import Recipe
+from ewavit.training.weight_average import TrainableWeightAverage
 from runs import TINY, assert_same_end, raise_after, recipe, stop_after
 
 EVERYTHING = {
@@ -62,6 +65,37 @@ def test_resume_is_exact_with_gradient_accumulation_sgd_and_augmentation(tmp_pat
         stop_after(patch, 2)
         with pytest.raises(Interrupted):
             train(recipe(tmp_path, "parts", **settings))
+    resume(tmp_path / "parts")
+    assert_same_end(whole, tmp_path / "parts")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "settings"),
+    [
+        (loop, "evaluate_batches", {}),
+        (loop, "evaluate_batches", {"model_ema": True, "model_ema_switch": True}),
+        (loop, "evaluate_batches", {"swa": 0.5}),
+        (TrainableWeightAverage, "_mean", {"twa": 1}),
+        (loop, "predictions", {}),
+        (loop.TrainingState, "save", {}),
+    ],
+)
+def test_a_signal_outside_the_steps_stops_the_run_which_then_ends_with_the_same_bits(
+    owner, name, settings, tmp_path, monkeypatch
+):
+    whole = train(recipe(tmp_path, "whole", **settings)).run
+    original = getattr(owner, name)
+
+    def signalled(*args, **kwargs):
+        result = original(*args, **kwargs)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, signalled)
+        with pytest.raises(Interrupted) as stopped:
+            train(recipe(tmp_path, "parts", **settings))
+    assert stopped.value.exit_status == 128 + signal.SIGTERM
     resume(tmp_path / "parts")
     assert_same_end(whole, tmp_path / "parts")
 

@@ -1,4 +1,4 @@
-"""Runs on disks that are full, read-only, gone, or hold something else where a file should go.
+"""Runs on disks that are full, slow, read-only, gone, or hold something else where a file should go.
 
     python tests/faults/disk.py --record
 
@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from common import REFUSED, arguments, ended, forked, go_on, is_finished, report
+from common import INTERRUPTED, REFUSED, arguments, ended, forked, go_on, is_finished, report
 
 from runs import assert_same_end
 
@@ -124,6 +124,36 @@ def vanishing(tmp: Path) -> str:
     return "" if status in (0, REFUSED) else f"exit status {status}: {(tmp / 'log').read_text()[-300:]}"
 
 
+def slow(tmp: Path) -> str:
+    """Each sync and each rename takes up to 0.3 s, and a signal stops the run among them."""
+    folder, log = fresh(tmp), tmp / "log"
+    log.unlink(missing_ok=True)
+
+    def prepare() -> None:
+        for name in ("fsync", "replace"):
+            setattr(os, name, delayed(getattr(os, name)))
+
+    pid = forked(lambda: go_on(folder, "run"), prepare, log)
+    while not (folder / "run" / "checkpoint").exists():
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 3))
+    os.kill(pid, signal.SIGTERM)
+    begun, status = time.monotonic(), ended(pid)
+    if status not in (0, INTERRUPTED) or time.monotonic() - begun > 10:
+        return f"exit status {status} after {time.monotonic() - begun:.0f} s: {log.read_text()[-300:]}"
+    return after_room(tmp, folder)
+
+
+def delayed(function: Callable[..., object]) -> Callable[..., object]:
+    """The function, up to 0.3 s later."""
+
+    def later(*args: object) -> object:
+        time.sleep(random.uniform(0, 0.3))
+        return function(*args)
+
+    return later
+
+
 def something_else(tmp: Path, name: str, make: Callable[[Path], object]) -> str:
     """Something stands where a run writes a file; it is removed afterwards."""
     folder = fresh(tmp)
@@ -161,6 +191,7 @@ def main() -> None:
             ),
             ("read-only", lambda: read_only(tmp)),
             ("vanishing", lambda: vanishing(tmp)),
+            *(("slow", lambda: slow(tmp)) for _ in range(4)),
         ]
         for file in ("model.safetensors", "summary.csv", "args.yaml", "predictions.csv", "checkpoint-new"):
             for make in (Path.mkdir, os.mkfifo):

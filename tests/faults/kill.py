@@ -4,7 +4,7 @@
 
 Each round kills each of eight settings with SIGKILL: at a random moment, at a random call of `os.replace`,
 of `os.fsync` or of the write of a tensor, and in the evaluation. After each kill the run goes on, and may be
-killed again. Further kills hit a comparison, its parent and its children in turn.
+killed again. Further kills hit a comparison: its parent, its children and its workers in Ray in turn.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from common import SETTINGS, arguments, ended, forked, go_on, is_finished, report, settings_of
@@ -26,6 +27,7 @@ import ewavit.files
 import ewavit.training.loop
 from runs import assert_same_end
 
+VICTIMS = ("parent", "child", "ray")
 MOMENTS = ("time", "replace", "fsync", "write", "evaluate")
 
 
@@ -88,8 +90,11 @@ def kill_run(tmp: Path, setting: str, moment: str, seconds: float, name: str) ->
     return kills, 0
 
 
-def kill_comparison(tmp: Path, child: bool) -> tuple[int, int]:
-    """Kill a comparison, or a process of a run within; start it again, and compare its results."""
+def kill_comparison(tmp: Path, victim: str) -> tuple[int, int]:
+    """Kill a comparison ("parent"), a process of a run within ("child") or a worker of Ray ("ray").
+
+    It is started again, and its results are compared.
+    """
     words = [
         sys.executable, "-m", "ewavit.cli", "compare", "--arms", "dense,ewa", "--seeds", "2", "--limit",
         "128", "--epochs", "2", "--batch-size", "32", "--warmup-epochs", "1", "--model-kwargs",
@@ -103,17 +108,35 @@ def kill_comparison(tmp: Path, child: bool) -> tuple[int, int]:
     if not (tmp / "whole").exists():
         subprocess.run([*words, "--name", "whole"], check=True, capture_output=True)
     name = f"killed-{random.randrange(10**9)}"
-    process = subprocess.Popen(
-        [*words, "--name", name], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-    )
-    time.sleep(random.uniform(3, 12))
-    victims = children(process.pid) if child else []
-    os.kill(random.choice(victims) if victims else process.pid, signal.SIGKILL)
+    start = [*words, "--name", name, *(["--ray"] if victim == "ray" else [])]
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(start, **silent, start_new_session=True)
+    time.sleep(random.uniform(3, 12) if victim != "ray" else random.uniform(0, 3))
+    found = [process.pid]
+    while victim != "parent" and process.poll() is None:
+        below = children(process.pid)
+        found = below if victim == "child" else [pid for pid in below if command_of(pid) == "ray::_in_task"]
+        if found:
+            break
+        time.sleep(0.1)
+    kills = int(bool(found) and process.poll() is None)
+    if kills:
+        with suppress(ProcessLookupError):
+            os.kill(random.choice(found), signal.SIGKILL)
     process.wait()
     with_children_gone(process.pid)
-    subprocess.run([*words, "--name", name], check=True, capture_output=True)
-    same = results(name) == results("whole")
-    return 1, int(not same)
+    again = subprocess.run(start, capture_output=True, text=True)
+    same = again.returncode == 0 and results(name) == results("whole")
+    if not same:
+        print(f"comparison, {victim}: {again.returncode} {again.stdout[-500:]}{again.stderr[-500:]}")
+    return kills, int(not same)
+
+
+def command_of(pid: int) -> str:
+    """The command line of a process, without its arguments."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().partition(b"\0")[0].decode()
+    return ""
 
 
 def children(pid: int) -> list[int]:
@@ -141,7 +164,7 @@ def with_children_gone(session: int) -> None:
 
 
 def main() -> None:
-    args = arguments(__doc__, rounds=2, comparisons=4, settings=len(SETTINGS))
+    args = arguments(__doc__, rounds=2, comparisons=6, settings=len(SETTINGS))
     begun = time.monotonic()
     by_setting: dict[str, str] = {}
     kills = wrong = runs = 0
@@ -161,7 +184,8 @@ def main() -> None:
             by_setting[setting] = f"{counts[0]} kills, {counts[1]} wrong ends"
             kills, wrong = kills + counts[0], wrong + counts[1]
             print(f"{setting}: {by_setting[setting]}, {time.monotonic() - begun:.0f} s", flush=True)
-        ends = [kill_comparison(tmp / "compare", child=number % 2 == 1) for number in range(args.comparisons)]
+        victims = [VICTIMS[number % len(VICTIMS)] for number in range(args.comparisons)]
+        ends = [kill_comparison(tmp / "compare", victim) for victim in victims]
     result: dict[str, object] = {"runs": runs, "kills": kills, "wrong ends": wrong, "settings": by_setting}
     result["comparisons"] = f"{sum(k for k, _ in ends)} kills, {sum(w for _, w in ends)} wrong ends"
     report("kill", args, begun, result)

@@ -41,7 +41,8 @@ def stopped(tmp: Path, name: str, number: signal.Signals, delay: float) -> tuple
     _, said = process.communicate(timeout=60)
     seconds, status = time.monotonic() - begun, process.returncode
     run = RunFolder(tmp / name)
-    if status == 0 and run.is_finished:
+    if status in (0, SIGNALS[number], -number) and is_finished(run.path):
+        assert_same_end(tmp / "whole", run.path)
         return "finished before", seconds
     if status not in (SIGNALS[number], -number):
         return f"wrong: exit status {status} after {delay:.2f} s: {said[-300:]}", seconds

@@ -87,7 +87,7 @@ def compare(
     )
     work.read()
     engine: Engine = Processes(jobs, work.threads) if ray is None else RayTasks(ray, jobs, work.threads)
-    with collected_signals(engine.kill) as received:
+    with collected_signals(lambda signals: engine.kill() if len(signals) > 1 else None) as received:
         try:
             work.use(engine)
             _run_all(work, work.tuning(), engine, received)

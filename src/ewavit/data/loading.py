@@ -342,7 +342,7 @@ class LoaderData(Data):
         keys.epoch, keys.batches = epoch, batches
         self._bad_of_pass = set()
         any_bad = any_good = False
-        for images, labels, bad in loader:
+        for images, labels, bad in started(loader):
             for where, reason in bad:
                 if not self._skip:
                     loader._iterator = None  # stops the workers now; as garbage they would take seconds each
@@ -370,6 +370,19 @@ def outlive_first_signal(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A second one ends it, as it does where the DataLoader ends a stuck worker.
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
+
+
+_STOPS = {signal.SIGINT, signal.SIGTERM}
+
+
+def started(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Start a pass. Signals to its new workers wait until `outlive_first_signal` has prepared them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _loader(samples: Samples, keys: BatchKeys, options: DataOptions) -> DataLoader[Sample]:
@@ -493,10 +506,11 @@ class StreamData(Data):
             num_workers=self._workers,
             drop_last=dataset is self._train,
             pin_memory=device.type == "cuda",
+            worker_init_fn=outlive_first_signal,
             generator=generator,
         )
         try:
-            for images, labels in loader:
+            for images, labels in started(loader):
                 images = images.to(device, non_blocking=True)
                 yield normalize(images, (self.mean, self.std)), labels.to(device, non_blocking=True)
         except EwavitError as problem:  # torch puts the worker's traceback before the message

@@ -47,7 +47,10 @@ DAMAGE = (
 
 @dataclass
 class Progress:
-    """How far a run is; `batch` counts within the epoch, `update` optimizer steps in all."""
+    """How far a run is; `batch` counts within the epoch, `update` optimizer steps in all.
+
+    `pending` is the row of an epoch that was trained and not evaluated yet; `epoch` counts it as done.
+    """
 
     epoch: int = 0
     batch: int = 0
@@ -57,6 +60,7 @@ class Progress:
     lr: float = 0.0  # of the latest step
     seconds: float = 0.0  # spent in training steps
     rows: list[Row] = field(default_factory=list)
+    pending: Row | None = None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], columns: tuple[str, ...] = ()) -> Progress:
@@ -70,16 +74,20 @@ class Progress:
             TypeError: a field is missing, unknown or of another type.
             ValueError: a number is negative, too large or not finite.
         """
+        values = {"pending": None, **values}  # version 0.1.0 has none
         if values.keys() != {each.name for each in fields(cls)} or not isinstance(values["rows"], list):
             raise TypeError("progress has other fields")
-        numbers = {name: value for name, value in values.items() if name != "rows"}
+        numbers = {name: value for name, value in values.items() if name not in ("rows", "pending")}
         for name, value in numbers.items():
             if type(value) is not int and (type(value) is not float or name not in _FRACTIONS):
                 raise TypeError(f"{name} is {value!r}")
             if not (0 <= value < 2**53 or (name == "loss_sum" and math.isfinite(value))):
                 raise ValueError(f"{name} is {value}")
-        for row in values["rows"]:
-            if missing := [column for column in ("epoch", *columns) if column not in row]:
+        rows = [(row, columns) for row in values["rows"]]
+        if values["pending"] is not None:
+            rows.append((values["pending"], ()))
+        for row, needed in rows:
+            if missing := [column for column in ("epoch", *needed) if column not in row]:
                 raise TypeError(f"a row of progress has no {missing[0]}")
             if wrong := [name for name, value in row.items() if type(value) not in (int, float)]:
                 raise TypeError(f"{wrong[0]} in a row of progress is {row[wrong[0]]!r}")

@@ -45,9 +45,9 @@ from ewavit.training.opening import open_recipe_data
 from ewavit.training.places import given_spec, spec_of_file
 from ewavit.training.processes import (
     Interrupted,
+    StopSignals,
     start_accelerator,
     started_again,
-    stop_signals,
     told_of_lost_processes,
 )
 from ewavit.training.progress import RunProgress
@@ -207,7 +207,7 @@ class TrainingRun:
             scale = self.loss_scale
             scale_auxiliary_loss(self.state.model, lambda loss: loss * scale)
         self.mixing = self.task.mixing(recipe.mixup, recipe.cutmix, self.data.num_classes)
-        self._received: list[int] = []  # signals
+        self._signals = StopSignals(run)
         self._losses: deque[tuple[int, Tensor]] = deque()  # not counted yet, with the step of each
         at_a_time = recipe.batch_size * processes
         self.shown = RunProgress(recipe, self._batches_per_epoch, at_a_time, self.task.kind)
@@ -223,39 +223,32 @@ class TrainingRun:
             for note in self.data.notes:
                 report.say(f"note: {note}")
             resumed = f", resumed at epoch {progress.epoch + 1}, batch {progress.batch}"
+            if progress.pending is not None:
+                resumed = f", resumed at the evaluation of epoch {progress.epoch}"
             report.say(f"{opening}, {self.accelerator.device}{resumed if progress.update else ''}")
         if recipe.tensorboard:
             self.accelerator.init_trackers("tensorboard")
-        with stop_signals(self.accelerator) as self._received:
-            while progress.epoch < recipe.epochs:
-                row = self._train_epoch()
-                progress.epoch, progress.batch = progress.epoch + 1, 0
-                progress.loss_sum, progress.loss_count = 0.0, 0
-                if self.average is not None:
-                    self.average.after_epoch(progress.epoch)
-                    if progress.epoch == recipe.epochs:
-                        self._complete_average(self.average, row)
-                if progress.epoch % recipe.val_interval and progress.epoch < recipe.epochs:
-                    continue
-                row |= self._evaluate()
-                progress.rows.append(row)
-                if main:
-                    report.say(report.epoch_line(row, recipe.epochs, self.task))
-                    report.write_summary(progress.rows, self.files.summary)
-                self.accelerator.log(row, step=progress.epoch)
-                self.state.save(self.folder)
-                if self._received and progress.epoch < recipe.epochs:
-                    raise Interrupted(self.folder, self._received[0])
-        return self._finish()
+        with self._signals.collected(self.accelerator):
+            while progress.epoch < recipe.epochs or progress.pending is not None:
+                if progress.pending is None:
+                    row = self._train_epoch()
+                    progress.epoch, progress.batch = progress.epoch + 1, 0
+                    progress.loss_sum, progress.loss_count = 0.0, 0
+                    if self.average is not None:
+                        self.average.after_epoch(progress.epoch)
+                    if progress.epoch % recipe.val_interval and progress.epoch < recipe.epochs:
+                        continue
+                    progress.pending = row
+                self._judge_epoch(progress.pending)
+            return self._finish()
 
     def after_step(self) -> None:
         """Follow an optimizer step: write the recovery checkpoint, stop at a signal. Tests observe here."""
         due = self.recipe.recovery_interval and self.progress.update % self.recipe.recovery_interval == 0
-        if self._received or (due and self.progress.batch < self._batches_per_epoch):
+        if self._signals.received or (due and self.progress.batch < self._batches_per_epoch):
             self._settle()
             self.state.save(self.folder)
-        if self._received:
-            raise Interrupted(self.folder, self._received[0])
+        self._signals.check()
 
     @property
     def _batches_per_epoch(self) -> int:
@@ -368,6 +361,28 @@ class TrainingRun:
             f"--clip-grad ({kept})"
         )
 
+    def _judge_epoch(self, row: report.Row) -> None:
+        """Evaluate and save after an epoch. A signal ends the evaluation; a resumed run starts it anew."""
+        progress, last = self.progress, self.progress.epoch == self.recipe.epochs
+        row = dict(row)
+        try:
+            with self._signals.raised():
+                if self.average is not None and last:
+                    self._complete_average(self.average, row)
+                row |= self._evaluate()
+        except Interrupted:
+            self.state.save(self.folder)
+            raise
+        progress.rows.append(row)
+        progress.pending = None
+        if self.accelerator.is_main_process:
+            report.say(report.epoch_line(row, self.recipe.epochs, self.task))
+            report.write_summary(progress.rows, self.files.summary)
+        self.accelerator.log(row, step=progress.epoch)
+        self.state.save(self.folder)
+        if not last:
+            self._signals.check()
+
     def _evaluate(self) -> report.Row:
         def measure(model: nn.Module) -> Metrics:
             for buffer in model.buffers():  # BatchNorm's: each process has its own, the first one's are saved
@@ -402,27 +417,33 @@ class TrainingRun:
 
     def _finish(self) -> Result:
         """Leave what the run was for: the weights as files, every prediction, the curves."""
-        row, model = self.progress.rows[-1], self.state.model
+        row, main = self.progress.rows[-1], self.accelerator.is_main_process
+        judged_on = f"{'held-out' if self.recipe.holdout else 'test'} {self.task.kind}"
+        with self._signals.raised():
+            card = self._write_files(row, judged_on, main)
+        if main:
+            report.say(report.closing(self.folder, card, self.data, row, judged_on))
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        return Result(self.folder, row, self.files.model)
+
+    def _write_files(self, row: report.Row, judged_on: str, main: bool) -> ModelCard:
+        """The last files of a run, the model after all others; returns the card of the model."""
+        model = self.state.model
         averaged = None if self.average is None else self.average.module
         counts = model if averaged is None else averaged
         batches = self.data.eval_batches() if self.task.names_classes else ()
         names = self.data.eval_names if self.task.names_classes else lambda: None
         with self.accelerator.autocast(), self._deployed(counts):
             found = predictions(self.data.voting(counts.eval()), batches, names)
-        card, main = self.state.card, self.accelerator.is_main_process
-        judged_on = f"{'held-out' if self.recipe.holdout else 'test'} {self.task.kind}"
+        card = self.state.card
         if main:
             report.write_predictions(found, self.files.predictions, self.data.classes, self.recipe.data)
             self.task.picture(self.data, found, self.files.picture)
             title = f"{self.folder.name}: {card.model} on {self.data.name}"
             judge = self.task.judge
             report.draw_curves(self.progress.rows, self.files.curves, title, judged_on, judge)
-        card = save_models(self.folder, card, self.recipe, row, model, averaged, write=main)
-        if main:
-            report.say(report.closing(self.folder, card, self.data, row, judged_on))
-        self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
-        return Result(self.folder, row, self.files.model)
+        return save_models(self.folder, card, self.recipe, row, model, averaged, write=main)
 
 
 def _run_folder(recipe: Recipe) -> Path:

@@ -14,7 +14,7 @@ from types import FrameType
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 
 from ewavit.errors import EwavitError, first_line
 from ewavit.training.recipe import Recipe
@@ -65,8 +65,17 @@ def start_accelerator(recipe: Recipe, run: Path) -> Accelerator:
     )  # said, or accelerate leaves launched CPU processes on their own
     _meet_again(cpu)
     keep_freed_memory()
+    # Else DDP orders its buckets anew after the first step of each start. The sums of three and more processes
+    # are rounded by a number's place in a bucket, and a resumed run would end with other last bits.
+    steady = DistributedDataParallelKwargs(find_unused_parameters=int(os.environ.get("WORLD_SIZE", 1)) > 2)
     try:
-        return Accelerator(cpu=cpu, mixed_precision=precision, log_with=log_with, project_dir=str(run))
+        return Accelerator(
+            cpu=cpu,
+            mixed_precision=precision,
+            log_with=log_with,
+            project_dir=str(run),
+            kwargs_handlers=[steady],
+        )
     except ValueError as problem:
         if not recipe.amp:
             raise
@@ -107,29 +116,66 @@ def told_of_lost_processes(accelerator: Accelerator, run: Path) -> Iterator[None
         ) from None
 
 
-@contextmanager
-def stop_signals(accelerator: Accelerator) -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM, so that the step ends and is saved; processes of a group just end."""
-    if accelerator.num_processes > 1:
-        yield []
-        return
-    with collected_signals() as received:
-        yield received
+class StopSignals:
+    """SIGINT and SIGTERM in a run: collected while it steps, so that a step ends and is saved.
+
+    Args:
+        run: the run's folder, for the message.
+
+    Attributes:
+        received: the signals so far.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.received: list[int] = []
+        self._run, self._at_once = run, False
+
+    @contextmanager
+    def collected(self, accelerator: Accelerator) -> Iterator[None]:
+        """A context manager in which signals are collected; processes of a group just end."""
+        if accelerator.num_processes > 1:
+            yield
+            return
+        with collected_signals(self._note) as self.received:
+            yield
+
+    @contextmanager
+    def raised(self) -> Iterator[None]:
+        """A context manager in which a signal raises at once, for work that can be done again.
+
+        Raises:
+            Interrupted: a signal came, here or before.
+        """
+        try:
+            self._at_once = True
+            self.check()
+            yield
+        finally:
+            self._at_once = False
+        self.check()  # an exception raised by a handler may be lost, in a destructor for one
+
+    def check(self) -> None:
+        """Raise `Interrupted` if a signal came."""
+        if self.received:
+            raise Interrupted(self._run, self.received[0])
+
+    def _note(self, received: list[int]) -> None:
+        if self._at_once:
+            raise Interrupted(self._run, received[0])
 
 
 @contextmanager
-def collected_signals(at_second: Callable[[], None] = lambda: None) -> Iterator[list[int]]:
+def collected_signals(at_each: Callable[[list[int]], None]) -> Iterator[list[int]]:
     """A context manager that yields the list of SIGINT and SIGTERM received so far, instead of ending.
 
     Args:
-        at_second: called at the second signal and at each one after it.
+        at_each: called at each signal, with that list.
     """
     received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
         received.append(number)
-        if len(received) > 1:
-            at_second()
+        at_each(received)
 
     handlers = {}
     with suppress(ValueError):  # only the main thread may set handlers
