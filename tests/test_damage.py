@@ -103,7 +103,10 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_to_the_same_end(
     flip(0.7)(run / "checkpoint" / "model.safetensors")
     (run / "model.safetensors").unlink()
     resume(run)
-    assert "checkpoint is damaged (model.safetensors differs from its digest)" in capsys.readouterr().out
+    assert (
+        "checkpoint is damaged (model.safetensors differs from its digest in state.json)"
+        in capsys.readouterr().out
+    )
     assert (run / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
     assert (run / "checkpoint-damaged").is_dir()
 

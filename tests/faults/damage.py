@@ -4,7 +4,9 @@
 
 A damage is a flipped bit, a cut, bytes overwritten or inserted, a file missing, swapped with the other
 checkpoint's or another run's, or one value of a JSON file edited. Named: an error of one line, or the whole
-checkpoint before it with a warning that names the file. Harmless: what is read is the undamaged content.
+checkpoint before it with a warning; either has the name of the damaged file. Harmless: what is read is the
+undamaged content. The readers are `--resume`, `ewavit.load`, `compare` and, for a tenth of the damages,
+`evaluate` and `export`.
 With `--cuts N` the small files are also cut at every Nth byte, one after the other.
 """
 
@@ -31,12 +33,13 @@ from ewavit.compare.results import read_run
 from ewavit.errors import EwavitError
 from ewavit.tasks.judge import TOP1
 from ewavit.training.checkpoint import load_checkpoint
-from ewavit.training.export import load_model
+from ewavit.training.export import evaluate, export, load_model
 from ewavit.training.loop import train
 from ewavit.training.run_folder import RunFolder
 from runs import recipe
 
 SMALL = 16_384  # bytes
+SLOW_READERS = 0.1  # of the damages are read by `evaluate` and `export` too
 VALUES: tuple[Any, ...] = (None, -1, 0, 2**70, 1e308, float("nan"), "", "x" * 1000, [], {}, True, [[]] * 3)
 
 
@@ -129,11 +132,14 @@ class Tries:
         self.whole, self.earlier = content_of(self.run), content_of(before)
         self.model = load_model(self.run)[0].state_dict()
         self.row = read_run(RunFolder(self.run), 1, TOP1)
+        self.metrics = evaluate(self.run).values
+        self.exported = self._exported(self.run)
+        self.file = Path()  # the damaged one
 
     def damage(self) -> str:
         """Damage a fresh copy; returns what was done, in words."""
         self._renew()
-        file = random.choice(self._files())
+        self.file = file = random.choice(self._files())
         name = file.relative_to(self.copy)
         kind = random.random()
         if kind < 0.06:
@@ -158,6 +164,7 @@ class Tries:
         for file in self._files():
             content = file.read_bytes()
             if len(content) <= SMALL:
+                self.file = file
                 for length in range(0, len(content), every):
                     file.write_bytes(content[:length])
                     yield f"{file.relative_to(self.copy)} cut to {length} bytes"
@@ -175,7 +182,9 @@ class Tries:
     def outcome(self) -> str:
         """ "named", "harmless" or "silent", for the readers of a copy together."""
         named = False
-        readers: tuple[Callable[[], bool], ...] = (self._checkpoint, self._model, self._tables)
+        readers: list[Callable[[], bool]] = [self._checkpoint, self._model, self._tables]
+        if random.random() < SLOW_READERS:
+            readers += [self._evaluate, self._export]
         for reader in readers:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
@@ -185,7 +194,10 @@ class Tries:
                 except EwavitError as problem:
                     if "\n" in str(problem):
                         return f"several lines in {reader.__name__}: {problem}"
-                    named = True
+                    caught.append(problem)
+                for said in caught:
+                    if self.file.name not in str(getattr(said, "message", said)):
+                        return f"nameless in {reader.__name__}: {getattr(said, 'message', said)}"
                 named |= bool(caught)
         return "named" if named else "harmless"
 
@@ -199,6 +211,18 @@ class Tries:
 
     def _model(self) -> bool:
         return same(dict(load_model(self.copy)[0].state_dict()), dict(self.model))
+
+    def _evaluate(self) -> bool:
+        return evaluate(self.copy).values == self.metrics
+
+    def _export(self) -> bool:
+        return self._exported(self.copy) == self.exported
+
+    def _exported(self, run: Path) -> bytes:
+        """The file that `ewavit export` writes of a run."""
+        to = self.run.with_name("plain.safetensors")
+        export(run, to)
+        return to.read_bytes()
 
     def _tables(self) -> bool:
         if problem := RunFolder(self.copy).damage():

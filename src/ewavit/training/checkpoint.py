@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ewavit.errors import EwavitError, first_line
+from ewavit.errors import EwavitError
 from ewavit.files import regular, remove, replacing, sync, sync_names
 from ewavit.training.card import ModelCard
 from ewavit.training.recipe import Recipe
@@ -208,8 +208,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def _read(folder: Path, warning: str | None) -> Checkpoint:
-    text = regular(folder / "state.json").read_text()
     try:
+        text = regular(folder / "state.json").read_text()
         if old := text.startswith('{"format": 1, "sizes": '):
             state = json.loads(text)
             _check_sizes(folder, state["sizes"])
@@ -217,14 +217,14 @@ def _read(folder: Path, warning: str | None) -> Checkpoint:
             warning = f"{warning}; {unsure}" if warning else unsure
         else:
             state = unsealed(text)
-    except (ValueError, RecursionError) as problem:
-        raise ValueError(f"state.json: {first_line(problem)}") from None
+    except (OSError, ValueError, RecursionError) as problem:
+        raise ValueError(f"state.json: {said(problem)}") from None
     if not old:
         if state["format"] != FORMAT:
             raise ValueError(f"format {state['format']}, this version reads {WITHOUT_DIGESTS} and {FORMAT}")
         if set(state["digests"]) != set(FILES):
             raise ValueError("state.json lists other files")
-        check(folder, state["digests"])
+        check(folder, state["digests"], "state.json")
     model, tensors = (load_file(folder / name) for name in FILES)
     if bad := [name for name, tensor in model.items() if not tensor.isfinite().all()]:
         raise ValueError(f"{bad[0]} in model.safetensors is not finite")

@@ -65,7 +65,7 @@ def start_accelerator(recipe: Recipe, run: Path) -> Accelerator:
     )  # said, or accelerate leaves launched CPU processes on their own
     _meet_again(cpu)
     keep_freed_memory()
-    # Else DDP orders its buckets anew after the first step of each start. The sums of three and more processes
+    # Else DDP orders its buckets anew after the first step of each start. The sums of more than two processes
     # are rounded by a number's place in a bucket, and a resumed run would end with other last bits.
     steady = DistributedDataParallelKwargs(find_unused_parameters=int(os.environ.get("WORLD_SIZE", 1)) > 2)
     try:

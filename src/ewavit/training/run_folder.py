@@ -150,8 +150,8 @@ class RunFolder:
         except (OSError, ValueError, KeyError, TypeError) as problem:
             return f"{self.digests.name}: {said(problem)}"
         try:
-            check(self.path, expected)
-        except (OSError, ValueError) as problem:
+            check(self.path, expected, self.digests.name)
+        except ValueError as problem:
             return said(problem)
         return None
 

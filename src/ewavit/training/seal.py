@@ -32,16 +32,24 @@ def digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
     return {name: digest(folder / name) for name in sorted(names)}
 
 
-def check(folder: Path, expected: dict[str, str]) -> None:
+def check(folder: Path, expected: dict[str, str], source: str) -> None:
     """Compare files with their digests.
 
+    Args:
+        folder: of the files.
+        expected: the digests by file name.
+        source: name of the file with the digests.
+
     Raises:
-        OSError: a file cannot be read.
-        ValueError: a file differs; it is named.
+        ValueError: a file differs or cannot be read; it is named.
     """
     for name, value in expected.items():
-        if digest(folder / name) != value:
-            raise ValueError(f"{name} differs from its digest")
+        try:
+            found = digest(folder / name)
+        except OSError as problem:
+            raise ValueError(f"{name}: {said(problem)}") from None
+        if found != value:
+            raise ValueError(f"{name} differs from its digest in {source}")
 
 
 def sealed(content: dict[str, Any]) -> str:
