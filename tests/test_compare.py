@@ -127,6 +127,7 @@ def test_another_arm_and_seed_join_without_training_the_others_again(done):
         (["--lr", "0.5"], ["--lr is 0.001 there and 0.5 here", "--name"]),
         (["--seed", "1"], ["--seed is 42 there and 1 here"]),
         (["--limit", "64"], ["--limit is 128 there and 64 here"]),
+        (["--primary", "ewa:dense"], ["has runs, and its primary contrast is none, not ewa:dense"]),
     ],
 )
 def test_folder_of_another_recipe_is_refused_and_left_alone(done, capsys, more, said):
@@ -137,6 +138,13 @@ def test_folder_of_another_recipe_is_refused_and_left_alone(done, capsys, more, 
     assert line.count("\n") == 1
     assert all(part in line for part in said)
     assert (folder / "compare.yaml").read_text() == before
+
+
+def test_named_contrasts_judge_what_is_there_and_need_no_dense(done, tmp_path, capsys):
+    content = dict(SMALL, arms={"twin": {"share_rate": 0.3}, "ewa": None}, seeds=2, contrasts={"twin": "ewa"})
+    command = ["compare", "--config", written(tmp_path, **content), "--output", str(done[0].parent)]
+    assert main([*command, "--name", "done"]) == 0
+    assert "by named contrasts: whether twin helps against ewa cannot be told" in capsys.readouterr().out
 
 
 def test_own_arm_that_changed_its_settings_is_refused(done, tmp_path):
@@ -368,7 +376,7 @@ def test_help_names_every_built_in_arm(capsys):
 def test_a_comparison_calls_its_data_what_they_are(tmp_path, data, kind):
     recipe = Recipe(data=data, limit=100, holdout=0.2, output=str(tmp_path), name="x")
     arms = make_arms(["dense", "ewa"], recipe)
-    found = Work(recipe, arms, (0, 1), (), 1, False, "ewavit compare").comparison()
+    found = Work(recipe, arms, (0, 1), (), 1, "ewavit compare").comparison()
     assert found.kind == kind
     assert found.judge == TOP1
     assert found.data == f"the first 100 training {kind} of {data}, by held-out training {kind},"
@@ -376,7 +384,7 @@ def test_a_comparison_calls_its_data_what_they_are(tmp_path, data, kind):
 
 def test_part_segmentation_is_judged_by_its_instance_iou(tmp_path):
     recipe = Recipe(data="shapenetpart:PATH", num_points=64, output=str(tmp_path), name="x")
-    found = Work(recipe, make_arms(["dense", "ewa"], recipe), (0, 1), (), 1, False, "ewavit compare")
+    found = Work(recipe, make_arms(["dense", "ewa"], recipe), (0, 1), (), 1, "ewavit compare")
     assert (found.comparison().judge, found.comparison().kind) == (INSTANCE_IOU, "clouds")
 
 
@@ -579,7 +587,7 @@ def test_a_few_predictions_of_thousands_may_differ_in_a_second_evaluation(tmp_pa
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_the_table_of_runs_is_drawn_whatever_a_run_holds_that_goes_on(done, tmp_path, damage):
     recipe = Recipe(**SMALL, output=str(tmp_path), name="table")
-    work = Work(recipe, make_arms(["dense", "ewa"], recipe), (42,), (), 1, False, "ewavit compare")
+    work = Work(recipe, make_arms(["dense", "ewa"], recipe), (42,), (), 1, "ewavit compare")
     going = work.final()[1]
     shutil.copytree(done[0] / "runs" / "ewa-42", going.run.path)
     DAMAGES[damage][0](going.run)
@@ -705,7 +713,7 @@ def test_a_damaged_run_is_named_and_the_others_count(copied, capsys):
     assert [key for key, row in found.items() if row["error"]] == [("ewa", "42")]
     assert [key for key, row in found.items() if not row["top1"]] == [("ewa", "42")]
     assert "summary.csv is damaged" in found["ewa", "42"]["error"]
-    pairs = json.loads((folder / "results.json").read_text())["statistics"]["against_reference"]
+    pairs = json.loads((folder / "results.json").read_text())["statistics"]["against"]["dense"]
     assert {pair["arm"]: pair["seeds"] for pair in pairs} == {"ewa": [43], "twin": [42, 43]}
     assert "summary.csv is damaged" in (folder / "report.html").read_text()
     shutil.rmtree(damaged.path)
@@ -715,7 +723,7 @@ def test_a_damaged_run_is_named_and_the_others_count(copied, capsys):
 
 def test_the_table_of_runs_marks_a_damaged_one(done, tmp_path):
     recipe = Recipe(**SMALL, output=str(tmp_path), name="table")
-    work = Work(recipe, make_arms(["dense", "ewa"], recipe), (42, 43), (), 1, False, "ewavit compare")
+    work = Work(recipe, make_arms(["dense", "ewa"], recipe), (42, 43), (), 1, "ewavit compare")
     for one in work.final():
         shutil.copytree(done[0] / "runs" / one.run.path.name, one.run.path)
     cells = work.final()
@@ -772,7 +780,7 @@ def test_without_most_labels_no_run_counts():
 def test_a_damaged_tuning_run_leaves_its_arm_without_a_learning_rate(done, tmp_path):
     recipe = Recipe(**SMALL, output=str(tmp_path), name="tuned")
     arms = make_arms(["dense", "ewa-lr"], recipe)
-    work = Work(recipe, arms, (42, 43), (1e-3, 2e-3), 1, False, "ewavit compare")
+    work = Work(recipe, arms, (42, 43), (1e-3, 2e-3), 1, "ewavit compare")
     for cell_ in work.tuning():
         shutil.copytree(done[0] / "runs" / "ewa-42", cell_.run.path)
     broken = work.tuning()[1].run

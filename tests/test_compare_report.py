@@ -129,7 +129,7 @@ def test_json_holds_curves_and_statistics_and_nan_is_null(tmp_path):
         "bounds": [0, 100], "share_of_samples": True,
     }  # fmt: skip
     assert held["samples"] == 2000
-    assert {pair["step"] for pair in held["statistics"]["against_reference"]} == {0.05}
+    assert {pair["step"] for pair in held["statistics"]["against"]["dense"]} == {0.05}
     run = held["arms"][0]["runs"][0]
     assert run["curve"][-1]["eval_loss"] is run["eval_loss"] is run["peak_memory_mib"] is None
     ewa = comparison.arms[-1].runs[2]
@@ -173,7 +173,7 @@ def test_every_plot_draws_its_marks(opened, written):
     assert count(page, "#share .line[data-name]") == methods
     assert count(page, "#rate .line[data-name]") == 6
     images = page.locator("main svg[role=img]")
-    assert images.count() == 6 + methods
+    assert images.count() == 7 + methods
     assert all(len(images.nth(i).get_attribute("aria-label")) > 20 for i in range(images.count()))
 
 
@@ -186,17 +186,19 @@ def test_forest_plot_draws_differences_to_scale(opened, written, summary):
         zero = page.locator("#differences .zero").evaluate_all(middles)[0]
         return [middle - zero for middle in page.locator(f"#differences {selector}").evaluate_all(middles)]
 
-    for pairs in (summary.against_reference, summary.against_best_control):
+    for reference, pairs in summary.against.items():
+        page.locator("#against").select_option(reference)
         means = [pair.mean for pair in pairs]
         scale = places(".mean")[3] / means[3]
         assert scale > 50
         assert places(".mean") == pytest.approx([scale * mean for mean in means], abs=1.5)
         each = [scale * difference for pair in pairs for difference in pair.differences]
         assert places(".seed") == pytest.approx(each, abs=1.5)
-        page.locator("#reference button").last.click()
-    pressed = page.locator("#reference button").evaluate_all("all => all.map(e => e.ariaPressed)")
-    assert pressed == ["false", "true"]
-    assert f"against {summary.best_control}" in page.locator("#differences svg").get_attribute("aria-label")
+        for outcome in ("#differences", "#losses"):
+            label = page.locator(f"{outcome} svg").get_attribute("aria-label")
+            assert f"against {reference}" in label
+            assert all(f"{pair.arm} " in label for pair in pairs)
+    assert f"{summary.best_control}, the best control" in page.locator("#against").inner_text()
 
 
 def test_table_shows_the_statistics_and_sorts_both_ways_by_click_and_key(opened, written, summary):
@@ -301,11 +303,13 @@ def test_text_of_runs_that_failed_has_no_nan(tmp_path):
     text = as_text(make_comparison(("dense", "ewa", "rup"), 2, failed=failed), tmp_path)
     assert "nan" not in text
     assert re.search(r"^ewa  +8\d\.\d\d %  +[+-]\d\.\d\d, no interval  +-  ", text, re.MULTILINE)
-    assert re.search(r"^rup  +-  +-  +-  +-$", text, re.MULTILINE)
+    assert re.search(r"^rup  +-  +-  +-  +-  +-$", text, re.MULTILINE)
 
 
 def test_quick_look_is_marked(opened, tmp_path):
-    write_results(make_comparison(("dense", "ewa"), seeds=2, epochs=3, limited=True), tmp_path)
+    write_results(
+        make_comparison(("dense", "ewa"), seeds=2, epochs=3, command="ewavit compare --limit 9"), tmp_path
+    )
     assert opened(tmp_path).locator("header .badge").inner_text() == "quick look"
 
 

@@ -15,6 +15,7 @@ from scipy import stats
 
 from comparisons import ERROR
 from ewavit.compare.arms import Arm
+from ewavit.compare.contrasts import Contrasts
 from ewavit.compare.results import ArmRuns, Comparison, Point, Run
 from ewavit.compare.statistics import (
     arm_statistics,
@@ -341,7 +342,7 @@ def test_summary_becomes_strict_json():
     arms = dense([80.0, None]), arm("ewa", [81.0, 82.0])
     found = json.loads(json.dumps(summarise(comparison(*arms)).as_dict(), allow_nan=False))
     assert found["arms"][0]["errors"] == {"1": "out of memory"}
-    assert found["against_reference"][0]["interval"] == [None, None]
+    assert found["against"]["dense"][0]["interval"] == [None, None]
     assert found["verdicts"][0]["outcomes"] == {"dense": "untold"}
 
 
@@ -495,10 +496,115 @@ def test_under_the_null_few_images_give_a_verdict_at_most_one_time_in_twenty(see
     assert wrong / len(draws) < 0.07
 
 
-# --- verdicts
+# --- the second outcome, and contrasts
+
+
+def with_losses(runs, losses):
+    """The same runs with other losses at their end."""
+    made = [
+        replace(each, curve=(*each.curve[:-1], replace(each.curve[-1], eval_loss=loss)))
+        for each, loss in zip(runs.runs, losses, strict=True)
+    ]
+    return replace(runs, runs=tuple(made))
+
+
+def test_the_loss_is_a_second_outcome_with_a_paired_t_test_of_its_own():
+    points = [-0.02, -0.01, -0.03, -0.02, -0.015]
+    base = [1.2, 1.3, 1.25, 1.4, 1.1]
+    ewa = with_losses(arm("ewa", DENSE), [b + p for b, p in zip(base, points, strict=True)])
+    found = summarise(comparison(with_losses(dense(DENSE), base), ewa))
+    loss, error = found.against_reference[0].loss, statistics.stdev(points) / math.sqrt(5)
+    assert loss.mean == pytest.approx(statistics.mean(points))
+    half = T_975[4] * error
+    assert loss.interval == pytest.approx((loss.mean - half, loss.mean + half), abs=1e-7)
+    assert loss.p_value == pytest.approx(2 * stats.t.sf(-loss.mean / error, 4), abs=1e-12)
+    assert "; loss -0.019, -0.028 to -0.010, lower)" in found.verdicts[0].sentence
+    assert found.verdicts[0].outcome == "untold"  # no verdict rests on it
 
 
 NOISE = (0.1, -0.1, 0.05, -0.05, 0.0)
+FOUR = (
+    dense(DENSE),
+    arm("ema", shifted(*(0.5 - n for n in NOISE)), "control"),
+    arm("moe", shifted(*(0.25 + n for n in NOISE))),
+    arm("moe+ewa", shifted(*(0.4 + 3 * n for n in NOISE))),
+)
+
+
+def test_every_arm_is_a_reference_and_pairs_mirror_each_other():
+    against = summarise(comparison(*FOUR)).against
+    assert set(against) == {"dense", "ema", "moe", "moe+ewa"}
+    found = {(pair.arm, other): pair for other, pairs in against.items() for pair in pairs}
+    assert len(found) == 12
+    for (one, other), pair in found.items():
+        assert pair.mean == pytest.approx(-found[other, one].mean, abs=1e-9)
+        assert pair.p_value == pytest.approx(found[other, one].p_value)
+
+
+def test_a_named_reference_judges_all_arms_against_it_alone():
+    summary = summarise(comparison(*FOUR, contrasts=Contrasts("moe")))
+    assert summary.reference == "moe"
+    assert {verdict.arm: list(verdict.outcomes) for verdict in summary.verdicts} == {
+        "dense": ["moe"], "ema": ["moe"], "moe+ewa": ["moe"],
+    }  # fmt: skip
+    assert "against moe:" in summary.sentence
+
+
+def test_holm_corrects_named_contrasts_and_these_alone():
+    named = {"moe": "dense", "moe+ewa": "moe"}
+    summary = summarise(comparison(*FOUR, contrasts=Contrasts(named=named)))
+    assert {verdict.arm: list(verdict.outcomes) for verdict in summary.verdicts} == {
+        "moe": ["dense"], "moe+ewa": ["moe"],
+    }  # fmt: skip
+    p = [next(x for x in summary.against[other] if x.arm == one).p_value for one, other in named.items()]
+    assert p[0] < 0.05 / 2
+    assert p[1] > 0.05
+    assert summary.claim.startswith(
+        "moe helps against dense; whether moe+ewa helps against moe cannot be told"
+    )
+
+
+def test_a_primary_contrast_is_judged_first_and_without_a_correction():
+    summary = summarise(comparison(*FOUR, contrasts=Contrasts(primary=("moe+ewa", "dense"))))
+    p = next(x for x in summary.against["dense"] if x.arm == "moe+ewa").p_value
+    assert 0.05 / 3 < p < 0.05  # it would not survive
+    first, *others = summary.verdicts
+    assert (first.arm, first.primary, first.outcome, first.survives_correction) == (
+        "moe+ewa", True, "helps", True,
+    )  # fmt: skip
+    assert [verdict.arm for verdict in others] == ["ema", "moe"]
+    assert summary.claim.startswith("primary contrast: moe+ewa helps against dense; ")
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ((None, ["moe"], None), "--contrasts moe is no contrast"),
+        ((None, ["moe:moe"], None), "--contrasts moe:moe is no contrast"),
+        ((None, [], ":moe"), "--primary :moe is no contrast"),
+        ((None, ["moe:dense", "moe:ema"], None), "names moe twice"),
+        (("dnese", [], None), "dnese is judged and missing in --arms"),
+        ((None, ["moe:swa"], None), "swa is judged and missing in --arms"),
+        ((None, [], "swa:moe"), "swa is judged and missing in --arms"),
+    ],
+)
+def test_contrasts_of_arms_that_are_not_compared_are_refused(words, named):
+    with pytest.raises(EwavitError, match=named):
+        Contrasts.parse(*words).check(["dense", "ema", "moe"])
+
+
+def test_dense_may_be_missing_where_another_reference_is_named():
+    for contrasts in (
+        Contrasts("moe"),
+        Contrasts(named={"moe+ewa": "moe"}),
+        Contrasts(primary=("moe+ewa", "moe")),
+    ):
+        contrasts.check(["moe", "moe+ewa"])
+    with pytest.raises(EwavitError, match="dense is missing in --arms"):
+        Contrasts().check(["moe", "moe+ewa"])
+
+
+# --- verdicts
 
 
 def test_helps_when_the_interval_is_above_zero_against_dense_and_the_best_control():
@@ -525,7 +631,8 @@ def test_hurts_when_the_interval_is_below_zero():
 
 def test_cannot_be_told_says_how_many_seeds_would_tell():
     points = (0.8, -0.4, 0.6, -0.2, 0.7)
-    summary = summarise(comparison(dense(DENSE), arm("ewa", shifted(*points)), limited=True))
+    both = comparison(dense(DENSE), arm("ewa", shifted(*points)))
+    summary = summarise(replace(both, command="ewavit compare --limit 9"))
     told = verdict(summary, "ewa")
     needed = seeds_needed(statistics.mean(points), statistics.stdev(points))
     assert (told.outcome, told.seeds_needed, told.survives_correction) == ("untold", needed, False)

@@ -46,7 +46,15 @@ if TYPE_CHECKING:
 # (benchmarks/busy_cores.py).
 SPIN_COUNT = "5000"
 COMMANDS = ("train", "plan", "bench", "compare", "evaluate", "export")
-_OF_COMPARISON = {"arms", "seeds", "lrs", "jobs"}  # what the YAML of a comparison holds beside a recipe
+_OF_COMPARISON = {
+    "arms",
+    "seeds",
+    "lrs",
+    "jobs",
+    "against",
+    "contrasts",
+    "primary",
+}  # what the YAML of a comparison holds beside a recipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -308,6 +316,14 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
         ("seeds", whole_number, "N", "seeds of each arm: --seed, --seed + 1, ... (default: 5)"),
         ("lrs", numbers, "X,X,...", "learning rates that NAME-lr arms choose from, on held-out data"),
         ("jobs", whole_number, "N", "runs at the same time (default: one per GPU, or one per CPU core)"),
+        ("against", str, "ARM", "judge all arms against this one (default: dense and the best control)"),
+        ("contrasts", names, "A:B,...", "judge arm A against arm B, and no others; Holm corrects over these"),
+        (
+            "primary",
+            str,
+            "A:B",
+            "the contrast that decides, named before the first run: judged alone, without a correction",
+        ),
     ):
         group.add_argument(f"--{name}", type=kind, metavar=metavar, help=help_text, default=argparse.SUPPRESS)
     group.add_argument(
@@ -368,6 +384,8 @@ def _parsed(content: Mapping[str, Any], source: str, command: str) -> dict[str, 
             words.append(f"--{flag(name)}" if value else f"--no-{flag(name)}")
         elif name == "model_kwargs" and isinstance(value, dict):
             words.append(f"--model-kwargs={model_kwargs_text(value)}")
+        elif name in ("contrasts", "primary") and isinstance(value, dict):
+            words.append(f"--{name}=" + ",".join(f"{arm}:{reference}" for arm, reference in value.items()))
         elif name in _OF_COMPARISON and isinstance(value, list):
             words.append(f"--{name}=" + ",".join(map(str, value)))
         elif isinstance(value, list) and kinds()[name] is tuple:
@@ -445,6 +463,7 @@ def _compare(options: argparse.Namespace) -> int:
     from ewavit.compare.arms import make_arms
 
     given: dict[str, Any] = {"arms": ["dense", "ewa"], "seeds": 5, "lrs": [], "jobs": None}
+    given |= {"against": None, "contrasts": [], "primary": None}
     own: dict[str, dict[str, Any] | None] = {}
     if options.preset is not None:
         if options.preset not in _presets():
@@ -458,6 +477,11 @@ def _compare(options: argparse.Namespace) -> int:
     recipe = Recipe(**given)
     arms = make_arms(special["arms"], recipe, own)
 
+    from ewavit.compare.contrasts import Contrasts
+
+    contrasts = Contrasts.parse(special["against"], special["contrasts"], special["primary"])
+    contrasts.check(arm.name for arm in arms)
+
     from ewavit.compare.compare import Stopped, compare
     from ewavit.compare.terminal import as_text
 
@@ -469,7 +493,7 @@ def _compare(options: argparse.Namespace) -> int:
             lrs=special["lrs"],
             jobs=special["jobs"],
             ray=options.ray,
-            limited="limit" in typed,
+            contrasts=contrasts,
             command=f"ewavit {shlex.join(options.words)}",
         )
     except Stopped as stopped:

@@ -67,7 +67,7 @@ def make_arms(
     """The arms of the given names, each checked against the recipe.
 
     Args:
-        names: of built-in and own arms, ending in "-lr" for a tuned learning rate; "dense" is one of them.
+        names: of built-in and own arms, ending in "-lr" for a tuned learning rate.
         recipe: the settings that the arms share.
         own: the overrides of own arms, by name; None or empty for a built-in arm.
 
@@ -93,13 +93,8 @@ def make_arms(
             "router, e.g. moe, moe+ewa, moe+early-ewa, moe-collapsed"
         )
     arms = tuple(_arm(name, recipe, mine) for name in dict.fromkeys(names))
-    if "dense" not in {arm.name for arm in arms}:
-        raise EwavitError(
-            f"dense is missing in --arms {','.join(arm.name for arm in arms)}: add it, all other arms are "
-            "compared with it"
-        )
     if len(arms) < 2:
-        raise EwavitError("--arms dense has nothing to compare: add a second arm, e.g. dense,ewa")
+        raise EwavitError(f"--arms {arms[0].name} has nothing to compare: add a second arm, e.g. dense,ewa")
     for arm in arms:
         arm_recipe(recipe, arm)
     return arms

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from ewavit.compare.arms import Arm
+from ewavit.compare.contrasts import Contrasts
 from ewavit.compare.engines import Engine, Kind, Processes, RayTasks, gpus_here
 from ewavit.compare.results import Comparison
 from ewavit.compare.terminal import Screen
@@ -48,7 +49,7 @@ def compare(
     lrs: Sequence[float] = (),
     jobs: int | None = None,
     ray: str | None = None,
-    limited: bool = False,
+    contrasts: Contrasts | None = None,
     command: str = "ewavit compare",
 ) -> Comparison:
     """Train every arm at the same seeds and write the results. A later start goes on where this one ended.
@@ -60,7 +61,7 @@ def compare(
         lrs: tuned arms choose the best one by the mean metric on held-out training data, at two seeds.
         jobs: runs at a time; one for each GPU or else each CPU core unless given.
         ray: address of a Ray cluster, "" for one on this machine; None runs without Ray.
-        limited: mark the results as a quick look.
+        contrasts: what is judged against what; unless given, all arms against dense.
         command: the command that is quoted in the results.
 
     Returns:
@@ -71,6 +72,7 @@ def compare(
         Stopped: SIGINT or SIGTERM. The second one ends the runs without a checkpoint.
     """
     _check(arms, seeds, lrs, jobs)
+    (contrasts or Contrasts()).check(arm.name for arm in arms)
     cores = usable_cores()
     jobs = jobs or len(gpus_here()) or (1 if torch.accelerator.is_available() else cores)
     if not recipe.name:
@@ -82,8 +84,8 @@ def compare(
         seeds=tuple(range(recipe.seed, recipe.seed + seeds)),
         lrs=tuple(sorted(set(lrs))),
         threads=max(1, cores // jobs),
-        limited=limited,
         command=command,
+        contrasts=contrasts or Contrasts(),
     )
     work.read()
     engine: Engine = Processes(jobs, work.threads) if ray is None else RayTasks(ray, jobs, work.threads)

@@ -25,6 +25,7 @@ const known = (value) => typeof value === "number" && Number.isFinite(value);
 const minus = (text) => text.replace("-", "−");
 const fixed = (value, digits = 2) => (known(value) ? minus(value.toFixed(digits)) : "–");
 const signed = (value) => (known(value) ? (value > 0 ? "+" : "") + fixed(value) : "–");
+const signed3 = (value) => (known(value) ? (value > 0 ? "+" : "") + fixed(value, 3) : "–");
 const whole = (value) => (known(value) ? Math.round(value).toLocaleString("en") : "–");
 const compact = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 });
 const short = (value) => (known(value) ? compact.format(value) : "–");
@@ -37,7 +38,7 @@ const Metric = metric[0].toUpperCase() + metric.slice(1);
 const comma = (unit) => (unit ? `, ${unit}` : "");
 const valued = (value) => `${fixed(value)} ${judge.unit}`.trim();
 const INTERVAL = "95\u00a0% interval";
-const range = ([low, high]) => (known(low) ? `${signed(low)} to ${signed(high)}` : "–");
+const range = ([low, high], text = signed) => (known(low) ? `${text(low)} to ${text(high)}` : "–");
 function small(value) {
   if (!known(value)) return "–";
   const rounded = Number(value.toPrecision(3));
@@ -59,7 +60,7 @@ for (const arm of data.arms) {
   const order = colored.indexOf(arm);
   const here = (list) => list.find((entry) => entry.arm === arm.name) ?? null;
   Object.assign(arm, statistics.arms.find(({ name }) => name === arm.name));
-  arm.against = { reference: here(statistics.against_reference), control: here(statistics.against_best_control) };
+  arm.against = Object.fromEntries(Object.entries(statistics.against).map(([other, list]) => [other, here(list)]));
   arm.color = order < 0 ? "var(--dense)" : `var(--c${order % 6})`;
   arm.dash = order >= 6 ? "7 3" : null;
 }
@@ -381,23 +382,20 @@ function header() {
   label();
 }
 
-function differences() {
-  let against = "reference";
-  const options = [["reference", `against ${cut(names.reference, 20)}`]];
-  if (names.control && names.control !== names.reference)
-    options.push(["control", `against ${cut(names.control, 20)}, the best control`]);
-  if (options.length > 1) choice(at("reference"), options, against, (value) => (against = value));
-  figure(at("differences"), (box) => {
-    const other = names[against];
-    const items = data.arms.filter((arm) => arm.against[against]).map((arm) => {
-      const { mean, interval, p_value, holm_p, ...pair } = arm.against[against];
+/** A forest plot of one outcome: paired differences of all arms with the arm that `other()` names. */
+function forest(holder, { other, outcome, title, unit, signed: text, sides, note }) {
+  figure(holder, (box) => {
+    const items = data.arms.filter((arm) => arm.against[other()]).map((arm) => {
+      const pair = arm.against[other()];
+      const { mean, interval, differences: values, p_value, holm_p } = outcome(pair);
       const [low, high] = interval;
-      const seeds = pair.seeds.map((seed, i) => [seed, pair.differences[i]]);
-      const told = [["difference", signed(mean)], [INTERVAL, range(interval)], ["p, paired t", chance(p_value)],
-        ["p, Holm", chance(holm_p)], ...seeds.slice(0, 12).map(([seed, value]) => [`seed ${seed}`, signed(value)])];
-      const ends = known(low) ? `  [${signed(low)}, ${signed(high)}]` : ", no interval";
-      const text = known(mean) ? signed(mean) + ends : "no finished pair";
-      return { arm, mean, low, high, seeds, text, rows: told.map((row) => ["", ...row]) };
+      const seeds = pair.seeds.map((seed, i) => [seed, values[i]]);
+      const told = [["difference", text(mean)], [INTERVAL, range(interval, text)], ["p, paired t", chance(p_value)],
+        ...(holm_p === undefined ? [] : [["p, Holm", chance(holm_p)]]),
+        ...seeds.slice(0, 12).map(([seed, value]) => [`seed ${seed}`, text(value)])];
+      const ends = known(low) ? `  [${text(low)}, ${text(high)}]` : ", no interval";
+      const words = known(mean) ? text(mean) + ends : "no finished pair";
+      return { arm, mean, low, high, seeds, text: words, rows: told.map((row) => ["", ...row]) };
     });
     if (!items.length) return nothing(box, "There is no other arm to compare with.");
     // One arm that diverged must not flatten the others: it leaves the scale.
@@ -405,15 +403,33 @@ function differences() {
       Math.max(0, ...[low, high, mean, ...seeds.map(([, value]) => value)].filter(known).map(Math.abs)));
     const sorted = reach.filter((value) => value > 0).sort((a, b) => a - b);
     const far = sorted.length ? Math.min(sorted.at(-1), 4 * sorted[Math.floor(sorted.length / 2)]) * 1.05 : 1;
-    const spoken = items.map(({ arm, text }) => `${arm.name} ${text}`).join("; ");
-    const sides = judge.higher_is_better ? ["worse ←", "→ better"] : ["better ←", "→ worse"];
-    rows(box, { items, x: [-far, far], zero: 0, sides,
-      xTitle: `${metric} minus ${cut(other, 30)}’s${comma(judge.difference_unit)}`,
-      label: `Forest plot of the paired differences in ${metric} against ${other}: ${spoken}` });
+    const spoken = items.map(({ arm, text: words }) => `${arm.name} ${words}`).join("; ");
+    rows(box, { items, x: [-far, far], zero: 0, sides, xTitle: `${title} minus ${cut(other(), 30)}’s${comma(unit)}`,
+      label: `Forest plot of the paired differences in ${title} against ${other()}: ${spoken}` });
     return () => [["arm", "difference", INTERVAL, ...seedColumns()], ...items.map(({ arm, mean, low, high, seeds }) =>
-      [arm.name, signed(mean), range([low, high]), ...perSeed(seeds, signed)])];
-  }, () => `Large mark: mean over the seeds; line: its ${INTERVAL}; small marks: one seed each. ` +
-    "Squares are controls, circles are methods; an arrowhead points to what lies outside.");
+      [arm.name, text(mean), range([low, high], text), ...perSeed(seeds, text)])];
+  }, () => note);
+}
+
+const SIDES = { higher: ["worse ←", "→ better"], lower: ["better ←", "→ worse"] };
+
+function differences() {
+  let against = names.reference;
+  const options = data.arms.map(({ name }) =>
+    html("option", { value: name }, cut(name, 30) + (name === names.control ? ", the best control" : "")));
+  const select = html("select", { id: "against", onchange: () => {
+    against = select.value;
+    redrawn.forEach((draw) => draw());
+  } }, options);
+  select.value = against;
+  at("reference").append(html("label", { for: "against" }, "against "), select);
+  const other = () => against;
+  forest(at("differences"), { other, outcome: (pair) => pair, title: metric, unit: judge.difference_unit, signed,
+    sides: SIDES[judge.higher_is_better ? "higher" : "lower"],
+    note: `Large mark: mean over the seeds; line: its ${INTERVAL}; small marks: one seed each. ` +
+      "Squares are controls, circles are methods; an arrowhead points to what lies outside." });
+  forest(at("losses"), { other, outcome: ({ loss }) => loss, title: "loss", unit: "", signed: signed3,
+    sides: SIDES.lower, note: "The second outcome: a loss has less noise than most metrics and needs fewer seeds." });
 }
 function nothing(box, text) {
   box.append(html("p", { class: "caption" }, text));
@@ -558,6 +574,10 @@ function columnGroups() {
       { title: INTERVAL, value: (arm) => arm.against[key]?.interval[0],
         text: (arm) => range(arm.against[key]?.interval ?? []) },
       p("p, paired t", "p_value"), p("p, permutation", "permutation_p"), p("p, Holm", "holm_p"),
+      column("difference in loss", (arm) => arm.against[key]?.loss.mean, signed3),
+      { title: `${INTERVAL} of it`, value: (arm) => arm.against[key]?.loss.interval[0],
+        text: (arm) => range(arm.against[key]?.loss.interval ?? [], signed3) },
+      column("p of it", (arm) => arm.against[key]?.loss.p_value, chance),
       column("p, McNemar", (arm) => right(arm)?.p_value, chance, { more: (arm) =>
         (right(arm) ? ` (${whole(right(arm).only_arm)} : ${whole(right(arm).only_reference)})` : "") }),
     ];
@@ -567,10 +587,10 @@ function columnGroups() {
     ["Setting", [{ ...number("role", "role", String), kind: "text" }, number("learning rate", "lr", small),
       column("runs", (arm) => arm.runs.length, (runs) => `${runs} of ${data.seeds.length}`)]],
     [`${Metric}${comma(judge.unit)}`, [number("mean", "mean", fixed), number("sd", "sd", fixed)]],
-    [`Against ${names.reference}${comma(judge.difference_unit)}`, against("reference")],
+    [`Against ${names.reference}${comma(judge.difference_unit)}`, against(names.reference)],
   ];
   if (names.control && names.control !== names.reference)
-    groups.push([`Against ${names.control}, the best control${comma(judge.difference_unit)}`, against("control")]);
+    groups.push([`Against ${names.control}, the best control${comma(judge.difference_unit)}`, against(names.control)]);
   groups.push(["Cost of a training", [number("time", "seconds", duration), number(data.kind, "images", whole),
     number("peak memory, MiB", "peak_memory_mib", whole),
     column(`time to ${names.reference}`, (arm) => arm.time_to_reference, share,

@@ -6,10 +6,11 @@ import csv
 import io
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from ewavit.compare.arms import Arm
+from ewavit.compare.contrasts import Contrasts
 from ewavit.errors import EwavitError, first_line
 from ewavit.files import regular
 from ewavit.tasks.judge import Judge
@@ -101,7 +103,12 @@ class Comparison:
     judge: Judge
     kind: str = "images"  # the samples of the data, in one word
     tuning: tuple[dict[str, Any], ...] = ()
-    limited: bool = False  # a quick look: --limit was given
+    contrasts: Contrasts = field(default_factory=Contrasts)
+
+    @property
+    def limited(self) -> bool:
+        """Whether it is a quick look: --limit is among the words of its command."""
+        return re.search(r"\s--limit[= ]", self.command) is not None
 
     @property
     def samples(self) -> int | None:

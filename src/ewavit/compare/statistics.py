@@ -20,6 +20,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
+from ewavit.compare.contrasts import Contrast
 from ewavit.compare.results import ArmRuns, Comparison, Run
 from ewavit.errors import EwavitError
 from ewavit.tasks.judge import Judge
@@ -76,6 +77,19 @@ class McNemar:
 
 
 @dataclass(frozen=True)
+class LossDifference:
+    """The second outcome: the evaluation loss of an arm minus a reference's, over the same seeds.
+
+    A loss has no steps and less noise: it needs fewer seeds than the metric. Lower is better.
+    """
+
+    differences: tuple[float, ...]
+    mean: float
+    interval: Interval  # Student's t
+    p_value: float  # paired t-test
+
+
+@dataclass(frozen=True)
 class PairedDifference:
     """The judging metric of an arm minus a reference's, over the seeds that both finished.
 
@@ -95,9 +109,10 @@ class PairedDifference:
     interval: Interval  # Student's t
     p_value: float  # paired t-test
     permutation_p: float  # sign flips; exact up to 13 pairs
-    holm_p: float  # the t-test's, corrected over all arms against this reference
+    holm_p: float  # the t-test's, corrected over all arms against this reference, or all named contrasts
     mcnemar: McNemar | None  # None where predictions are missing
     seeds_needed: int | None  # see `seeds_needed`; None: more than MOST_SEEDS, or under FEWEST_SEEDS pairs
+    loss: LossDifference
 
 
 @dataclass(frozen=True)
@@ -115,20 +130,32 @@ class Verdict:
     seeds_needed: int | None  # where untold, as in PairedDifference
     would_tell: str  # the same in words; empty unless untold
     sentence: str
+    primary: bool = False  # named before the runs, and judged alone
 
 
 @dataclass(frozen=True)
 class Summary:
     """The statistics of a comparison; see `summarise`."""
 
-    reference: str  # "dense", else the first control, else the first arm
+    reference: str  # as named, "dense", else the first control, else the first arm
     best_control: str | None
     arms: tuple[ArmStatistics, ...]
-    against_reference: tuple[PairedDifference, ...]  # all arms but the reference, in the comparison's order
-    against_best_control: tuple[PairedDifference, ...]  # all arms but that control; empty without a control
-    verdicts: tuple[Verdict, ...]  # all arms but the reference
+    against: dict[
+        str, tuple[PairedDifference, ...]
+    ]  # by reference: all other arms, in the comparison's order
+    verdicts: tuple[Verdict, ...]  # the primary contrast first, then the named ones, or all but the reference
     setting: str  # what was compared, in words
     claim: str  # what came out, in words
+
+    @property
+    def against_reference(self) -> tuple[PairedDifference, ...]:
+        """All other arms against the reference."""
+        return self.against[self.reference]
+
+    @property
+    def against_best_control(self) -> tuple[PairedDifference, ...]:
+        """All other arms against the best control; empty without a control."""
+        return self.against[self.best_control] if self.best_control else ()
 
     @property
     def sentence(self) -> str:
@@ -144,11 +171,11 @@ class Summary:
 def summarise(comparison: Comparison) -> Summary:
     """Compute all statistics of a comparison.
 
-    Every arm is compared with the reference and with the best control: the control with the best mean over
-    the seeds that all controls finished. It is chosen on the same test data that it is then judged on, so its
-    result is biased towards better: that is conservative for methods, and other controls look worse beside it
-    than they are. Methods are judged against both, controls against the reference alone. For Holm's
-    correction all arms against one reference are a family.
+    Unless its contrasts say otherwise, every arm is compared with dense, and methods also with the best
+    control: the control with the best mean over the seeds that all controls finished. It is chosen on the
+    same test data that it is then judged on, so its result is biased towards better: that is conservative for
+    methods, and other controls look worse beside it than they are. For Holm's correction all arms against one
+    reference are a family, or all named contrasts. A primary contrast is no part of it.
 
     Args:
         comparison: arms and their runs; failed and missing runs are left out pair by pair.
@@ -164,28 +191,54 @@ def summarise(comparison: Comparison) -> Summary:
             f"comparison {comparison.name!r} has no arms; give at least one, as in --arms dense"
         )
     arms, judge = {runs.arm.name: runs for runs in comparison.arms}, comparison.judge
-    reference = _reference(comparison)
-    best = _best_control(comparison)
-    to_reference = _family(comparison, arms[reference])
-    to_best = _family(comparison, arms[best]) if best else ()
-    verdicts = []
-    for name, runs in arms.items():
-        # The best control first: it is harder to beat.
-        both = runs.arm.role == "method" and best != reference
-        pairs = (*to_best, *to_reference) if both else to_reference
-        if name != reference:
-            verdicts.append(_verdict(name, [pair for pair in pairs if pair.arm == name], best, comparison))
+    reference, best = _reference(comparison), _best_control(comparison)
+    against = {name: _holm(_pairs(comparison, runs)) for name, runs in arms.items()}
+    primary, judged = _judged(comparison, against, reference, best)
+    verdicts = [_verdict(pairs, best, comparison) for pairs in judged]
+    if primary:
+        verdicts.insert(0, replace(_verdict([primary], best, comparison), primary=True))
     setting, claim = _closing(comparison, reference, best, verdicts)
     return Summary(
         reference=reference,
         best_control=best,
         arms=tuple(arm_statistics(runs, arms[reference], judge) for runs in comparison.arms),
-        against_reference=to_reference,
-        against_best_control=to_best,
+        against=against,
         verdicts=tuple(verdicts),
         setting=setting,
         claim=claim,
     )
+
+
+def _judged(
+    comparison: Comparison,
+    against: dict[str, tuple[PairedDifference, ...]],
+    reference: str,
+    best: str | None,
+) -> tuple[PairedDifference | None, list[list[PairedDifference]]]:
+    """The primary contrast, and for each other verdict its differences, the best control's first."""
+    contrasts = comparison.contrasts
+
+    def found(contrast: Contrast) -> PairedDifference:
+        return next(pair for pair in against[contrast[1]] if pair.arm == contrast[0])
+
+    primary = found(contrasts.primary) if contrasts.primary else None
+    if primary is not None:
+        primary = replace(primary, holm_p=primary.p_value)
+    if contrasts.named:
+        others = [found(contrast) for contrast in contrasts.all() if contrast != contrasts.primary]
+        return primary, [[pair] for pair in _holm(others)]
+    judged = []
+    for pair in against[reference]:
+        if contrasts.primary == (pair.arm, reference):
+            continue
+        both = _role(comparison, pair.arm) == "method" and best not in (None, reference, pair.arm)
+        harder = found((pair.arm, best)) if both and best and not contrasts.reference else None
+        judged.append([harder, pair] if harder else [pair])  # the best control is harder to beat
+    return primary, judged
+
+
+def _role(comparison: Comparison, arm: str) -> str:
+    return next(runs.arm.role for runs in comparison.arms if runs.arm.name == arm)
 
 
 def arm_statistics(runs: ArmRuns, reference: ArmRuns, judge: Judge) -> ArmStatistics:
@@ -243,6 +296,9 @@ def paired_difference(runs: ArmRuns, reference: ArmRuns) -> PairedDifference:
     steps = np.round(differences / step) * step if step else differences
     differences = np.round(steps, DECIMALS) + 0.0  # no -0
     test = _paired_test(differences, step or 0.0)
+    losses = [a.curve[-1].eval_loss - b.curve[-1].eval_loss for a, b in pairs]
+    loss = np.round(np.array(losses), DECIMALS) + 0.0
+    of_loss = _paired_test(loss, 0.0)
     return PairedDifference(
         arm=runs.arm.name,
         reference=reference.arm.name,
@@ -257,6 +313,7 @@ def paired_difference(runs: ArmRuns, reference: ArmRuns) -> PairedDifference:
         holm_p=test.p_value,
         mcnemar=_mcnemar(pairs, runs.arm.name, reference.arm.name),
         seeds_needed=test.seeds_needed,
+        loss=LossDifference(tuple(loss.tolist()), _mean(loss.tolist()), of_loss.interval, of_loss.p_value),
     )
 
 
@@ -365,6 +422,8 @@ def seeds_needed(mean: float, sd: float) -> int | None:
 def _reference(comparison: Comparison) -> str:
     arms = [runs.arm for runs in comparison.arms]
     names = [arm.name for arm in arms]
+    if comparison.contrasts.reference in names:
+        return str(comparison.contrasts.reference)
     return "dense" if "dense" in names else next((a.name for a in arms if a.role == "control"), names[0])
 
 
@@ -381,15 +440,19 @@ def _best_control(comparison: Comparison) -> str | None:
     return max(controls, key=lambda name: comparison.judge.sign * mean(name))
 
 
-def _family(comparison: Comparison, reference: ArmRuns) -> tuple[PairedDifference, ...]:
-    """All other arms against one reference, Holm-corrected together."""
-    pairs = [paired_difference(runs, reference) for runs in comparison.arms if runs is not reference]
-    testable = [pair.arm for pair in pairs if not math.isnan(pair.p_value)]
+def _pairs(comparison: Comparison, reference: ArmRuns) -> list[PairedDifference]:
+    """All other arms against one reference."""
+    return [paired_difference(runs, reference) for runs in comparison.arms if runs is not reference]
+
+
+def _holm(pairs: list[PairedDifference]) -> tuple[PairedDifference, ...]:
+    """The same differences, Holm-corrected together."""
+    testable = [pair for pair in pairs if not math.isnan(pair.p_value)]
     if not testable:
         return tuple(pairs)
-    corrected = multipletests([pair.p_value for pair in pairs if pair.arm in testable], ALPHA, "holm")[1]
-    holm = dict(zip(testable, corrected.tolist(), strict=True))
-    return tuple(replace(pair, holm_p=holm.get(pair.arm, math.nan)) for pair in pairs)
+    corrected = multipletests([pair.p_value for pair in testable], ALPHA, "holm")[1].tolist()
+    holm = {id(pair): p for pair, p in zip(testable, corrected, strict=True)}
+    return tuple(replace(pair, holm_p=holm.get(id(pair), math.nan)) for pair in pairs)
 
 
 def _sign_flip_p(differences: npt.NDArray[np.float64]) -> float:
@@ -433,9 +496,9 @@ def _outcome(pair: PairedDifference, judge: Judge) -> Outcome:
     return "untold"
 
 
-def _verdict(arm: str, pairs: list[PairedDifference], best: str | None, comparison: Comparison) -> Verdict:
+def _verdict(pairs: list[PairedDifference], best: str | None, comparison: Comparison) -> Verdict:
     """Judge one arm; `pairs` has the best control first and the reference last."""
-    judge = comparison.judge
+    judge, arm = comparison.judge, pairs[0].arm
     outcomes = {pair.reference: _outcome(pair, judge) for pair in pairs}
     found = set(outcomes.values())
     outcome: Outcome = "hurts" if "hurts" in found else "untold" if "untold" in found else "helps"
@@ -476,7 +539,16 @@ def _numbers(pair: PairedDifference, name: str, judge: Judge) -> str:
     low, high = pair.interval
     interval = f"95 % interval {low:+.2f} to {high:+.2f}" if len(pair.seeds) > 1 else "no interval"
     difference = f"{pair.mean:+.2f} {judge.difference_unit}".rstrip()
-    return f"{difference} against {name} ({interval}, {_seeds(len(pair.seeds))})"
+    return f"{difference} against {name} ({interval}, {_seeds(len(pair.seeds))}{_loss(pair)})"
+
+
+def _loss(pair: PairedDifference) -> str:
+    """The second outcome in words, where there is one."""
+    (low, high), loss = pair.loss.interval, pair.loss
+    if math.isnan(low) or not any(loss.differences):
+        return ""
+    kind = "untold" if loss.p_value > ALPHA else "lower" if high < 0 else "higher"
+    return f"; loss {loss.mean:+.3f}, {low:+.3f} to {high:+.3f}, {kind}"
 
 
 def _would_tell(pairs: list[PairedDifference], judge: Judge) -> tuple[int | None, str]:
@@ -498,22 +570,40 @@ def _closing(
     comparison: Comparison, reference: str, best: str | None, verdicts: list[Verdict]
 ) -> tuple[str, str]:
     """What was compared, and what came out."""
-    methods = {runs.arm.name for runs in comparison.arms if runs.arm.role == "method"}
-    judged = [verdict for verdict in verdicts if verdict.arm in methods]
+    contrasts = comparison.contrasts
     where = f"{'A quick look (--limit): on' if comparison.limited else 'On'} {comparison.data}"
     where += f" with {_seeds(len(comparison.seeds))}"
-    against = f"{reference} and the best control, {best}" if best and best != reference else reference
-    where += f", against {against}"
-    if not judged:
+    if contrasts.named:
+        where += ", by named contrasts"
+    elif best and best != reference and not contrasts.reference:
+        where += f", against {reference} and the best control, {best}"
+    else:
+        where += f", against {reference}"
+    parts = [f"primary contrast: {_named_claim(verdict)}" for verdict in verdicts if verdict.primary]
+    methods = {runs.arm.name for runs in comparison.arms if runs.arm.role == "method"}
+    others = [v for v in verdicts if not v.primary and (v.arm in methods or contrasts.named)]
+    if not others and not parts:
         return where, "no method was judged."
-    parts = []
-    for outcomes in sorted({tuple(v.outcomes.values()) for v in judged}):
-        alike = [v for v in judged if tuple(v.outcomes.values()) == outcomes]
-        parts.append(_claim(_names(alike), alike[0].outcomes, len(alike) > 1))
-    if waiting := [v for v in judged if v.would_tell]:
+    if contrasts.named:
+        parts += map(_named_claim, others)
+    else:
+        for outcomes in sorted({tuple(v.outcomes.values()) for v in others}):
+            alike = [v for v in others if tuple(v.outcomes.values()) == outcomes]
+            parts.append(_claim(_names(alike), alike[0].outcomes, len(alike) > 1))
+    if waiting := [v for v in verdicts if v.would_tell and (v.primary or v in others)]:
         soonest = min(waiting, key=lambda v: v.seeds_needed or math.inf)
         parts.append(f"for {soonest.arm} {soonest.would_tell}")
     return where, f"{'; '.join(parts)}."
+
+
+def _named_claim(verdict: Verdict) -> str:
+    """What is known of one named contrast."""
+    (reference, outcome), hint = next(iter(verdict.outcomes.items())), ""
+    if outcome == "untold":
+        return f"whether {verdict.arm} helps against {reference} cannot be told"
+    if not verdict.survives_correction:
+        hint = " (a hint)"
+    return f"{verdict.arm}{hint} {'helps against' if outcome == 'helps' else 'is worse than'} {reference}"
 
 
 def _names(verdicts: list[Verdict]) -> str:

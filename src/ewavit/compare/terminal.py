@@ -106,6 +106,12 @@ def _gain(pair: PairedDifference) -> str:
     return f"{pair.mean:+.2f}, no interval" if pair.seeds else "-"
 
 
+def _loss(pair: PairedDifference) -> str:
+    """The difference in loss and its interval, if it has one."""
+    low, high = pair.loss.interval
+    return "-" if math.isnan(low) else f"{pair.loss.mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
 def _p_text(p: float) -> str:
     """A p-value as text; never 0, which would claim more than any data can."""
     return "-" if math.isnan(p) else "<0.001" if p < 0.001 else f"{p:.3f}"
@@ -117,12 +123,13 @@ def as_text(comparison: Comparison, folder: Path) -> str:
 
     summary, judge = summarise(comparison), comparison.judge
     pairs = {pair.arm: pair for pair in summary.against_reference}
-    lines = [("arm", f"{judge.name}, mean ± sd", f"against {summary.reference} [95 %]", "p (Holm)", "s/run")]
+    against = f"against {summary.reference} [95 %]"
+    lines = [("arm", f"{judge.name}, mean ± sd", against, "loss [95 %]", "p (Holm)", "s/run")]
     for arm in summary.arms:
         pair = pairs.get(arm.name)
-        gain, p = (_gain(pair), _p_text(pair.holm_p)) if pair else ("", "")
+        gain, loss, p = (_gain(pair), _loss(pair), _p_text(pair.holm_p)) if pair else ("", "", "")
         mean = f"{arm.mean:.2f} ± {judge.text(arm.sd)}" if len(arm.seeds) > 1 else judge.text(arm.mean)
-        lines.append((arm.name, *((mean, gain, p, f"{arm.seconds:.0f}") if arm.seeds else ("-",) * 4)))
+        lines.append((arm.name, *((mean, gain, loss, p, f"{arm.seconds:.0f}") if arm.seeds else ("-",) * 5)))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)) for line in lines]
     failed = [(arm.name, seed, error) for arm in summary.arms for seed, error in arm.errors.items()]
@@ -130,7 +137,8 @@ def as_text(comparison: Comparison, folder: Path) -> str:
     if failed:
         text.append("start the same command again to repeat what failed")
     methods = {arm.name for arm in summary.arms if arm.role == "method"}
-    judged = [verdict.sentence for verdict in summary.verdicts if verdict.arm in methods]
+    named = comparison.contrasts.named
+    judged = [v.sentence for v in summary.verdicts if v.arm in methods or v.primary or named]
     return "\n".join(
         line.rstrip() for line in [*text, "", *judged, summary.sentence, str(folder / "report.html")]
     )

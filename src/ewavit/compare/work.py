@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from ewavit.compare.arms import Arm, arm_recipe
+from ewavit.compare.contrasts import Contrasts
 from ewavit.compare.engines import End, Engine, Kind
 from ewavit.compare.results import (
     ArmRuns,
@@ -63,8 +64,8 @@ class Work:
     seeds: tuple[int, ...]
     lrs: tuple[float, ...]
     threads: int  # of each run: sums are rounded by it, so a later start keeps it
-    limited: bool
     command: str
+    contrasts: Contrasts = field(default_factory=Contrasts)
     device: str = ""  # of all runs, "cpu" or "cuda"
     machines: list[str] = field(default_factory=list)  # in words
     known: dict[str, dict[str, Any]] = field(default_factory=dict)  # overrides by arm, of all starts
@@ -148,6 +149,7 @@ class Work:
         try:
             saved = _checked(yaml.safe_load(regular(file).read_text()))
             difference = self._difference(saved)
+            primary = saved.get("primary")
             self.threads, self.device, self.chosen = saved["threads"], saved["device"], saved["chosen"]
             self.known, self.machines = saved["arms"], saved["machines"]
             self.lrs = self.lrs or tuple(saved["lrs"])
@@ -157,6 +159,15 @@ class Work:
             ) from None
         if difference:
             raise EwavitError(f"{self.folder} holds another comparison ({difference}): choose another --name")
+        if self._primary() != primary:
+            raise EwavitError(
+                f"{self.folder} has runs, and its primary contrast is {primary or 'none'}, not "
+                f"{self._primary() or 'none'}: name the primary contrast before the first run"
+            )
+
+    def _primary(self) -> str | None:
+        """The primary contrast as text."""
+        return ":".join(self.contrasts.primary) if self.contrasts.primary else None
 
     def _difference(self, saved: dict[str, Any]) -> str | None:
         """The first setting that differs from the saved one, in words."""
@@ -200,6 +211,7 @@ class Work:
             "threads": self.threads,
             "device": self.device,
             "machines": self.machines,
+            "primary": self._primary(),
         }
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -241,7 +253,7 @@ class Work:
             judge=self.judge,
             arms=self._results(),
             tuning=tuple(self._tried()),
-            limited=self.limited,
+            contrasts=self.contrasts,
         )
 
     def _data(self) -> str:
