@@ -94,7 +94,8 @@ def make_arms(
         )
     arms = tuple(_arm(name, recipe, mine) for name in dict.fromkeys(names))
     if len(arms) < 2:
-        raise EwavitError(f"--arms {arms[0].name} has nothing to compare: add a second arm, e.g. dense,ewa")
+        names = ",".join(arm.name for arm in arms) or "''"
+        raise EwavitError(f"--arms {names} has nothing to compare: add a second arm, e.g. dense,ewa")
     for arm in arms:
         arm_recipe(recipe, arm)
     return arms
