@@ -34,7 +34,9 @@ from timm.models.vgg import VGG
 from timm.models.volo import VOLO
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import Tensor, nn
+from torchvision.models import ConvNeXt as TorchvisionConvNeXt
 from torchvision.models import MaxVit, SwinTransformer, VisionTransformer
+from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
 from torchvision.models.video.swin_transformer import SwinTransformer3d
 
@@ -55,6 +57,7 @@ class Family:
     unit: str = "token"
     size: int = 32  # image height and width
     inputs: dict[str, Any] = field(default_factory=dict)  # beside the images
+    split: bool = False  # each FFN is two layers of a block
 
 
 def of_timm(name: str, **settings: Any) -> Callable[[], nn.Module]:
@@ -90,10 +93,27 @@ HF_SWIN = {
     **{"window_size": 4, "drop_path_rate": 0.0},
 }
 DECODER = {f"decoder_{key}": HF[key] for key in HF if key not in ("image_size", "patch_size")}
+HF_CONVNEXT = {"hidden_sizes": [8, 16, 24, 32], "depths": [1] * 4, "layer_scale_init_value": 1.0}
 TV_SWIN = {
     **{"patch_size": [4, 4], "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4]},
     **{"window_size": [4, 4], "stochastic_depth_prob": 0.0},
 }
+
+
+class TorchViT(nn.Sequential):
+    """A ViT of torch.nn's encoder layers."""
+
+    def __init__(self) -> None:
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        patches = nn.Sequential(nn.Conv2d(3, 16, 8, 8), nn.Flatten(2))
+        super().__init__(patches, Transposed(), encoder, nn.Flatten(1), nn.Linear(16 * 16, CLASSES))
+
+
+class Transposed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mT
+
 
 FAMILIES = {
     "vit": Family(of_timm("vit_tiny_patch16_224", **VIT), {"blocks.*.mlp": 2}),
@@ -393,6 +413,37 @@ FAMILIES = {
     "transformers clip": Family(
         of_transformers("CLIPVisionModel", "CLIPVisionConfig", **HF), {"encoder.layers.*.mlp": 2}
     ),
+    "transformers swinv2": Family(
+        of_transformers("Swinv2ForImageClassification", "Swinv2Config", **HF_SWIN),
+        {"swinv*.encoder.layers.*.blocks.*": 4},
+        split=True,
+    ),
+    "transformers yolos": Family(
+        of_transformers(
+            "YolosForObjectDetection", "YolosConfig", **{**HF, "image_size": [32, 32]}, num_detection_tokens=4
+        ),
+        {"vit.encoder.layer.*": 2},
+        split=True,
+    ),
+    "transformers convnext": Family(
+        of_transformers("ConvNextForImageClassification", "ConvNextConfig", **HF_CONVNEXT),
+        {"convnext.encoder.stages.*.layers.*": 4},
+        split=True,
+    ),
+    "transformers convnextv2": Family(
+        of_transformers("ConvNextV2ForImageClassification", "ConvNextV2Config", **HF_CONVNEXT),
+        {"convnextv*.encoder.stages.*.layers.*": 4},
+        unit="image",
+        split=True,
+    ),
+    "torchvision convnext": Family(
+        lambda: TorchvisionConvNeXt(
+            [CNBlockConfig(16, 32, 1), CNBlockConfig(32, None, 1)], layer_scale=1.0, num_classes=CLASSES
+        ),
+        {"features.*.*": 2},
+        split=True,
+    ),
+    "torch.nn": Family(TorchViT, {"*.layers.*": 2}, split=True),
 }
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
@@ -444,7 +495,7 @@ def test_the_ffns_of_a_family_are_found(family: Family) -> None:
 def test_identical_experts_equal_the_dense_model(family: Family) -> None:
     dense = without_dropout(randomised(family.build(), 0.1))
     model = ewa.expand(copy.deepcopy(dense), 3, select="all", unit=family.unit)
-    assert len(moe_layers(model)) == sum(family.ffns.values())
+    assert len(moe_layers(model)) == (2 if family.split else 1) * sum(family.ffns.values())
     with torch.no_grad():
         assert_close(outputs(model.eval(), family), outputs(dense.eval(), family), 1e-5)
         expected = outputs(dense.train(), family)
@@ -520,19 +571,7 @@ REFUSED = {
     "vgg": (of_timm_class(VGG, [8, "M", 8]), ["pre_logits", "part of the head"]),
     "vit with attention and FFN fused": (
         of_timm("vit_dpwee_patch16_reg1_gap_256", **VIT),
-        ["blocks.0", "DiffParallelScalingBlock", "computes its FFN itself"],
-    ),
-    "transformers swinv2": (
-        of_transformers("Swinv2ForImageClassification", "Swinv2Config", **HF_SWIN),
-        ["swinv2.encoder.layers.0.blocks.0", "Swinv2Layer", "intermediate and output"],
-    ),
-    "transformers videomae": (
-        of_transformers("VideoMAEModel", "VideoMAEConfig", **HF),
-        ["encoder.layer.0", "VideoMAELayer", "intermediate and output"],
-    ),
-    "torch.nn": (
-        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2),
-        ["layers.1", "TransformerEncoderLayer", "linear1 and linear2"],
+        ["blocks.0", "DiffParallelScalingBlock", "in_proj computes attention and FFN in one layer"],
     ),
 }
 
@@ -857,9 +896,12 @@ def test_ffn_that_drops_whole_images_is_dealt_by_image_alone():
 HF_TINY = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96}
 
 
-def test_an_object_detectors_heads_are_not_ffns_and_its_refused_blocks_leave_nothing():
+def test_an_object_detectors_heads_are_not_ffns_with_its_blocks_refused_or_not():
     config = transformers.YolosConfig(**HF_TINY, image_size=[32, 32], patch_size=8, num_detection_tokens=4)
     model = transformers.YolosForObjectDetection(config)
+    assert [f.name for f in ewa.find_ffns(model) if f.unit] == ["vit.encoder.layer.0", "vit.encoder.layer.1"]
+    for block in model.vit.encoder.layer:
+        block.output.dense = nn.Sequential(nn.Linear(96, 8), nn.Linear(8, 48))
     with pytest.raises(ewa.EwavitError, match="no FFN works") as refused:
         ewa.expand(model)
     assert "bbox_predictor" in str(refused.value)
@@ -869,10 +911,12 @@ def test_an_object_detectors_heads_are_not_ffns_and_its_refused_blocks_leave_not
 def test_an_ffn_beside_attention_is_kept_where_other_blocks_are_refused():
     model = nn.Module()
     model.backbone = nn.ModuleList([tiny_vit(1).blocks[0]])
-    model.decoder = nn.TransformerDecoderLayer(16, 2, 32)  # computes its FFN itself
+    model.decoder = nn.TransformerDecoderLayer(16, 2, 32)
+    model.decoder.linear1 = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 32))  # no layer that can be dealt
     model.mlp = tiny_vit(1).blocks[0].mlp
     found = {ffn.name: ffn for ffn in ewa.find_ffns(model)}
     assert found["decoder"].unit is None
+    assert "linear1 (Sequential) holds 2 linear layers" in found["decoder"].reason
     assert found["backbone.0.mlp"].unit == "token"
     assert "outside the blocks" in found["mlp"].reason
 

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from ewavit.core.copying import all_parameters, called_within, hook_on_itself, share_call_hooks, tie
 from ewavit.core.devices import Peers, cut_like, is_sharded, whole
+from ewavit.core.dispatch import Dispatcher
 from ewavit.core.draws import LAYER
-from ewavit.core.experts import ExpertLeaf, SeparateExperts, StackedExperts
+from ewavit.core.experts import ExpertLeaf, Experts, SeparateExperts, StackedExperts
 from ewavit.core.ffn import FFN, find_ffns
 from ewavit.core.moe import MoE, Unit, moe_layers, require_moe_layers
+from ewavit.core.partition import RandomPartition
 from ewavit.core.pretrained import guard_save_pretrained, unguard_save_pretrained
 from ewavit.core.replicas import DealtByProcess, ReplicaExperts, keep_from_ddp
 from ewavit.core.routing import TopK, TopKRouter
@@ -79,23 +81,48 @@ def expand(
     if moe_layers(model):
         raise EwavitError("the model is expanded already: call ewavit.collapse(model) first")
     chosen = select_ffns(model, select, unit if peers is None else "image")
-    _check_chosen(model, chosen, experts if peers is None else placement)
-    layers = []
+    _check_split(chosen, unit, router)
+    _check_chosen(
+        model, [part for ffn in chosen for part in ffn.layers], experts if peers is None else placement
+    )
+    layers: list[MoE] = []
     for number, ffn in enumerate(chosen):
+        dispatcher: Dispatcher[Any] = RandomPartition(num_experts)  # one draw for both layers of a split FFN
         if peers is not None:
-            moe = MoE(ReplicaExperts(ffn.module, peers), "image", ffn.channels_first, DealtByProcess())
-        else:
-            kind = SeparateExperts if experts == "separate" or not ffn.stackable else StackedExperts
-            dispatcher = None if router is None else _router(router, num_experts, ffn)
-            moe = MoE(kind(ffn.module, num_experts), unit, ffn.channels_first, dispatcher)
-        moe.dispatcher.key[LAYER] = number
-        layers.append(moe)
-    _insert(model, chosen, layers)
+            dispatcher, unit = DealtByProcess(), "image"
+        elif router is not None:
+            dispatcher = _router(router, num_experts, ffn)
+        dispatcher.key[LAYER] = number
+        separate = experts == "separate" or not ffn.stackable
+        for layer in ffn.layers:
+            if peers is not None:
+                made: Experts = ReplicaExperts(layer.module, peers)
+            else:
+                made = (SeparateExperts if separate else StackedExperts)(layer.module, num_experts)
+            layers.append(MoE(made, unit, ffn.channels_first, dispatcher))
+    _insert(model, [layer for ffn in chosen for layer in ffn.layers], layers)
     _exempt_norms_from_decay(model)
     guard_save_pretrained(model)
     if peers is not None:
         keep_from_ddp(model)
     return model
+
+
+def _check_split(chosen: list[FFN], unit: Unit, router: TopK | None) -> None:
+    """Refuse what the two layers of a split FFN cannot do alike."""
+    for ffn in chosen:
+        if ffn.pair is None:
+            continue
+        if router is not None:
+            raise EwavitError(
+                f"{ffn.name} computes its FFN in two layers ({' and '.join(ffn.pair)}), but a router needs "
+                "one module: leave out router"
+            )
+        if unit == "image" and any(vars(part).get("batch_first") is False for part in ffn.module.modules()):
+            raise EwavitError(
+                f'{ffn.name} takes (tokens, batch, channels), and unit="image" needs the batch first: '
+                "build it with batch_first=True, or leave out unit"
+            )
 
 
 def _check_chosen(model: nn.Module, chosen: list[FFN], experts: str) -> None:
@@ -453,7 +480,7 @@ def summary(model: nn.Module) -> Summary:
         kind = type(moe.experts).__name__.removesuffix("Experts").lower()
         here = moe.num_experts if moe.experts.peers is None else 1
         each = sum(parameter.numel() for parameter in moe.experts.parameters()) // here
-        ffn = type(moe.experts.ffns()[0]).__name__
+        ffn = type(moe.experts.original).__name__
         dealt = moe.dispatcher.describe(moe.unit)
         layers.append(LayerSummary(name, ffn, kind, moe.num_experts, moe.unit, dealt, each))
         own = sum(parameter.numel() for parameter in set(moe.experts.parameters()) - seen)
