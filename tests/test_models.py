@@ -547,8 +547,10 @@ def test_collapse_gives_the_model_of_the_library_back(family: Family) -> None:
 @pytest.mark.parametrize("name", ["pvt_v2", "convnextv2 nchw", "convnextv2 channels-last"])
 def test_ffns_that_mix_tokens_are_dealt_by_image_only_when_asked(name: str) -> None:
     model = FAMILIES[name].build()
-    with pytest.raises(ewa.EwavitError, match=r'mixes tokens.*unit="image"'):
+    with pytest.raises(ewa.EwavitError, match=r'mixes tokens.*unit="image"') as error:
         ewa.expand(model)
+    first = str(error.value).partition("\n")[0]
+    assert 'as in ewavit.expand(model, unit="image") or ewavit train --unit image' in first
     ewa.expand(model, unit="image")
     assert {layer.experts for layer in ewa.summary(model).layers} == {"separate"}
 
@@ -567,7 +569,10 @@ REFUSED = {
         of_timm_class(MlpMixer, **MIXER, block_layer=SpatialGatingBlock, mlp_layer=GatedMlp, mlp_ratio=4.0),
         ["blocks.0.mlp_channels", "GatedMlp", "cannot be run on (2, 4, 24)"],
     ),
-    "resnet": (of_timm("resnet18", channels=(8, 8, 8, 8)), ["no module looks like an FFN"]),
+    "resnet": (
+        of_timm("resnet18", channels=(8, 8, 8, 8)),
+        ["no module looks like an FFN", "convolutions with BatchNorm are none"],
+    ),
     "vgg": (of_timm_class(VGG, [8, "M", 8]), ["pre_logits", "part of the head"]),
     "vit with attention and FFN fused": (
         of_timm("vit_dpwee_patch16_reg1_gap_256", **VIT),
@@ -879,6 +884,30 @@ def test_a_named_module_is_examined_whatever_its_name() -> None:
     assert ewa.find_ffns(model) == []
     ewa.expand(model, select=["surprise", "other"])
     assert list(moe_layers(model)) == ["surprise", "other"]
+
+
+def test_two_layers_beside_attention_in_a_list_are_an_ffn_without_a_name():
+    def two_layers() -> nn.Module:
+        return nn.Sequential(nn.LayerNorm(DIM), nn.Linear(DIM, 12), nn.GELU(), nn.Linear(12, DIM))
+
+    attention = timm.layers.Attention(DIM, 2)
+    layers = nn.ModuleList([nn.ModuleList([attention, two_layers()]), nn.ModuleList([two_layers()])])
+    model = nn.ModuleDict({"layers": layers, "projection": two_layers()})
+    assert [(ffn.name, ffn.unit) for ffn in ewa.find_ffns(model)] == [("layers.0.1", "token")]
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_ffns_of_t5_are_found_in_encoder_and_decoder(gated: bool):
+    size = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 20}
+    config = transformers.T5Config(**size, feed_forward_proj="gated-gelu" if gated else "relu")
+    model = ewa.expand(transformers.T5Model(config), 3, select="all")
+    assert patterns(list(moe_layers(model))) == {
+        "encoder.block.*.layer.*.DenseReluDense": 2,
+        "decoder.block.*.layer.*.DenseReluDense": 2,
+    }
+    ids = torch.arange(6).view(2, 3)
+    model(input_ids=ids, decoder_input_ids=ids).last_hidden_state.square().sum().backward()
+    assert all(p.grad is not None for moe in moe_layers(model).values() for p in moe.parameters())
 
 
 def test_ffn_that_drops_whole_images_is_dealt_by_image_alone():

@@ -1,8 +1,9 @@
-"""Which modules of a model are FFNs: found by name and class, then checked by running them."""
+"""Which modules of a model are FFNs: found by name and class, checked by running them, and selected."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,10 +25,12 @@ from ewavit.core.trial import (
     width,
     with_random_weights,
 )
-from ewavit.errors import first_line
+from ewavit.errors import EwavitError, first_line
+
+Select = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
 _NAMES = re.compile(r"(mlp|ffn)\d*|mlp_(layer|channels|tokens|in)|channel_mixer|feed_?forward|ff")
-_CLASSES = re.compile(r"mlp|ffn|feed_?forward|swiglu|geglu", re.IGNORECASE)
+_CLASSES = re.compile(r"mlp|ffn|feed_?forward|swiglu|geglu|dense(gated)?actdense", re.IGNORECASE)
 _NOT_FFNS = (  # a part of the module's name, and what such a module is
     (re.compile(r"(self_|cross_)?attn\d*|(self_|cross_)?attention"), "part of attention, not an FFN"),
     (re.compile(r"(shared_)?rel_pos\w*"), "computes a position bias, not an FFN"),
@@ -151,7 +154,7 @@ def _candidates(modules: dict[str, nn.Module]) -> list[str]:
         for name, module in modules.items()
         if name
         and not name.startswith(mixtures)
-        and (_looks_like_ffn(name, module) or split.split_ffn(module))
+        and (_looks_like_ffn(name, modules) or split.split_ffn(module))
     ]
     return [
         name
@@ -160,8 +163,14 @@ def _candidates(modules: dict[str, nn.Module]) -> list[str]:
     ]
 
 
-def _looks_like_ffn(name: str, module: nn.Module) -> bool:
-    named = _NAMES.fullmatch(name.rpartition(".")[2]) or _CLASSES.search(type(module).__name__)
+def _looks_like_ffn(name: str, modules: dict[str, nn.Module]) -> bool:
+    module, (place, _, last) = modules[name], name.rpartition(".")
+    named = bool(_NAMES.fullmatch(last) or _CLASSES.search(type(module).__name__))
+    holder = modules.get(place)
+    if not named and isinstance(module, nn.Sequential) and isinstance(holder, nn.ModuleList):
+        # vit-pytorch has lists of an attention and an FFN without a name or class.
+        beside = any("attention" in type(other).__name__.lower() for other in holder)
+        named = beside and sum(isinstance(layer, nn.Linear) for layer in module) == 2
     return bool(named and module._modules and next(module.parameters(), None) is not None)
 
 
@@ -253,3 +262,79 @@ def _examine(name: str, module: nn.Module) -> FFN:
 
 def _short(problem: Exception) -> str:
     return f"{type(problem).__name__}: {first_line(problem)}"
+
+
+def select_ffns(model: nn.Module, select: Select = "alternate", unit: Unit = "token") -> list[FFN]:
+    """The FFNs that `expand` would choose with these arguments; it raises the same errors."""
+    if isinstance(select, str):
+        if dict(model.named_modules()).get(select) is not None:
+            select = [select]
+    elif not callable(select):
+        select = list(select)
+    if isinstance(select, list):
+        if not select:
+            raise _nothing("select=[] names no module", find_ffns(model))
+        modules = dict(model.named_modules())
+        if unknown := [name for name in select if not name or name not in modules]:
+            raise _nothing(f"the model has no module {', '.join(map(repr, unknown))}", find_ffns(model))
+        if inner := [(a, b) for a in select for b in select if a.startswith(f"{b}.")]:
+            raise EwavitError(f"{inner[0][0]} is a part of {inner[0][1]}: leave one of them out of select")
+        found = find_ffns(model, names=select)
+        if bad := [ffn for ffn in found if not _usable(ffn, unit)]:
+            raise _nothing(f"{bad[0].name} cannot become a mixture of experts", found, bad[0])
+        return found
+    found = find_ffns(model)
+    usable = [ffn for ffn in found if _usable(ffn, unit)]
+    if not usable:
+        problem = f'no FFN works with unit="{unit}"'
+        if not found and any("batchnorm" in type(module).__name__.lower() for module in model.modules()):
+            raise EwavitError(
+                f"{problem}: no module looks like an FFN, and convolutions with BatchNorm are none "
+                "(statistics would differ from expert to expert); name yours in select=[...]"
+            )
+        by_image = [ffn for ffn in found if ffn.unit]
+        raise _nothing(problem, found, (by_image + found)[0] if found else None)
+    if callable(select):
+        chosen = [ffn for ffn in usable if select(ffn.name, ffn.module)]
+    elif select == "all":
+        chosen = usable
+    elif select == "alternate":
+        chosen = usable[::-1][::2][::-1]
+    elif select == "last_half":
+        chosen = usable[len(usable) // 2 :]
+    else:
+        try:
+            chosen = [ffn for ffn in usable if re.search(select, ffn.name)]
+        except re.error as problem:
+            raise EwavitError(
+                f"select={select!r} is neither alternate, all, last_half, a module's name nor a regular "
+                f"expression ({problem})"
+            ) from None
+    if not chosen:
+        raise _nothing(f"select={select!r} matches none of the FFNs", found)
+    return chosen
+
+
+def _usable(ffn: FFN, unit: Unit) -> bool:
+    return ffn.unit == "token" or (ffn.unit == "image" and unit == "image")
+
+
+def _nothing(problem: str, found: list[FFN], refused: FFN | None = None) -> EwavitError:
+    """The error with the table of candidates; its first line gives one reason, or names to choose from."""
+    if not found:
+        return EwavitError(f"{problem}: no module looks like an FFN; name yours in select=[...]")
+    names = [ffn.name for ffn in found if ffn.unit]
+    hint = f"{refused.name}: {refused.reason}" if refused else f"choose from {', '.join(names[:3])}"
+    if refused and refused.unit == "image":
+        hint += ', as in ewavit.expand(model, unit="image") or ewavit train --unit image'
+    more = f", {len(found)} candidates in all" if len(found) > 1 else ""
+    return EwavitError(f"{problem}; {hint}{more}\n{candidate_table(found)}")
+
+
+def candidate_table(found: list[FFN]) -> str:
+    """The candidates as text, one per line: name, class, unit or the reason for refusing it."""
+    rows = [(f.name, f.class_name, f.unit or "refused", f.reason) for f in found]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return "\n".join(
+        "  " + "  ".join(c.ljust(w) for c, w in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -18,7 +18,7 @@ from ewavit.core.devices import Peers, cut_like, is_sharded, whole
 from ewavit.core.dispatch import Dispatcher
 from ewavit.core.draws import LAYER
 from ewavit.core.experts import ExpertLeaf, Experts, SeparateExperts, StackedExperts
-from ewavit.core.ffn import FFN, find_ffns
+from ewavit.core.ffn import FFN, Select, select_ffns
 from ewavit.core.moe import MoE, Unit, moe_layers, require_moe_layers
 from ewavit.core.partition import RandomPartition
 from ewavit.core.pretrained import guard_save_pretrained, unguard_save_pretrained
@@ -26,7 +26,6 @@ from ewavit.core.replicas import DealtByProcess, ReplicaExperts, keep_from_ddp
 from ewavit.core.routing import TopK, TopKRouter
 from ewavit.errors import EwavitError
 
-Select = str | Iterable[str] | Callable[[str, nn.Module], bool]
 Placement = Literal["local", "replicas"]
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -210,74 +209,6 @@ def _router(config: TopK, num_experts: int, ffn: FFN) -> TopKRouter:
     """A router for an FFN's tokens; drawn on the CPU, so that it is the same on every device."""
     weight = next(ffn.module.parameters())
     return TopKRouter(config, num_experts, ffn.dim).to(weight.device, weight.dtype)
-
-
-def select_ffns(model: nn.Module, select: Select = "alternate", unit: Unit = "token") -> list[FFN]:
-    """The FFNs that `expand` would choose with these arguments; it raises the same errors."""
-    if isinstance(select, str):
-        if dict(model.named_modules()).get(select) is not None:
-            select = [select]
-    elif not callable(select):
-        select = list(select)
-    if isinstance(select, list):
-        if not select:
-            raise _nothing("select=[] names no module", find_ffns(model))
-        modules = dict(model.named_modules())
-        if unknown := [name for name in select if not name or name not in modules]:
-            raise _nothing(f"the model has no module {', '.join(map(repr, unknown))}", find_ffns(model))
-        if inner := [(a, b) for a in select for b in select if a.startswith(f"{b}.")]:
-            raise EwavitError(f"{inner[0][0]} is a part of {inner[0][1]}: leave one of them out of select")
-        found = find_ffns(model, names=select)
-        if bad := [ffn for ffn in found if not _usable(ffn, unit)]:
-            raise _nothing(f"{bad[0].name} cannot become a mixture of experts", found, bad[0])
-        return found
-    found = find_ffns(model)
-    usable = [ffn for ffn in found if _usable(ffn, unit)]
-    if not usable:
-        problem = f'no FFN works with unit="{unit}"'
-        raise _nothing(problem, found, found[0] if found else None)
-    if callable(select):
-        chosen = [ffn for ffn in usable if select(ffn.name, ffn.module)]
-    elif select == "all":
-        chosen = usable
-    elif select == "alternate":
-        chosen = usable[::-1][::2][::-1]
-    elif select == "last_half":
-        chosen = usable[len(usable) // 2 :]
-    else:
-        try:
-            chosen = [ffn for ffn in usable if re.search(select, ffn.name)]
-        except re.error as problem:
-            raise EwavitError(
-                f"select={select!r} is neither alternate, all, last_half, a module's name nor a regular "
-                f"expression ({problem})"
-            ) from None
-    if not chosen:
-        raise _nothing(f"select={select!r} matches none of the FFNs", found)
-    return chosen
-
-
-def _usable(ffn: FFN, unit: Unit) -> bool:
-    return ffn.unit == "token" or (ffn.unit == "image" and unit == "image")
-
-
-def _nothing(problem: str, found: list[FFN], refused: FFN | None = None) -> EwavitError:
-    """The error with the table of candidates; its first line gives one reason, or names to choose from."""
-    if not found:
-        return EwavitError(f"{problem}: no module looks like an FFN; name yours in select=[...]")
-    names = [ffn.name for ffn in found if ffn.unit]
-    hint = f"{refused.name}: {refused.reason}" if refused else f"choose from {', '.join(names[:3])}"
-    more = f", {len(found)} candidates in all" if len(found) > 1 else ""
-    return EwavitError(f"{problem}; {hint}{more}\n{candidate_table(found)}")
-
-
-def candidate_table(found: list[FFN]) -> str:
-    """The candidates as text, one per line: name, class, unit or the reason for refusing it."""
-    rows = [(f.name, f.class_name, f.unit or "refused", f.reason) for f in found]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return "\n".join(
-        "  " + "  ".join(c.ljust(w) for c, w in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows
-    )
 
 
 def _refuse_wrapped(model: nn.Module) -> None:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ewavit.core.ffn import FFN, find_ffns
+from ewavit.core.ffn import FFN, find_ffns, select_ffns
 from ewavit.core.moe import moe_layers
-from ewavit.core.surgery import select_ffns, summary
+from ewavit.core.surgery import summary
 from ewavit.data.batches import Data
 from ewavit.errors import EwavitError
 from ewavit.study.bench import activation_bytes

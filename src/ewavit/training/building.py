@@ -19,9 +19,9 @@ from ewavit.core.averaging import (
     Schedule,
     looks_at_whole_tensors,
 )
-from ewavit.core.ffn import FFN
+from ewavit.core.ffn import FFN, select_ffns
 from ewavit.core.moe import moe_layers
-from ewavit.core.surgery import expand, select_ffns
+from ewavit.core.surgery import expand
 from ewavit.data.batches import Data, ImageInputs, Inputs
 from ewavit.errors import EwavitError, first_line
 from ewavit.tasks.choice import task_for
