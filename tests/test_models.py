@@ -34,7 +34,9 @@ from timm.models.vgg import VGG
 from timm.models.volo import VOLO
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import Tensor, nn
+from torchvision.models import ConvNeXt as TorchvisionConvNeXt
 from torchvision.models import MaxVit, SwinTransformer, VisionTransformer
+from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
 from torchvision.models.video.swin_transformer import SwinTransformer3d
 
@@ -55,6 +57,7 @@ class Family:
     unit: str = "token"
     size: int = 32  # image height and width
     inputs: dict[str, Any] = field(default_factory=dict)  # beside the images
+    split: bool = False  # each FFN is two layers of a block
 
 
 def of_timm(name: str, **settings: Any) -> Callable[[], nn.Module]:
@@ -90,10 +93,27 @@ HF_SWIN = {
     **{"window_size": 4, "drop_path_rate": 0.0},
 }
 DECODER = {f"decoder_{key}": HF[key] for key in HF if key not in ("image_size", "patch_size")}
+HF_CONVNEXT = {"hidden_sizes": [8, 16, 24, 32], "depths": [1] * 4, "layer_scale_init_value": 1.0}
 TV_SWIN = {
     **{"patch_size": [4, 4], "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4]},
     **{"window_size": [4, 4], "stochastic_depth_prob": 0.0},
 }
+
+
+class TorchViT(nn.Sequential):
+    """A ViT of torch.nn's encoder layers."""
+
+    def __init__(self) -> None:
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        patches = nn.Sequential(nn.Conv2d(3, 16, 8, 8), nn.Flatten(2))
+        super().__init__(patches, Transposed(), encoder, nn.Flatten(1), nn.Linear(16 * 16, CLASSES))
+
+
+class Transposed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mT
+
 
 FAMILIES = {
     "vit": Family(of_timm("vit_tiny_patch16_224", **VIT), {"blocks.*.mlp": 2}),
@@ -393,6 +413,37 @@ FAMILIES = {
     "transformers clip": Family(
         of_transformers("CLIPVisionModel", "CLIPVisionConfig", **HF), {"encoder.layers.*.mlp": 2}
     ),
+    "transformers swinv2": Family(
+        of_transformers("Swinv2ForImageClassification", "Swinv2Config", **HF_SWIN),
+        {"swinv*.encoder.layers.*.blocks.*": 4},
+        split=True,
+    ),
+    "transformers yolos": Family(
+        of_transformers(
+            "YolosForObjectDetection", "YolosConfig", **{**HF, "image_size": [32, 32]}, num_detection_tokens=4
+        ),
+        {"vit.encoder.layer.*": 2},
+        split=True,
+    ),
+    "transformers convnext": Family(
+        of_transformers("ConvNextForImageClassification", "ConvNextConfig", **HF_CONVNEXT),
+        {"convnext.encoder.stages.*.layers.*": 4},
+        split=True,
+    ),
+    "transformers convnextv2": Family(
+        of_transformers("ConvNextV2ForImageClassification", "ConvNextV2Config", **HF_CONVNEXT),
+        {"convnextv*.encoder.stages.*.layers.*": 4},
+        unit="image",
+        split=True,
+    ),
+    "torchvision convnext": Family(
+        lambda: TorchvisionConvNeXt(
+            [CNBlockConfig(16, 32, 1), CNBlockConfig(32, None, 1)], layer_scale=1.0, num_classes=CLASSES
+        ),
+        {"features.*.*": 2},
+        split=True,
+    ),
+    "torch.nn": Family(TorchViT, {"*.layers.*": 2}, split=True),
 }
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
@@ -444,7 +495,7 @@ def test_the_ffns_of_a_family_are_found(family: Family) -> None:
 def test_identical_experts_equal_the_dense_model(family: Family) -> None:
     dense = without_dropout(randomised(family.build(), 0.1))
     model = ewa.expand(copy.deepcopy(dense), 3, select="all", unit=family.unit)
-    assert len(moe_layers(model)) == sum(family.ffns.values())
+    assert len(moe_layers(model)) == (2 if family.split else 1) * sum(family.ffns.values())
     with torch.no_grad():
         assert_close(outputs(model.eval(), family), outputs(dense.eval(), family), 1e-5)
         expected = outputs(dense.train(), family)
@@ -496,8 +547,10 @@ def test_collapse_gives_the_model_of_the_library_back(family: Family) -> None:
 @pytest.mark.parametrize("name", ["pvt_v2", "convnextv2 nchw", "convnextv2 channels-last"])
 def test_ffns_that_mix_tokens_are_dealt_by_image_only_when_asked(name: str) -> None:
     model = FAMILIES[name].build()
-    with pytest.raises(ewa.EwavitError, match=r'mixes tokens.*unit="image"'):
+    with pytest.raises(ewa.EwavitError, match=r'mixes tokens.*unit="image"') as error:
         ewa.expand(model)
+    first = str(error.value).partition("\n")[0]
+    assert 'as in ewavit.expand(model, unit="image") or ewavit train --unit image' in first
     ewa.expand(model, unit="image")
     assert {layer.experts for layer in ewa.summary(model).layers} == {"separate"}
 
@@ -516,23 +569,14 @@ REFUSED = {
         of_timm_class(MlpMixer, **MIXER, block_layer=SpatialGatingBlock, mlp_layer=GatedMlp, mlp_ratio=4.0),
         ["blocks.0.mlp_channels", "GatedMlp", "cannot be run on (2, 4, 24)"],
     ),
-    "resnet": (of_timm("resnet18", channels=(8, 8, 8, 8)), ["no module looks like an FFN"]),
+    "resnet": (
+        of_timm("resnet18", channels=(8, 8, 8, 8)),
+        ["no module looks like an FFN", "convolutions with BatchNorm are none"],
+    ),
     "vgg": (of_timm_class(VGG, [8, "M", 8]), ["pre_logits", "part of the head"]),
     "vit with attention and FFN fused": (
         of_timm("vit_dpwee_patch16_reg1_gap_256", **VIT),
-        ["blocks.0", "DiffParallelScalingBlock", "computes its FFN itself"],
-    ),
-    "transformers swinv2": (
-        of_transformers("Swinv2ForImageClassification", "Swinv2Config", **HF_SWIN),
-        ["swinv2.encoder.layers.0.blocks.0", "Swinv2Layer", "intermediate and output"],
-    ),
-    "transformers videomae": (
-        of_transformers("VideoMAEModel", "VideoMAEConfig", **HF),
-        ["encoder.layer.0", "VideoMAELayer", "intermediate and output"],
-    ),
-    "torch.nn": (
-        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2),
-        ["layers.1", "TransformerEncoderLayer", "linear1 and linear2"],
+        ["blocks.0", "DiffParallelScalingBlock", "in_proj computes attention and FFN in one layer"],
     ),
 }
 
@@ -842,6 +886,30 @@ def test_a_named_module_is_examined_whatever_its_name() -> None:
     assert list(moe_layers(model)) == ["surprise", "other"]
 
 
+def test_two_layers_beside_attention_in_a_list_are_an_ffn_without_a_name():
+    def two_layers() -> nn.Module:
+        return nn.Sequential(nn.LayerNorm(DIM), nn.Linear(DIM, 12), nn.GELU(), nn.Linear(12, DIM))
+
+    attention = timm.layers.Attention(DIM, 2)
+    layers = nn.ModuleList([nn.ModuleList([attention, two_layers()]), nn.ModuleList([two_layers()])])
+    model = nn.ModuleDict({"layers": layers, "projection": two_layers()})
+    assert [(ffn.name, ffn.unit) for ffn in ewa.find_ffns(model)] == [("layers.0.1", "token")]
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_ffns_of_t5_are_found_in_encoder_and_decoder(gated: bool):
+    size = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 20}
+    config = transformers.T5Config(**size, feed_forward_proj="gated-gelu" if gated else "relu")
+    model = ewa.expand(transformers.T5Model(config), 3, select="all")
+    assert patterns(list(moe_layers(model))) == {
+        "encoder.block.*.layer.*.DenseReluDense": 2,
+        "decoder.block.*.layer.*.DenseReluDense": 2,
+    }
+    ids = torch.arange(6).view(2, 3)
+    model(input_ids=ids, decoder_input_ids=ids).last_hidden_state.square().sum().backward()
+    assert all(p.grad is not None for moe in moe_layers(model).values() for p in moe.parameters())
+
+
 def test_ffn_that_drops_whole_images_is_dealt_by_image_alone():
     class Dropping(nn.Sequential):
         def __init__(self) -> None:
@@ -857,9 +925,12 @@ def test_ffn_that_drops_whole_images_is_dealt_by_image_alone():
 HF_TINY = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96}
 
 
-def test_an_object_detectors_heads_are_not_ffns_and_its_refused_blocks_leave_nothing():
+def test_an_object_detectors_heads_are_not_ffns_with_its_blocks_refused_or_not():
     config = transformers.YolosConfig(**HF_TINY, image_size=[32, 32], patch_size=8, num_detection_tokens=4)
     model = transformers.YolosForObjectDetection(config)
+    assert [f.name for f in ewa.find_ffns(model) if f.unit] == ["vit.encoder.layer.0", "vit.encoder.layer.1"]
+    for block in model.vit.encoder.layer:
+        block.output.dense = nn.Sequential(nn.Linear(96, 8), nn.Linear(8, 48))
     with pytest.raises(ewa.EwavitError, match="no FFN works") as refused:
         ewa.expand(model)
     assert "bbox_predictor" in str(refused.value)
@@ -869,10 +940,12 @@ def test_an_object_detectors_heads_are_not_ffns_and_its_refused_blocks_leave_not
 def test_an_ffn_beside_attention_is_kept_where_other_blocks_are_refused():
     model = nn.Module()
     model.backbone = nn.ModuleList([tiny_vit(1).blocks[0]])
-    model.decoder = nn.TransformerDecoderLayer(16, 2, 32)  # computes its FFN itself
+    model.decoder = nn.TransformerDecoderLayer(16, 2, 32)
+    model.decoder.linear1 = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 32))  # no layer that can be dealt
     model.mlp = tiny_vit(1).blocks[0].mlp
     found = {ffn.name: ffn for ffn in ewa.find_ffns(model)}
     assert found["decoder"].unit is None
+    assert "linear1 (Sequential) holds 2 linear layers" in found["decoder"].reason
     assert found["backbone.0.mlp"].unit == "token"
     assert "outside the blocks" in found["mlp"].reason
 

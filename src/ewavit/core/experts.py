@@ -236,8 +236,17 @@ class Experts(nn.Module):
         now, then = (dict(each.named_parameters()).keys() for each in (self.ffns()[0], *self._before))
         return now != then
 
+    @property
+    def original(self) -> nn.Module:
+        """The FFN as it was, without its weights."""
+        return self._before[0]
+
     def merged(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The FFN with the mean parameters, applied to a dense input: what is deployed."""
+        raise NotImplementedError
+
+    def mean_of(self, name: str) -> Tensor | None:
+        """The mean over experts of a parameter that the FFN itself holds; None for an absent bias."""
         raise NotImplementedError
 
     def values_by_parameter(self, read: Read | None = None) -> Iterator[tuple[str, list[Tensor]]]:
@@ -324,6 +333,9 @@ class StackedExperts(Experts):
 
     merged = forward  # in eval mode the layers themselves use the mean
 
+    def mean_of(self, name: str) -> Tensor | None:
+        return cast(ExpertLeaf, self.ffn).mean(name)
+
     def values_by_parameter(self, read: Read | None = None) -> Iterator[tuple[str, list[Tensor]]]:
         for name, stack in self._stacks(read):
             yield name, list(stack.unbind(0))
@@ -383,6 +395,9 @@ class SeparateExperts(Experts):
             return cast(Tensor, self.copies[0](x, *args, **kwargs))
         refuse_tracing()
         return cast(Tensor, functional_call(*self._mean(), (x, *args), kwargs))
+
+    def mean_of(self, name: str) -> Tensor | None:
+        return self._mean()[1].get(name)
 
     def _mean(self) -> tuple[nn.Module, dict[str, Tensor]]:
         """The module that computes what is deployed, and its parameters: the experts' means."""

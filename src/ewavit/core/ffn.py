@@ -1,22 +1,36 @@
-"""Which modules of a model are FFNs: found by name and class, then checked by running them."""
+"""Which modules of a model are FFNs: found by name and class, checked by running them, and selected."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from ewavit.core.copying import attachments, duplicate
-from ewavit.core.experts import ExpertLeaf, Experts, SeparateExperts, StackedExperts
+from ewavit.core import split
+from ewavit.core.copying import attachments
+from ewavit.core.experts import SeparateExperts
 from ewavit.core.moe import MoE, Unit
-from ewavit.errors import first_line
+from ewavit.core.trial import (
+    deploys,
+    different,
+    first_layer,
+    moved_tokens,
+    probe_inputs,
+    same_in_training,
+    stacks,
+    width,
+    with_random_weights,
+)
+from ewavit.errors import EwavitError, first_line
+
+Select = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
 _NAMES = re.compile(r"(mlp|ffn)\d*|mlp_(layer|channels|tokens|in)|channel_mixer|feed_?forward|ff")
-_CLASSES = re.compile(r"mlp|ffn|feed_?forward|swiglu|geglu", re.IGNORECASE)
+_CLASSES = re.compile(r"mlp|ffn|feed_?forward|swiglu|geglu|dense(gated)?actdense", re.IGNORECASE)
 _NOT_FFNS = (  # a part of the module's name, and what such a module is
     (re.compile(r"(self_|cross_)?attn\d*|(self_|cross_)?attention"), "part of attention, not an FFN"),
     (re.compile(r"(shared_)?rel_pos\w*"), "computes a position bias, not an FFN"),
@@ -35,17 +49,14 @@ _DROPS = {  # layers that draw once for an image, and what they drop
     **dict.fromkeys(("DropPath", "StochasticDepth"), "images"),
     **dict.fromkeys(("Dropout1d", "Dropout2d", "Dropout3d", "FeatureAlphaDropout"), "channels of an image"),
 }
-_SPLIT = (  # layers of an FFN that are direct children of some blocks
-    ("intermediate", "output"),
-    ("linear1", "linear2"),
-    ("fc1", "fc2"),
-    ("in_proj", "mlp_drop"),  # timm's ParallelScalingBlock: fused with attention
-)
 
 
 @dataclass(frozen=True)
 class FFN:
-    """One candidate: its place, the unit it can be dealt by, or why it cannot become a mixture of experts."""
+    """One candidate: its place, the unit it can be dealt by, or why it cannot become a mixture of experts.
+
+    Of a split FFN, `module` is the block and `pair` has the paths of the two layers in it.
+    """
 
     name: str
     module: nn.Module
@@ -53,22 +64,37 @@ class FFN:
     reason: str = ""  # why it is refused or needs unit="image"
     channels_first: bool = False
     stackable: bool = False
+    pair: tuple[str, str] | None = None
 
     @property
     def class_name(self) -> str:
-        """The class of the module."""
-        return type(self.module).__name__
+        """The class of the module, and the layers of a split FFN."""
+        kind = type(self.module).__name__
+        return f"{kind} ({' and '.join(self.pair)})" if self.pair else kind
+
+    @property
+    def layers(self) -> list[FFN]:
+        """What becomes mixtures of experts: the FFN itself, or the two layers of a split one."""
+        if self.pair is None:
+            return [self]
+        parts = [(f"{self.name}.{path}", self.module.get_submodule(path)) for path in self.pair]
+        return [replace(self, name=name, module=layer, pair=None) for name, layer in parts]
+
+    @property
+    def block(self) -> str:
+        """The name of the block that it is in."""
+        return self.name if self.pair else self.name.rpartition(".")[0]
 
     @property
     def dim(self) -> int:
         """Channels of its input tokens; 0 if there is no Linear or Conv2d inside."""
-        first = _first_layer(self.module)
+        first = first_layer(self.layers[0].module)
         return 0 if first is None else first.weight.shape[1]
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of the module."""
-        return sum(parameter.numel() for parameter in self.module.parameters())
+        """Parameters of the FFN."""
+        return sum(p.numel() for layer in self.layers for p in layer.module.parameters())
 
 
 def find_ffns(model: nn.Module, names: list[str] | None = None) -> list[FFN]:
@@ -107,13 +133,14 @@ def find_ffns(model: nn.Module, names: list[str] | None = None) -> list[FFN]:
 
 def _without_leftovers(found: list[FFN], modules: dict[str, nn.Module]) -> list[FFN]:
     """Refuse what lies outside the blocks where the blocks themselves are refused: it is a head or a stem."""
-    blocks = {ffn.name.rpartition(".")[0] for ffn in found if _split(ffn.module)}
+    refused = [ffn for ffn in found if ffn.unit is None and split.split_ffn(ffn.module)]
+    blocks = {ffn.name.rpartition(".")[0] for ffn in refused}
     inside = any(ffn.unit and ffn.name.startswith(tuple(f"{name}." for name in blocks)) for ffn in found)
     if not blocks or inside:
         return found
 
     def leftover(ffn: FFN) -> bool:
-        return bool(ffn.unit) and not _attends(modules[ffn.name.rpartition(".")[0]])
+        return bool(ffn.unit) and not split.attends(modules[ffn.block])
 
     reason = "outside the blocks, which cannot be expanded: a head or a stem"
     return [replace(ffn, unit=None, reason=reason) if leftover(ffn) else ffn for ffn in found]
@@ -125,43 +152,38 @@ def _candidates(modules: dict[str, nn.Module]) -> list[str]:
     likely = [
         name
         for name, module in modules.items()
-        if name and not name.startswith(mixtures) and (_looks_like_ffn(name, module) or _split(module))
+        if name
+        and not name.startswith(mixtures)
+        and (_looks_like_ffn(name, modules) or split.split_ffn(module))
     ]
     return [
         name
         for name in likely
-        if _split(modules[name]) or not any(other.startswith(f"{name}.") for other in likely)
+        if split.split_ffn(modules[name]) or not any(other.startswith(f"{name}.") for other in likely)
     ]
 
 
-def _looks_like_ffn(name: str, module: nn.Module) -> bool:
-    named = _NAMES.fullmatch(name.rpartition(".")[2]) or _CLASSES.search(type(module).__name__)
+def _looks_like_ffn(name: str, modules: dict[str, nn.Module]) -> bool:
+    module, (place, _, last) = modules[name], name.rpartition(".")
+    named = bool(_NAMES.fullmatch(last) or _CLASSES.search(type(module).__name__))
+    holder = modules.get(place)
+    if not named and isinstance(module, nn.Sequential) and isinstance(holder, nn.ModuleList):
+        # vit-pytorch has lists of an attention and an FFN without a name or class.
+        beside = any("attention" in type(other).__name__.lower() for other in holder)
+        named = beside and sum(isinstance(layer, nn.Linear) for layer in module) == 2
     return bool(named and module._modules and next(module.parameters(), None) is not None)
-
-
-def _split(block: nn.Module) -> tuple[str, str] | None:
-    """The two FFN layers of a block that computes its FFN itself, besides its attention."""
-    children = {name for name, child in block._modules.items() if child is not None}
-    if _attends(block):
-        return next((pair for pair in _SPLIT if children.issuperset(pair)), None)
-    return None
-
-
-def _attends(block: nn.Module) -> bool:
-    """Whether a module holds attention: it is a block, and an FFN in it is no head."""
-    held = [name for name, child in block._modules.items() if child is not None]
-    return any("attn" in name or "attention" in name for name in held)
 
 
 def _signature(module: nn.Module) -> str:
     """Everything `_examine` depends on: structure, plain attributes, shapes, dtypes and devices."""
     plain = (bool, int, float, str, tuple)
+    considered = split.beside_attention(module) if split.split_ffn(module) else list(module.modules())
     parts = [
         (type(part), [(key, value) for key, value in vars(part).items() if isinstance(value, plain)])
-        for part in module.modules()
+        for part in considered
     ]
     tensors = [(name, value.shape, value.dtype, value.device) for name, value in module.named_parameters()]
-    return f"{module!r} {parts} {tensors} {[attachments(part) for part in module.modules()]}"
+    return f"{module!r} {parts} {tensors} {[attachments(part) for part in considered]}"
 
 
 def _false_friend(name: str, modules: dict[str, nn.Module]) -> str:
@@ -181,8 +203,9 @@ def _examine(name: str, module: nn.Module) -> FFN:
     def refused(reason: str) -> FFN:
         return FFN(name, module, None, reason)
 
-    if pair := _split(module):
-        return refused(f"the block computes its FFN itself ({' and '.join(pair)}): there is no FFN module")
+    if pair := split.split_ffn(module):
+        found = split.examine(module, pair)
+        return FFN(name, module, found.unit, found.reason, stackable=found.stackable, pair=found.pair)
     for inner, part in module.named_modules():
         kind = type(part).__name__
         if "forward" in vars(part):
@@ -197,22 +220,22 @@ def _examine(name: str, module: nn.Module) -> FFN:
             return refused("its parameters are on the meta device: give them memory first")
         if not parameter.is_floating_point():
             return refused(f"its weights are {parameter.dtype}: averaging needs floating point")
-    inputs = list(_probe_inputs(module))
-    if not inputs:
+    first = first_layer(module)
+    if first is None:
         return refused("no Linear or Conv2d inside")
     spatial = next((m for m in module.modules() if isinstance(m, nn.Conv2d) and max(m.kernel_size) > 1), None)
     if spatial is not None:
         mixes = f"mixes tokens ({'x'.join(map(str, spatial.kernel_size))} convolution inside)"
         return FFN(name, module, "image", f'{mixes}: needs unit="image"')
     try:
-        trial = _with_random_weights(module)
+        trial = with_random_weights(module)
     except Exception as problem:
         return refused(f"cannot be copied: {_short(problem)}")
     errors = []
-    for x, channel_dim in inputs:
+    for x, channel_dim in probe_inputs(first):
         try:
             with torch.no_grad():
-                moved = _moved_tokens(trial, x, channel_dim)
+                moved = moved_tokens(trial, x, channel_dim)
         except Exception as problem:
             # Any error in someone else's forward means the same here: it cannot be called like this.
             errors.append(f"cannot be run on {tuple(x.shape)}: {_short(problem)}")
@@ -225,15 +248,15 @@ def _examine(name: str, module: nn.Module) -> FFN:
             return FFN(name, module, "image", 'mixes tokens or depends on their position: needs unit="image"')
         elif not moved[0, 0]:
             errors.append("its output does not depend on its input")
-        elif (width := _width(trial, x, channel_dim)) != x.shape[channel_dim]:
-            return refused(f"{x.shape[channel_dim]} channels in, {width} out: a head or a projection")
+        elif (channels := width(trial, x, channel_dim)) != x.shape[channel_dim]:
+            return refused(f"{x.shape[channel_dim]} channels in, {channels} out: a head or a projection")
         else:
             hooked = any(attachments(part) for part in module.modules() if part is not module)
-            separate = _different(SeparateExperts(trial, 2))
-            if not _deploys(separate, x):
+            separate = different(SeparateExperts(trial, 2))
+            if not deploys(separate, x):
                 return refused("does not compute with its mean weights: merge adapters first (peft: LoRA)")
-            plain = not hooked and _same_in_training(trial, x)
-            return FFN(name, module, "token", "", channel_dim == 1, plain and _stacks(trial, separate, x))
+            plain = not hooked and same_in_training(trial, x)
+            return FFN(name, module, "token", "", channel_dim == 1, plain and stacks(trial, separate, x))
     return refused(errors[0])
 
 
@@ -241,121 +264,77 @@ def _short(problem: Exception) -> str:
     return f"{type(problem).__name__}: {first_line(problem)}"
 
 
-def _first_layer(module: nn.Module) -> nn.Linear | nn.Conv2d | None:
-    return next((m for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d)), None)
+def select_ffns(model: nn.Module, select: Select = "alternate", unit: Unit = "token") -> list[FFN]:
+    """The FFNs that `expand` would choose with these arguments; it raises the same errors."""
+    if isinstance(select, str):
+        if dict(model.named_modules()).get(select) is not None:
+            select = [select]
+    elif not callable(select):
+        select = list(select)
+    if isinstance(select, list):
+        if not select:
+            raise _nothing("select=[] names no module", find_ffns(model))
+        modules = dict(model.named_modules())
+        if unknown := [name for name in select if not name or name not in modules]:
+            raise _nothing(f"the model has no module {', '.join(map(repr, unknown))}", find_ffns(model))
+        if inner := [(a, b) for a in select for b in select if a.startswith(f"{b}.")]:
+            raise EwavitError(f"{inner[0][0]} is a part of {inner[0][1]}: leave one of them out of select")
+        found = find_ffns(model, names=select)
+        if bad := [ffn for ffn in found if not _usable(ffn, unit)]:
+            raise _nothing(f"{bad[0].name} cannot become a mixture of experts", found, bad[0])
+        return found
+    found = find_ffns(model)
+    usable = [ffn for ffn in found if _usable(ffn, unit)]
+    if not usable:
+        problem = f'no FFN works with unit="{unit}"'
+        if not found and any("batchnorm" in type(module).__name__.lower() for module in model.modules()):
+            raise EwavitError(
+                f"{problem}: no module looks like an FFN, and convolutions with BatchNorm are none "
+                "(statistics would differ from expert to expert); name yours in select=[...]"
+            )
+        by_image = [ffn for ffn in found if ffn.unit]
+        raise _nothing(problem, found, (by_image + found)[0] if found else None)
+    if callable(select):
+        chosen = [ffn for ffn in usable if select(ffn.name, ffn.module)]
+    elif select == "all":
+        chosen = usable
+    elif select == "alternate":
+        chosen = usable[::-1][::2][::-1]
+    elif select == "last_half":
+        chosen = usable[len(usable) // 2 :]
+    else:
+        try:
+            chosen = [ffn for ffn in usable if re.search(select, ffn.name)]
+        except re.error as problem:
+            raise EwavitError(
+                f"select={select!r} is neither alternate, all, last_half, a module's name nor a regular "
+                f"expression ({problem})"
+            ) from None
+    if not chosen:
+        raise _nothing(f"select={select!r} matches none of the FFNs", found)
+    return chosen
 
 
-def _probe_inputs(module: nn.Module) -> Iterator[tuple[Tensor, int]]:
-    """Random inputs that may fit the module, two images of four tokens, with their channel dimension."""
-    generator = torch.Generator().manual_seed(0)
-    first = _first_layer(module)
-    if first is None:
-        return
-    dim = first.weight.shape[1]
-    shapes = [((2, 4, dim), -1), ((2, 2, 2, dim), -1), ((2, dim, 2, 2), 1)]
-    if isinstance(first, nn.Conv2d):
-        shapes.reverse()
-    for shape, channel_dim in shapes:
-        x = torch.randn(shape, generator=generator)
-        yield x.to(first.weight.device, first.weight.dtype), channel_dim
+def _usable(ffn: FFN, unit: Unit) -> bool:
+    return ffn.unit == "token" or (ffn.unit == "image" and unit == "image")
 
 
-def _with_random_weights(module: nn.Module) -> nn.Module:
-    """A copy in eval mode with random weights: layers with zero weights would hide what they mix."""
-    generator = torch.Generator().manual_seed(1)
-    trial = duplicate(module, hooks=False).eval()  # a trial run calls no hook of the user's
-    with torch.no_grad():
-        for name, parameter in trial.named_parameters():
-            if "parametrizations" in name.split("."):
-                continue  # its values may have to fit together
-            scale = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 1.0
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-    return trial
+def _nothing(problem: str, found: list[FFN], refused: FFN | None = None) -> EwavitError:
+    """The error with the table of candidates; its first line gives one reason, or names to choose from."""
+    if not found:
+        return EwavitError(f"{problem}: no module looks like an FFN; name yours in select=[...]")
+    names = [ffn.name for ffn in found if ffn.unit]
+    hint = f"{refused.name}: {refused.reason}" if refused else f"choose from {', '.join(names[:3])}"
+    if refused and refused.unit == "image":
+        hint += ', as in ewavit.expand(model, unit="image") or ewavit train --unit image'
+    more = f", {len(found)} candidates in all" if len(found) > 1 else ""
+    return EwavitError(f"{problem}; {hint}{more}\n{candidate_table(found)}")
 
 
-def _moved_tokens(trial: nn.Module, x: Tensor, channel_dim: int) -> Tensor | None:
-    """Which output tokens (images, tokens) change when the tokens of the first image change.
-
-    They are reversed and the first one is replaced; in a token-wise FFN only that one changes. None if the
-    output does not have one token per input token.
-    """
-
-    def run(rows: Tensor) -> Tensor:
-        output: Tensor = trial(rows.view_as(last).movedim(-1, channel_dim)).movedim(channel_dim, -1)
-        return output.flatten(1, -2)
-
-    last = x.movedim(channel_dim, -1).contiguous()
-    rows = last.flatten(1, -2)
-    changed = torch.cat([rows[:1].flip(1), rows[1:]])
-    changed[0, -1] = torch.randn(rows.shape[-1], generator=torch.Generator().manual_seed(2))
-    before, after = run(rows), run(changed)
-    if before.shape[:2] != rows.shape[:2]:
-        return None
-    after = torch.cat([after[:1].flip(1), after[1:]])
-    return ~((after - before).abs().amax(-1) <= 1e-3 * before.abs().amax())  # so that NaN counts as moved
-
-
-@torch.no_grad()
-def _width(trial: nn.Module, x: Tensor, channel_dim: int) -> int:
-    output: Tensor = trial(x)
-    return output.shape[channel_dim]
-
-
-@torch.no_grad()
-def _different(experts: SeparateExperts) -> SeparateExperts:
-    for parameter in experts.copies[1].parameters():
-        parameter.mul_(0.5)
-    return experts
-
-
-@torch.no_grad()
-def _deploys(experts: Experts, x: Tensor) -> bool:
-    """Whether experts in eval mode compute what their collapse does, also when called again."""
-    try:
-        outputs = [experts.eval().merged(x) for _ in range(2)]
-        plain = experts.collapse().eval()(x)
-    except Exception:
-        # Any error in someone else's forward means the same here: it needs weights of its own.
-        return False
-    return all(_close(output, plain) for output in outputs)
-
-
-@torch.no_grad()
-def _same_in_training(trial: nn.Module, x: Tensor) -> bool:
-    """Whether a module computes the same in training mode, apart from its layers of dropout."""
-    expected = trial(x)
-    for part in trial.modules():
-        part.training = not isinstance(part, nn.Dropout)
-    try:
-        with torch.random.fork_rng([x.device] if x.is_cuda else []):
-            return _close(trial(x), expected)
-    except Exception:
-        return False  # its forward fails in training; separate copies fail as the plain FFN does
-    finally:
-        trial.eval()
-
-
-def _close(output: Tensor, expected: Tensor) -> bool:
-    tolerance = 1e-4 if expected.dtype in (torch.float32, torch.float64) else 5e-2
-    return bool((output - expected).norm() <= tolerance * expected.norm())
-
-
-@torch.no_grad()
-def _stacks(trial: nn.Module, separate: SeparateExperts, x: Tensor) -> bool:
-    """Whether stacked experts compute the same as two different separate copies on (E, ...) inputs."""
-    try:
-        stacked = StackedExperts(trial, 2)
-        for (_, into), (_, values) in zip(
-            stacked.values_by_parameter(), separate.values_by_parameter(), strict=True
-        ):
-            for target, value in zip(into, values, strict=True):
-                target.copy_(value)
-        if not _deploys(stacked, x):
-            return False
-        for part in stacked.modules():
-            part.training = isinstance(part, ExpertLeaf)
-        inputs = torch.stack([x, -x])
-        return _close(stacked(inputs), separate(inputs))
-    except Exception:
-        # Separate copies accept what the stacked layers or the FFN's forward do not.
-        return False
+def candidate_table(found: list[FFN]) -> str:
+    """The candidates as text, one per line: name, class, unit or the reason for refusing it."""
+    rows = [(f.name, f.class_name, f.unit or "refused", f.reason) for f in found]
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    return "\n".join(
+        "  " + "  ".join(c.ljust(w) for c, w in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows
+    )

@@ -119,13 +119,20 @@ class MoE(nn.Module):
         return ffn
 
     def __getattr__(self, name: str) -> Any:
-        """Attributes of the FFN that the MoE stands for, such as `fc1`: other code looks at them."""
+        """Attributes of the FFN that the MoE stands for, such as `fc1`: other code looks at them.
+
+        In eval mode a parameter is the experts' mean: torch's TransformerEncoderLayer computes with it.
+        """
         try:
             return super().__getattr__(name)
         except AttributeError:
             if name.startswith("_") or "experts" not in self._modules:
                 raise
-            return getattr(self.experts.ffns()[0], name)
+            original = self.experts.original
+            if name in original._parameters and not (self.training or self.routed):
+                return self.experts.mean_of(name)
+            ffn = self.experts.ffns()[0]
+            return getattr(ffn if hasattr(ffn, name) else original, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse a layer or parameter that would replace one of the FFN: no expert would have it."""

@@ -53,13 +53,20 @@ class ReplicaExperts(Experts):
     def merged(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.num_experts == 1:
             return self.forward(x, *args, **kwargs)
+        mean = {name: whole(value) for name, value in self._known_mean().items()}
+        return cast(Tensor, functional_call(self._deployed, mean, (x, *args), kwargs))
+
+    def mean_of(self, name: str) -> Tensor | None:
+        mean = self._known_mean().get(name)
+        return None if mean is None else whole(mean)
+
+    def _known_mean(self) -> dict[str, Tensor]:
         if self._mean is None or self._stale():
             raise EwavitError(
                 "the mean of the replica experts is missing or out of date: call model.eval() in every "
                 "process before evaluating, and again after the weights have changed"
             )
-        mean = {name: whole(value) for name, value in self._mean.items()}
-        return cast(Tensor, functional_call(self._deployed, mean, (x, *args), kwargs))
+        return self._mean
 
     @property
     def _deployed(self) -> nn.Module:

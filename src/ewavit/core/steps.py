@@ -81,7 +81,9 @@ def _draw_anew(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         return
     held = held_by(optimizer)
     counted = unwrapped_optimizer(optimizer).param_groups[0].get(STEPS_KEY)  # by an attached averaging
+    drawn: set[Dispatcher[Any]] = set()  # the layers of a split FFN share one
     for moe in list(_followers):
-        if any(id(parameter) in held for parameter in moe.experts.parameters()):
+        if moe.dispatcher not in drawn and any(id(p) in held for p in moe.experts.parameters()):
+            drawn.add(moe.dispatcher)
             key = moe.dispatcher.key
             key[STEP] = key[STEP] + 1 if counted is None else counted

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -15,16 +15,17 @@ from torch import Tensor, nn
 
 from ewavit.core.copying import all_parameters, called_within, hook_on_itself, share_call_hooks, tie
 from ewavit.core.devices import Peers, cut_like, is_sharded, whole
+from ewavit.core.dispatch import Dispatcher
 from ewavit.core.draws import LAYER
-from ewavit.core.experts import ExpertLeaf, SeparateExperts, StackedExperts
-from ewavit.core.ffn import FFN, find_ffns
+from ewavit.core.experts import ExpertLeaf, Experts, SeparateExperts, StackedExperts
+from ewavit.core.ffn import FFN, Select, select_ffns
 from ewavit.core.moe import MoE, Unit, moe_layers, require_moe_layers
+from ewavit.core.partition import RandomPartition
 from ewavit.core.pretrained import guard_save_pretrained, unguard_save_pretrained
 from ewavit.core.replicas import DealtByProcess, ReplicaExperts, keep_from_ddp
 from ewavit.core.routing import TopK, TopKRouter
 from ewavit.errors import EwavitError
 
-Select = str | Iterable[str] | Callable[[str, nn.Module], bool]
 Placement = Literal["local", "replicas"]
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -79,23 +80,48 @@ def expand(
     if moe_layers(model):
         raise EwavitError("the model is expanded already: call ewavit.collapse(model) first")
     chosen = select_ffns(model, select, unit if peers is None else "image")
-    _check_chosen(model, chosen, experts if peers is None else placement)
-    layers = []
+    _check_split(chosen, unit, router)
+    _check_chosen(
+        model, [part for ffn in chosen for part in ffn.layers], experts if peers is None else placement
+    )
+    layers: list[MoE] = []
     for number, ffn in enumerate(chosen):
+        dispatcher: Dispatcher[Any] = RandomPartition(num_experts)  # one draw for both layers of a split FFN
         if peers is not None:
-            moe = MoE(ReplicaExperts(ffn.module, peers), "image", ffn.channels_first, DealtByProcess())
-        else:
-            kind = SeparateExperts if experts == "separate" or not ffn.stackable else StackedExperts
-            dispatcher = None if router is None else _router(router, num_experts, ffn)
-            moe = MoE(kind(ffn.module, num_experts), unit, ffn.channels_first, dispatcher)
-        moe.dispatcher.key[LAYER] = number
-        layers.append(moe)
-    _insert(model, chosen, layers)
+            dispatcher, unit = DealtByProcess(), "image"
+        elif router is not None:
+            dispatcher = _router(router, num_experts, ffn)
+        dispatcher.key[LAYER] = number
+        separate = experts == "separate" or not ffn.stackable
+        for layer in ffn.layers:
+            if peers is not None:
+                made: Experts = ReplicaExperts(layer.module, peers)
+            else:
+                made = (SeparateExperts if separate else StackedExperts)(layer.module, num_experts)
+            layers.append(MoE(made, unit, ffn.channels_first, dispatcher))
+    _insert(model, [layer for ffn in chosen for layer in ffn.layers], layers)
     _exempt_norms_from_decay(model)
     guard_save_pretrained(model)
     if peers is not None:
         keep_from_ddp(model)
     return model
+
+
+def _check_split(chosen: list[FFN], unit: Unit, router: TopK | None) -> None:
+    """Refuse what the two layers of a split FFN cannot do alike."""
+    for ffn in chosen:
+        if ffn.pair is None:
+            continue
+        if router is not None:
+            raise EwavitError(
+                f"{ffn.name} computes its FFN in two layers ({' and '.join(ffn.pair)}), but a router needs "
+                "one module: leave out router"
+            )
+        if unit == "image" and any(vars(part).get("batch_first") is False for part in ffn.module.modules()):
+            raise EwavitError(
+                f'{ffn.name} takes (tokens, batch, channels), and unit="image" needs the batch first: '
+                "build it with batch_first=True, or leave out unit"
+            )
 
 
 def _check_chosen(model: nn.Module, chosen: list[FFN], experts: str) -> None:
@@ -183,74 +209,6 @@ def _router(config: TopK, num_experts: int, ffn: FFN) -> TopKRouter:
     """A router for an FFN's tokens; drawn on the CPU, so that it is the same on every device."""
     weight = next(ffn.module.parameters())
     return TopKRouter(config, num_experts, ffn.dim).to(weight.device, weight.dtype)
-
-
-def select_ffns(model: nn.Module, select: Select = "alternate", unit: Unit = "token") -> list[FFN]:
-    """The FFNs that `expand` would choose with these arguments; it raises the same errors."""
-    if isinstance(select, str):
-        if dict(model.named_modules()).get(select) is not None:
-            select = [select]
-    elif not callable(select):
-        select = list(select)
-    if isinstance(select, list):
-        if not select:
-            raise _nothing("select=[] names no module", find_ffns(model))
-        modules = dict(model.named_modules())
-        if unknown := [name for name in select if not name or name not in modules]:
-            raise _nothing(f"the model has no module {', '.join(map(repr, unknown))}", find_ffns(model))
-        if inner := [(a, b) for a in select for b in select if a.startswith(f"{b}.")]:
-            raise EwavitError(f"{inner[0][0]} is a part of {inner[0][1]}: leave one of them out of select")
-        found = find_ffns(model, names=select)
-        if bad := [ffn for ffn in found if not _usable(ffn, unit)]:
-            raise _nothing(f"{bad[0].name} cannot become a mixture of experts", found, bad[0])
-        return found
-    found = find_ffns(model)
-    usable = [ffn for ffn in found if _usable(ffn, unit)]
-    if not usable:
-        problem = f'no FFN works with unit="{unit}"'
-        raise _nothing(problem, found, found[0] if found else None)
-    if callable(select):
-        chosen = [ffn for ffn in usable if select(ffn.name, ffn.module)]
-    elif select == "all":
-        chosen = usable
-    elif select == "alternate":
-        chosen = usable[::-1][::2][::-1]
-    elif select == "last_half":
-        chosen = usable[len(usable) // 2 :]
-    else:
-        try:
-            chosen = [ffn for ffn in usable if re.search(select, ffn.name)]
-        except re.error as problem:
-            raise EwavitError(
-                f"select={select!r} is neither alternate, all, last_half, a module's name nor a regular "
-                f"expression ({problem})"
-            ) from None
-    if not chosen:
-        raise _nothing(f"select={select!r} matches none of the FFNs", found)
-    return chosen
-
-
-def _usable(ffn: FFN, unit: Unit) -> bool:
-    return ffn.unit == "token" or (ffn.unit == "image" and unit == "image")
-
-
-def _nothing(problem: str, found: list[FFN], refused: FFN | None = None) -> EwavitError:
-    """The error with the table of candidates; its first line gives one reason, or names to choose from."""
-    if not found:
-        return EwavitError(f"{problem}: no module looks like an FFN; name yours in select=[...]")
-    names = [ffn.name for ffn in found if ffn.unit]
-    hint = f"{refused.name}: {refused.reason}" if refused else f"choose from {', '.join(names[:3])}"
-    more = f", {len(found)} candidates in all" if len(found) > 1 else ""
-    return EwavitError(f"{problem}; {hint}{more}\n{candidate_table(found)}")
-
-
-def candidate_table(found: list[FFN]) -> str:
-    """The candidates as text, one per line: name, class, unit or the reason for refusing it."""
-    rows = [(f.name, f.class_name, f.unit or "refused", f.reason) for f in found]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return "\n".join(
-        "  " + "  ".join(c.ljust(w) for c, w in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows
-    )
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
@@ -453,7 +411,7 @@ def summary(model: nn.Module) -> Summary:
         kind = type(moe.experts).__name__.removesuffix("Experts").lower()
         here = moe.num_experts if moe.experts.peers is None else 1
         each = sum(parameter.numel() for parameter in moe.experts.parameters()) // here
-        ffn = type(moe.experts.ffns()[0]).__name__
+        ffn = type(moe.experts.original).__name__
         dealt = moe.dispatcher.describe(moe.unit)
         layers.append(LayerSummary(name, ffn, kind, moe.num_experts, moe.unit, dealt, each))
         own = sum(parameter.numel() for parameter in set(moe.experts.parameters()) - seen)

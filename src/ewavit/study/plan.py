@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ewavit.core.ffn import FFN, find_ffns
+from ewavit.core.ffn import FFN, find_ffns, select_ffns
 from ewavit.core.moe import moe_layers
-from ewavit.core.surgery import select_ffns, summary
+from ewavit.core.surgery import summary
 from ewavit.data.batches import Data
 from ewavit.errors import EwavitError
 from ewavit.study.bench import activation_bytes
@@ -166,17 +166,15 @@ def _work(
         two, three = (activation_bytes(measured, partial(loss, batch=batch)) for batch in (2, 3))
         return three - two
 
-    blocks = {ffn.name.rpartition(".")[0] for ffn in chosen or find_ffns(model)}
+    blocks = {ffn.block for ffn in chosen or find_ffns(model)}
     block = max(sum(p.numel() for p in model.get_submodule(name).parameters()) for name in blocks)
     plain = checkpointed = per_image()
     if checkpointing:
         set_grad_checkpointing(measured)
         checkpointed = per_image()
-        checkpointed += (plain - checkpointed) // len(
-            {ffn.name.rpartition(".")[0] for ffn in find_ffns(model)}
-        )
+        checkpointed += (plain - checkpointed) // len({ffn.block for ffn in find_ffns(model)})
     return Work(
-        parameters, sum(p.numel() for ffn in chosen for p in ffn.module.parameters()), len(chosen), block,
+        parameters, sum(ffn.num_parameters for ffn in chosen), len(chosen), block,
         flops, plain, checkpointed,
     )  # fmt: skip
 

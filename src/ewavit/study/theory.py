@@ -130,7 +130,7 @@ def hessian_trace(loss: Tensor, parameters: Iterable[Tensor], samples: int = 16)
 def flatness_penalty(model: nn.Module, loss: Tensor) -> float:
     """1/2 tr(H Cov d): the contribution of the experts' deviations to the training loss, to second order.
 
-    Layers draw their partitions independently, so only the blocks of the Hessian within one MoE layer count.
+    FFNs draw their partitions independently, so only the blocks of the Hessian within one of them count.
     This holds if the loss is a sum over units: with unit="image", and for losses summed over tokens. If the
     loss mixes tokens of different experts, as with attention, H has cross terms between tokens; they average
     out in training.
@@ -140,25 +140,27 @@ def flatness_penalty(model: nn.Module, loss: Tensor) -> float:
         loss: the loss of the model in `eval()` mode, with its graph; for attention see `hessian_trace`.
 
     Returns:
-        1/2 mean_i d_i^T H d_i, summed over MoE layers.
+        1/2 mean_i d_i^T H d_i, summed over FFNs.
 
     Raises:
         EwavitError: the model has no MoE layer, or it has replica experts.
     """
     penalty = 0.0
-    for moe in layers_with_all_experts(model).values():
-        families = tensors_by_parameter(moe.experts)
+    layers = list(layers_with_all_experts(model).values())
+    for dispatcher in dict.fromkeys(moe.dispatcher for moe in layers):  # split FFNs: two layers with one draw
+        drawn = [moe for moe in layers if moe.dispatcher is dispatcher]
+        families = [family for moe in drawn for family in tensors_by_parameter(moe.experts)]
         held = [parameter for family in families for parameter in family]
         gradients = torch.autograd.grad(loss, held, create_graph=True, materialize_grads=True)
         deviations = [
             deviations_from_mean([parameter.detach() for parameter in family]) for family in families
         ]
-        for expert in range(moe.num_experts):
+        for expert in range(drawn[0].num_experts):
             # All experts move by this one's deviation, and so does their mean.
             vector = [
                 d[expert].expand_as(p) for d, family in zip(deviations, families, strict=True) for p in family
             ]
-            penalty += 0.5 * _curvature(gradients, held, vector).item() / moe.num_experts
+            penalty += 0.5 * _curvature(gradients, held, vector).item() / drawn[0].num_experts
     return penalty
 
 

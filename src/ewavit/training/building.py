@@ -19,9 +19,9 @@ from ewavit.core.averaging import (
     Schedule,
     looks_at_whole_tensors,
 )
-from ewavit.core.ffn import FFN
+from ewavit.core.ffn import FFN, select_ffns
 from ewavit.core.moe import moe_layers
-from ewavit.core.surgery import expand, select_ffns
+from ewavit.core.surgery import expand
 from ewavit.data.batches import Data, ImageInputs, Inputs
 from ewavit.errors import EwavitError, first_line
 from ewavit.tasks.choice import task_for
@@ -220,10 +220,13 @@ def _scale_expert_lr(optimizer: torch.optim.Optimizer, model: nn.Module, factor:
 
 
 def ffn_input_shapes(model: nn.Module, ffns: list[FFN], sample: Tensor) -> dict[str, torch.Size]:
-    """The shape of each FFN's input for one image (1, channels, height, width), by the FFN's name."""
+    """The shape of each FFN's input for one image (1, channels, height, width), by name.
+
+    A split FFN gives two.
+    """
     shapes: dict[str, torch.Size] = {}
     handles = []
-    for ffn in ffns:
+    for ffn in (layer for each in ffns for layer in each.layers):
 
         def note(module: nn.Module, inputs: tuple[Tensor, ...], name: str = ffn.name) -> None:
             shapes[name] = inputs[0].shape
