@@ -351,7 +351,7 @@ def test_evaluate_and_export_refuse_what_is_not_theirs(capsys, tmp_path):
         assert said in refused(capsys, tmp_path, *arguments)
 
 
-COMMANDS = ("train", "plan", "bench", "compare", "evaluate", "export")
+COMMANDS = ("train", "plan", "bench", "compare", "evaluate", "predict", "export")
 
 
 @pytest.mark.parametrize("command", COMMANDS[:4])

@@ -39,25 +39,7 @@ from ewavit.training.processes import Interrupted
 from ewavit.training.recipe import Recipe
 from ewavit.training.run_folder import RunFolder
 from runs import TINY, recipe, stop_after
-
-MODEL = {"model_kwargs": "patch_size=8,embed_dim=32,depth=2,num_heads=2", "img_size": 32, "lr": 3e-3}
-SIZES = ((40, 40), (61, 44), (32, 32), (33, 70), (90, 48))
-
-
-def write_folder(root: Path, mode: str = "RGB", sizes=SIZES, train_images=96, val_images=90) -> Path:
-    """Three classes of noisy stripes of different directions, in images of several sizes."""
-    generator = np.random.default_rng(0)
-    for split, count in (("train", train_images), ("val", val_images)):
-        for number in range(count):
-            label, (width, height) = number % 3, sizes[number % len(sizes)]
-            y, x = np.mgrid[:height, :width]
-            stripes = np.sin(0.7 * (x, y, x + y)[label] + generator.uniform(0, 6))
-            pixels = 128 + 40 * stripes[..., None] + generator.normal(0, 70, (height, width, 3))
-            image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).convert(mode)
-            path = root / split / f"stripes, {label}" / f"{number}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            image.save(path)
-    return root
+from stripes import MODEL, predicted, write_folder
 
 
 @pytest.fixture(scope="module")
@@ -235,11 +217,6 @@ def test_a_folder_is_exported_whole_or_not_at_all(finished, tmp_path, monkeypatc
     assert sorted(file.name for file in to.iterdir()) == ["config.json", "model.safetensors"]
     with pytest.raises(EwavitError, match="exists already"):
         export(finished.run, to)
-
-
-def predicted(run: Path) -> list[dict[str, str]]:
-    with (run / "predictions.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_predictions_name_the_file_and_the_classes(finished, folder):

@@ -85,15 +85,14 @@ def test_the_table_of_the_comparison_is_that_of_its_record():
     assert "whether EWA helps here cannot be told" in README
 
 
-def test_the_suite_tries_sixty_models():
+def test_the_suite_tries_as_many_models_as_the_readme_says():
     tree = ast.parse((ROOT / "tests" / "test_models.py").read_text())
     (families,) = [
         node.value
         for node in tree.body
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "FAMILIES"
     ]
-    assert len(families.keys) == 60
-    assert "sixty models" in README
+    assert f"small versions of {len(families.keys)} models" in README
 
 
 def test_the_readme_is_short():

@@ -27,6 +27,7 @@ LISTED = {
     "ewavit.data.options": ("DataOptions",),
     "ewavit.training.recipe": ("Recipe",),
     "ewavit.training.loop": ("Result", "TrainingRun", "resume", "train"),
+    "ewavit.training.inference": ("Outputs", "predict"),
     "ewavit.compare.arms": ("Arm", "make_arms"),
     "ewavit.compare.compare": ("compare",),
 }

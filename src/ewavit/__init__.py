@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 from ewavit.errors import EwavitError
 
 if TYPE_CHECKING:  # the names are imported when they are first used: the command line starts without torch
+    from collections.abc import Sequence
     from os import PathLike
+    from pathlib import Path
 
     from torch.nn import Module
 
@@ -67,6 +69,38 @@ def load(run: str | PathLike[str]) -> Module:
     return load_model(Path(run))[0]
 
 
+def predict(
+    run: str | PathLike[str],
+    inputs: str | Path | Sequence[str | Path],
+    topk: int = 5,
+    skip_bad_images: bool = False,
+) -> list[dict[str, Any]]:
+    """Predict for files without labels, prepared as in the evaluation of the training.
+
+    Args:
+        run: the folder of a run of `ewavit train`, its checkpoint, or an exported file.
+        inputs: one or several files, folders and patterns such as "photos/*.jpg".
+        topk: number of classes to give of each input.
+        skip_bad_images: leave out files that cannot be read instead of raising an error.
+
+    Returns:
+        One dict for each file, in the order of the inputs. A classification gives "input", "prediction" (the
+        class's number), "predicted_class", "probability", and the names and probabilities of `topk`
+        classes.
+
+    Raises:
+        EwavitError: ewavit wrote no model there, a file cannot be read, or `ewavit[train]` is not installed.
+    """
+    from pathlib import Path
+
+    try:
+        from ewavit.training.inference import predict as of_files
+    except ModuleNotFoundError as missing:
+        raise EwavitError(f"ewavit.predict needs {missing.name}: pip install 'ewavit[train]'") from None
+    places = [inputs] if isinstance(inputs, str | Path) else list(inputs)
+    return of_files(Path(run), places, topk=topk, skip_bad_images=skip_bad_images)[0].rows()
+
+
 __all__ = [
     "Constant",
     "CosineRamp",
@@ -89,6 +123,7 @@ __all__ = [
     "load",
     "load_dense_state_dict",
     "param_groups",
+    "predict",
     "routing_statistics",
     "scale_auxiliary_loss",
     "summary",

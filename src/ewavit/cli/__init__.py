@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ewavit import __version__
+from ewavit.cli import predict
 from ewavit.cli.parser import (
     Help,
     Parser,
@@ -45,16 +46,9 @@ if TYPE_CHECKING:
 # milliseconds, and on busy cores a step has hundreds of waits; 5,000 cost nothing on free cores
 # (benchmarks/busy_cores.py).
 SPIN_COUNT = "5000"
-COMMANDS = ("train", "plan", "bench", "compare", "evaluate", "export")
-_OF_COMPARISON = {
-    "arms",
-    "seeds",
-    "lrs",
-    "jobs",
-    "against",
-    "contrasts",
-    "primary",
-}  # what the YAML of a comparison holds beside a recipe
+COMMANDS = ("train", "plan", "bench", "compare", "evaluate", "predict", "export")
+# What the YAML of a comparison holds beside a recipe.
+_OF_COMPARISON = {"arms", "seeds", "lrs", "jobs", "against", "contrasts", "primary"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,6 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_bench(commands)
     _add_compare(commands)
     _add_evaluate(commands)
+    _add_predict(commands)
     _add_export(commands)
     return parser
 
@@ -221,6 +216,19 @@ def _add_evaluate(commands: _Commands) -> None:
         help="write the confusion matrix (row: true class, column: predicted class) and a picture, FILE.png",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_predict(commands: _Commands) -> None:
+    parser = _command(
+        commands,
+        "predict",
+        predict.run,
+        "predict for files without labels",
+        "Predict with the model of a run, a checkpoint or an exported file. Files are prepared as in the "
+        "run's evaluation. Predictions are printed in the order of the inputs, or written with --csv and "
+        "--sheet.",
+    )
+    predict.add_flags(parser)
 
 
 def _add_export(commands: _Commands) -> None:

@@ -212,8 +212,26 @@ def transforms(
         raise EwavitError(
             f"timm does not know aa {augmentation.aa!r}: try rand-m9-mstd0.5-inc1, original or augmix-m3"
         ) from error
-    evaluate = create_transform(img_size, **asdict(resizing), mean=mean, use_prefetcher=True)
-    return train, evaluate
+    return train, evaluation_transform(img_size, resizing, mean)
+
+
+def evaluation_transform(img_size: int, resizing: Resizing, mean: tuple[float, ...]) -> Any:
+    """Make timm's transform for evaluation, from PIL image to bytes (channels, height, width).
+
+    Args:
+        img_size: height and width of the result, in pixels.
+        resizing: how images are resized and cropped.
+        mean: mean per channel, of values in 0..1; it fills borders.
+    """
+    return create_transform(img_size, **asdict(resizing), mean=mean, use_prefetcher=True)
+
+
+def refusal(where: str, reason: str) -> EwavitError:
+    """The error for an image that cannot be read and is not skipped."""
+    return EwavitError(
+        f"cannot read {where} ({reason}): repair or remove it, or skip unreadable images with "
+        "--skip-bad-images"
+    )
 
 
 def normalize(images: Tensor, statistics: Statistics) -> Tensor:
@@ -284,12 +302,12 @@ class LoaderData(Data):
             options.augmentation, self.img_size, self.resizing, (self.mean, self.std)
         )
         self._train_keys, self._eval_keys = BatchKeys(), BatchKeys()
-        self._train_loader = _loader(
+        self._train_loader = loader_of(
             Samples(train, indices, to_train, mode, options.seed, replace_bad=self._skip),
             self._train_keys,
             options,
         )
-        self._eval_loader = _loader(
+        self._eval_loader = loader_of(
             Samples(val, eval_indices, to_eval, mode, options.seed, replace_bad=False),
             self._eval_keys,
             options,
@@ -346,10 +364,7 @@ class LoaderData(Data):
             for where, reason in bad:
                 if not self._skip:
                     loader._iterator = None  # stops the workers now; as garbage they would take seconds each
-                    raise EwavitError(
-                        f"cannot read {where} ({reason}): repair or remove it, or skip unreadable images "
-                        "with --skip-bad-images"
-                    )
+                    raise refusal(where, reason)
                 self._bad.add(where)
                 self._bad_of_pass.add(where)
                 any_bad = True
@@ -385,7 +400,8 @@ def started(loader: DataLoader[Any]) -> Iterator[Any]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _loader(samples: Samples, keys: BatchKeys, options: DataOptions) -> DataLoader[Sample]:
+def loader_of(samples: Samples, keys: BatchKeys, options: DataOptions) -> DataLoader[Any]:
+    """A loader of the batches that `keys` names; workers stay for the next pass."""
     return DataLoader(
         samples,
         batch_sampler=keys,

@@ -137,6 +137,21 @@ def read_points(spec: str, num_points: int, skip_bad: bool = False, holdout: boo
     raise EwavitError(f"unknown point data {spec!r}: give {', '.join(FORMATS)}")
 
 
+def read_cloud(file: Path, num_points: int) -> Floats:
+    """Read one cloud (num_points, 3) from a file, the same points as evaluation takes from it.
+
+    Args:
+        file: of a format that `points:PATH` takes, see `read_points`.
+        num_points: points to take.
+
+    Raises:
+        EwavitError: the cloud is bad.
+    """
+    points = _Reader(num_points, skip_bad=False).load(_of_file(file, 0))
+    assert points is not None
+    return points[:num_points]
+
+
 def save_points(points: PointSet, file: Path) -> None:
     """Write a classification set as one .npz file; the spec `modelnet10:FILE` reads it again, quickly.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ewavit.data.augmentation import Mix
 from ewavit.data.batches import Data, ImageInputs, Inputs
+from ewavit.data.image_files import ImageFiles
+from ewavit.data.input_files import InputFiles
+from ewavit.data.options import DataOptions
+from ewavit.tasks.class_inference import ClassInference
 from ewavit.tasks.confusion import Confusion
+from ewavit.tasks.inference import Inference, InferenceOptions
 from ewavit.tasks.judge import TOP1
 from ewavit.tasks.task import Meter, Metrics, Mixing, Task
 from ewavit.tasks.timm_models import (
@@ -35,6 +41,7 @@ class Classification(Task):
 
     kind = "images"
     judge = TOP1
+    suffixes = IMG_EXTENSIONS
 
     def inputs(self, classes: int, in_chans: int, img_size: int, num_points: int | None) -> Inputs:
         return ImageInputs(classes, in_chans, img_size)
@@ -81,6 +88,13 @@ class Classification(Task):
             f"transform(ImageOps.exif_transpose(image).convert({mode!r})) of PIL images; "
             "timm.data.create_transform(**timm.data.resolve_model_data_config(model)) is the same transform"
         )
+
+    def open_files(self, names: Sequence[str], inputs: Inputs, options: DataOptions) -> InputFiles:
+        assert isinstance(inputs, ImageInputs)
+        return ImageFiles(names, inputs, options)
+
+    def inference(self, files: InputFiles, options: InferenceOptions) -> Inference:
+        return ClassInference(files, options)
 
     def loss(self, outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
         return F.cross_entropy(outputs, targets, label_smoothing=smoothing)

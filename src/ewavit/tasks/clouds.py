@@ -11,12 +11,16 @@ import torch
 from torch import nn
 
 from ewavit.data.batches import Data, Inputs
+from ewavit.data.input_files import InputFiles
+from ewavit.data.options import DataOptions
 from ewavit.data.weight_files import read_weights
 from ewavit.errors import EwavitError, first_line
-from ewavit.files import replacing
 from ewavit.points.batches import CloudInputs
+from ewavit.points.cloud_files import CloudFiles
+from ewavit.points.sources import SUFFIXES
 from ewavit.points.transformer import create_point_model, load_point_weights
 from ewavit.tasks.classification import Classification
+from ewavit.tasks.sheet import draw_sheet, short
 from ewavit.tasks.task import Mixing, Prediction
 from ewavit.tasks.timm_models import check_settings
 from ewavit.tasks.weights import LoadReport
@@ -31,6 +35,7 @@ class CloudClassification(Classification):
     no_mixing = "--mixup and --cutmix mix images: leave them out for point clouds"
     fewest_per_batch = (2, "is too small for the point transformer's BatchNorm: choose 2 or more")
     model = "point_transformer_s"
+    suffixes = SUFFIXES
 
     def inputs(self, classes: int, in_chans: int, img_size: int, num_points: int | None) -> Inputs:
         assert num_points is not None
@@ -89,6 +94,10 @@ class CloudClassification(Classification):
             f"load_point_checkpoint(model, {str(file)!r})"
         )
 
+    def open_files(self, names: Sequence[str], inputs: Inputs, options: DataOptions) -> InputFiles:
+        assert isinstance(inputs, CloudInputs)
+        return CloudFiles(names, inputs, options)
+
     def input_text(self, inputs: Inputs) -> str:
         assert isinstance(inputs, CloudInputs)
         shape = f"(batch, {inputs.num_points}, {inputs.in_chans})"
@@ -105,37 +114,10 @@ class CloudClassification(Classification):
         wrong = [index for index in order if predictions[index][0] != predictions[index][1]][: SHOWN // 2]
         right = [index for index in order if predictions[index][0] == predictions[index][1]]
         chosen = right[: SHOWN - len(wrong)] + wrong
-        named = [tuple(data.classes[number] for number in predictions[index][:2]) for index in chosen]
-        draw_clouds(clouds(chosen), named, path)
-
-
-def draw_clouds(clouds: Any, names: Sequence[tuple[str, ...]], path: Path) -> None:
-    """Draw point clouds with their classes as one picture.
-
-    Args:
-        clouds: coordinates, (clouds, points, 3).
-        names: true and predicted class of each cloud; wrong predictions are red.
-        path: file of the picture.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    columns = min(5, len(names))
-    rows = -(-len(names) // columns)
-    figure = pyplot.figure(figsize=(2.4 * columns, 2.6 * rows), layout="constrained")
-    for number, (points, (label, found)) in enumerate(zip(clouds, names, strict=True), 1):
-        axis = figure.add_subplot(rows, columns, number, projection="3d")
-        x, y, z = points.T
-        axis.scatter(x, y, z, c=y, s=2, cmap="viridis", linewidths=0)
-        axis.set_box_aspect((1, 1, 1), zoom=1.3)
-        for limits in (axis.set_xlim, axis.set_ylim, axis.set_zlim):
-            limits(-0.8, 0.8)
-        axis.set_axis_off()
-        right = label == found
-        title = label if right else f"{label}\npredicted {found}"
-        axis.set_title(title, fontsize=9, color="black" if right else "tab:red")
-    with replacing(path) as partial:
-        figure.savefig(partial, format="png", dpi=120)
-    pyplot.close(figure)
+        names = [tuple(data.classes[number] for number in predictions[index][:2]) for index in chosen]
+        captions = [
+            short(label) if label == found else f"{short(label)}\npredicted {short(found)}"
+            for label, found in names
+        ]
+        mistaken = [label != found for label, found in names]
+        draw_sheet(list(clouds(chosen)), captions, path, mistaken, clouds=True)

@@ -10,10 +10,13 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from ewavit.data.batches import Data, Inputs
+from ewavit.data.input_files import InputFiles
+from ewavit.errors import EwavitError
 from ewavit.points.batches import CloudInputs
 from ewavit.points.metrics import Categories, part_ious
 from ewavit.tasks.classification import ClassMeter
 from ewavit.tasks.clouds import CloudClassification
+from ewavit.tasks.inference import Inference, InferenceOptions
 from ewavit.tasks.judge import INSTANCE_IOU
 from ewavit.tasks.task import Meter, Metrics
 
@@ -28,6 +31,12 @@ class PartSegmentation(CloudClassification):
     def inputs(self, classes: int, in_chans: int, img_size: int, num_points: int | None) -> Inputs:
         assert num_points is not None
         return CloudInputs(classes, in_chans, num_points, parts=True)
+
+    def inference(self, files: InputFiles, options: InferenceOptions) -> Inference:
+        raise EwavitError(
+            "a model of parts also needs the category of each cloud, and a file does not name it: use ewavit "
+            "evaluate with a data set of ShapeNetPart"
+        )
 
     def meter(self, data: Data, device: torch.device | str = "cpu") -> Meter:
         return PartMeter(self.kind, data.num_classes, data.categories, device)

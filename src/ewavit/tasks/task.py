@@ -12,7 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ewavit.data.batches import Batch, Data, Inputs
+from ewavit.data.input_files import InputFiles
+from ewavit.data.options import DataOptions
 from ewavit.tasks.confusion import Confusion
+from ewavit.tasks.inference import Inference, InferenceOptions
 from ewavit.tasks.judge import Judge
 
 Mixing = Callable[[Tensor, Tensor], Batch]  # inputs and targets -> mixed inputs and targets
@@ -79,7 +82,7 @@ class Meter(ABC):
 
 
 class Task(ABC):
-    """A task: head, loss, targets, metrics, the judging metric, and the picture of a run.
+    """A task: head, loss, targets, metrics, the judging metric, the picture of a run, and its predictions.
 
     Attributes:
         kind: kind of the inputs in messages, "images" or "clouds".
@@ -87,6 +90,7 @@ class Task(ABC):
         names_classes: whether `predictions.csv` lists a label and a predicted class for every input.
         no_mixing: error message if mixup and CutMix do not apply; None if they do.
         fewest_per_batch: smallest training batch of the model, and the error message for smaller ones.
+        suffixes: endings of the files that `open_files` takes from a folder, such as ".png".
     """
 
     kind: ClassVar[str]
@@ -94,6 +98,7 @@ class Task(ABC):
     names_classes: ClassVar[bool] = True
     no_mixing: ClassVar[str | None] = None
     fewest_per_batch: ClassVar[tuple[int, str]] = (1, "")
+    suffixes: ClassVar[tuple[str, ...]]
 
     # The model.
 
@@ -192,4 +197,24 @@ class Task(ABC):
             data: the data with the evaluation inputs.
             predictions: one for each evaluation input, in the data's order.
             path: file of the picture.
+        """
+
+    # Predicting: `ewavit predict`.
+
+    @abstractmethod
+    def open_files(self, names: Sequence[str], inputs: Inputs, options: DataOptions) -> InputFiles:
+        """Inputs without labels, one in each file, prepared as in evaluation.
+
+        Args:
+            names: the files, in the order of the output.
+            inputs: shape of the model's inputs.
+            options: batch size, preparation, device, workers and `skip_bad_images`.
+        """
+
+    @abstractmethod
+    def inference(self, files: InputFiles, options: InferenceOptions) -> Inference:
+        """A new, empty `Inference` for these files.
+
+        Raises:
+            EwavitError: something was asked for that the task does not have.
         """

@@ -7,10 +7,17 @@ from itertools import zip_longest
 
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
 
 from ewavit.data.batches import Batch
 from ewavit.tasks.task import Meter, Metrics, Prediction
+
+
+def on_device(predict: Callable[[Tensor], Tensor]) -> tuple[Callable[[Tensor], Tensor], torch.device]:
+    """Move a model to the GPU, if there is one and it is a model of torch; its device."""
+    gpu = torch.cuda.is_available() and isinstance(predict, nn.Module)
+    device = torch.device("cuda" if gpu else "cpu")
+    return (predict.to(device) if isinstance(predict, nn.Module) else predict), device
 
 
 @torch.inference_mode()

@@ -20,9 +20,7 @@ from torch import Tensor, nn
 from ewavit.core.checkpoint_files import EXPERTS, collapse_checkpoint, is_checkpoint_file
 from ewavit.core.moe import moe_layers
 from ewavit.core.surgery import collapse, dense_state_dict
-from ewavit.data.batches import Data
 from ewavit.data.options import DataOptions
-from ewavit.data.relabelled import with_classes
 from ewavit.data.weight_files import check_finite
 from ewavit.errors import MOST_CHARACTERS, EwavitError, first_line
 from ewavit.files import is_torch_file, regular, remove, replacing
@@ -31,9 +29,9 @@ from ewavit.tasks.task import Metrics
 from ewavit.training.building import expand_by_recipe
 from ewavit.training.card import ModelCard, RoutedMixture
 from ewavit.training.checkpoint import load_checkpoint, save_tensors
-from ewavit.training.evaluation import evaluate_batches
-from ewavit.training.opening import open_data, usable_workers
-from ewavit.training.places import portable_spec, spec_of_file
+from ewavit.training.evaluation import evaluate_batches, on_device
+from ewavit.training.opening import open_for
+from ewavit.training.places import portable_spec
 from ewavit.training.recipe import Recipe
 from ewavit.training.report import Row
 from ewavit.training.run_folder import RunFolder
@@ -232,30 +230,14 @@ def evaluate(
             f"{source} classifies the parts of {card.task.kind}: --per-class and --confusion need one class "
             "for each input, leave them out"
         )
-    opened = _open_for(card, data, DataOptions(batch_size=batch_size, **data_options))
-    device = torch.device("cuda" if torch.cuda.is_available() and isinstance(predict, nn.Module) else "cpu")
-    if isinstance(predict, nn.Module):
-        predict.to(device)
+    opened = open_for(card, data, DataOptions(batch_size=batch_size, **data_options))
+    predict, device = on_device(predict)
     for note in opened.notes:
         print(f"note: {note}", file=sys.stderr)
     meter = card.task.meter(opened, device)
     if confusion:
         meter = ConfusionMeter(meter, opened.classes, device)
     return evaluate_batches(opened.voting(predict), opened.eval_batches(), meter)
-
-
-def _open_for(card: ModelCard, spec: str | None, options: DataOptions) -> Data:
-    options = replace(
-        options, data_dir=options.data_dir or card.data_dir, workers=usable_workers(options.workers),
-        **card.preparation,
-    )  # fmt: skip
-    data = open_data(spec or spec_of_file(card.data, card.absolute_data), options)
-    if data.in_chans != card.in_chans:
-        raise EwavitError(
-            f"{data.name} has {data.in_chans} channels, the model {card.in_chans}: give the data that it was "
-            "trained for"
-        )
-    return with_classes(data, card.classes)
 
 
 def export(source: Path, to: Path, data: str | None = None, mean_expert: bool = False) -> str:
@@ -358,7 +340,7 @@ def _check(file: Path, model: nn.Module, card: ModelCard, data: str | None, coll
     if card.metric is None and data is None:
         return f"{said}, accuracy not compared: the checkpoint was written within an epoch"
     try:
-        opened = _open_for(card, data, DataOptions(batch_size=128))
+        opened = open_for(card, data, DataOptions(batch_size=128))
     except EwavitError as problem:
         if data is not None:
             raise

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from ewavit.data.batches import Data
 from ewavit.data.in_memory import TensorData, is_in_memory
 from ewavit.data.loading import LoaderData, StreamData
 from ewavit.data.options import DataOptions
+from ewavit.data.relabelled import with_classes
 from ewavit.data.sources import TIMM_PREFIXES, is_folder, is_streamed, is_timm
 from ewavit.errors import EwavitError
 from ewavit.points.batches import PointData
 from ewavit.points.sources import POINT_PREFIXES, is_points
 from ewavit.tasks.classification import DEFAULT_MODEL
 from ewavit.training.card import ModelCard
+from ewavit.training.places import spec_of_file
 from ewavit.training.recipe import Recipe
 
 PREPARATION = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # of images, in timm's words
@@ -122,6 +125,30 @@ def open_recipe_data(
         **{**preparation, **given},
     )
     return open_data(recipe.data, options)
+
+
+def open_for(card: ModelCard, spec: str | None, options: DataOptions) -> Data:
+    """Open a data set for a model: prepared as in its training, with its classes in its order.
+
+    Args:
+        card: of the model.
+        spec: data spec; None is the one it was trained on.
+        options: further options.
+
+    Raises:
+        EwavitError: the data cannot be read, or has other classes or channels.
+    """
+    options = replace(
+        options, data_dir=options.data_dir or card.data_dir, workers=usable_workers(options.workers),
+        **card.preparation,
+    )  # fmt: skip
+    data = open_data(spec or spec_of_file(card.data, card.absolute_data), options)
+    if data.in_chans != card.in_chans:
+        raise EwavitError(
+            f"{data.name} has {data.in_chans} channels, the model {card.in_chans}: give the data that it was "
+            "trained for"
+        )
+    return with_classes(data, card.classes)
 
 
 def _preparation(card: ModelCard) -> dict[str, Any]:

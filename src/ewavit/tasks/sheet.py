@@ -1,0 +1,71 @@
+"""`draw_sheet`: a grid of images or point clouds with captions, as one picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ewavit.files import replacing
+from ewavit.tasks.inference import shown
+
+MOST_DRAWN = 60  # inputs of a contact sheet
+THUMBNAIL = 240  # side of an image in it, in pixels
+LONGEST_NAME = 28  # characters of a name in a caption
+WRONG = "tab:red"  # the captions of wrong predictions
+
+
+def short(text: str) -> str:
+    """A text for a caption: on one line, cut in its middle, and no formula to matplotlib."""
+    text = shown(text)
+    if len(text) > LONGEST_NAME:
+        text = f"{text[: LONGEST_NAME // 2 - 1]}…{text[-(LONGEST_NAME // 2) :]}"
+    return text.replace("$", r"\$")
+
+
+def draw_sheet(
+    pictures: Sequence[Any],
+    captions: Sequence[str],
+    path: Path,
+    wrong: Sequence[bool] = (),
+    clouds: bool = False,
+) -> None:
+    """Draw a grid of inputs with captions.
+
+    Args:
+        pictures: PIL images, or the points of clouds (points, 3).
+        captions: one for each.
+        path: file of the picture.
+        wrong: for each, whether its prediction is wrong: then the caption is red.
+        clouds: whether `pictures` are clouds.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    columns = min(6, len(pictures)) if len(pictures) < 12 else min(8, math.ceil(math.sqrt(len(pictures))))
+    rows = math.ceil(len(pictures) / columns)
+    figure = pyplot.figure(figsize=(2.2 * columns, 2.6 * rows), layout="constrained")
+    for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        axis = figure.add_subplot(rows, columns, number + 1, projection="3d" if clouds else None)
+        (_draw_cloud if clouds else _draw_image)(axis, picture)
+        axis.set_axis_off()
+        axis.set_title(caption, fontsize=9, color=WRONG if number < len(wrong) and wrong[number] else "black")
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)
+    pyplot.close(figure)
+
+
+def _draw_image(axis: Any, image: Any) -> None:
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    axis.imshow(image)
+
+
+def _draw_cloud(axis: Any, points: Any) -> None:
+    x, y, z = points.T
+    axis.scatter(x, y, z, c=y, s=2, cmap="viridis", linewidths=0)
+    axis.set_box_aspect((1, 1, 1), zoom=1.3)
+    for limits in (axis.set_xlim, axis.set_ylim, axis.set_zlim):
+        limits(-0.8, 0.8)
