@@ -285,7 +285,7 @@ def test_command_line_over_yaml_over_defaults(tmp_path):
     assert given == {"epochs", "lr", "model_kwargs", "amp", "hflip"}
     assert (recipe.epochs, recipe.lr, recipe.amp) == (3, 5e-4, False)
     assert (recipe.hflip, recipe.batch_size) == (0.0, 128)
-    assert recipe.parsed_model_kwargs() == {"patch_size": 7, "depth": 2}
+    assert recipe.parsed("model_kwargs") == {"patch_size": 7, "depth": 2}
 
 
 @pytest.mark.parametrize(
@@ -305,7 +305,7 @@ def test_wrong_yaml_is_named(capsys, tmp_path, text, said):
 
 
 def test_model_kwargs_may_hold_tuples():
-    found = Recipe(model_kwargs="depths=(2,4),window_size=7,name=x").parsed_model_kwargs()
+    found = Recipe(model_kwargs="depths=(2,4),window_size=7,name=x").parsed("model_kwargs")
     assert found == {"depths": (2, 4), "window_size": 7, "name": "x"}
 
 

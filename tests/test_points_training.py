@@ -69,7 +69,7 @@ def test_a_run_leaves_its_model_curves_predictions_and_a_picture_of_clouds(finis
 
 
 def test_the_deployed_model_is_a_plain_point_transformer(finished, capsys):
-    model = create_point_model("point_transformer_s", 2, **Recipe(model_kwargs=KWARGS).parsed_model_kwargs())
+    model = create_point_model("point_transformer_s", 2, **Recipe(model_kwargs=KWARGS).parsed("model_kwargs"))
     assert load_point_checkpoint(model, finished.model_file) == []
     loaded, card = load_model(finished.run)
     clouds = torch.randn(3, card.num_points, 3)

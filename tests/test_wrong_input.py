@@ -380,7 +380,7 @@ def test_top_5_is_said_only_where_it_can_be_wrong(classes, shown):
 def test_model_kwargs_may_be_a_dict(given, text):
     recipe = Recipe(model_kwargs=given)
     assert recipe.model_kwargs == text
-    assert recipe.parsed_model_kwargs() == given
+    assert recipe.parsed("model_kwargs") == given
     assert Recipe(model_kwargs=text) == recipe
 
 

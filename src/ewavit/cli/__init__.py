@@ -33,7 +33,7 @@ from ewavit.files import regular
 try:
     import yaml
 
-    from ewavit.training.recipe import GROUPS, Recipe, choices, flag, kinds, model_kwargs_text, settings
+    from ewavit.training.recipe import GROUPS, Recipe, choices, flag, kinds, kwargs_text, settings
 except ModuleNotFoundError as missing:
     sys.exit(f"ewavit: the command line needs {missing.name}: pip install 'ewavit[train]'")
 
@@ -390,8 +390,8 @@ def _parsed(content: Mapping[str, Any], source: str, command: str) -> dict[str, 
             raise EwavitError(f"{source} has the unknown setting {name!r}{hint}")
         if isinstance(value, bool):
             words.append(f"--{flag(name)}" if value else f"--no-{flag(name)}")
-        elif name == "model_kwargs" and isinstance(value, dict):
-            words.append(f"--model-kwargs={model_kwargs_text(value)}")
+        elif name.endswith("_kwargs") and isinstance(value, dict):
+            words.append(f"--{flag(name)}={kwargs_text(name, value)}")
         elif name in ("contrasts", "primary") and isinstance(value, dict):
             words.append(f"--{name}=" + ",".join(f"{arm}:{reference}" for arm, reference in value.items()))
         elif name in _OF_COMPARISON and isinstance(value, list):

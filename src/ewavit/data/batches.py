@@ -191,6 +191,10 @@ class Data(ABC):
         """Names of the inputs of this rank's latest `eval_batches`, in order; None if they have none."""
         return None
 
+    def class_counts(self) -> Ints | None:
+        """Training samples of each class, (classes,), over all ranks; None where labels are not known yet."""
+        return None
+
     @property
     def num_skipped(self) -> int:
         """Number of distinct unreadable samples skipped so far on this rank."""

@@ -61,6 +61,10 @@ class TensorData(Data):
         self.resizing = Resizing("bilinear", 1.0, "squash")  # what `_resized` does
         self._augment = TensorAugmentation(options.augmentation, self.img_size, self.mean, self.std, device)
 
+    def class_counts(self) -> Ints:
+        counts: Ints = torch.bincount(self._train_labels, minlength=self.num_classes).cpu().numpy()
+        return counts
+
     @classmethod
     def open(cls, spec: str, options: DataOptions) -> TensorData:
         """Open a spec of the kind `is_in_memory`.

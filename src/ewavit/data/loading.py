@@ -296,6 +296,7 @@ class LoaderData(Data):
         self._bad: set[str] = set()
         self._bad_of_pass: set[str] = set()  # of the latest pass over training or evaluation images
         self._val, self._eval_indices = val, eval_indices
+        self._train, self._train_indices = train, indices
 
         mode = "L" if self.in_chans == 1 else "RGB"
         to_train, to_eval = transforms(
@@ -312,6 +313,9 @@ class LoaderData(Data):
             self._eval_keys,
             options,
         )
+
+    def class_counts(self) -> Ints:
+        return np.bincount(self._train.labels()[self._train_indices], minlength=self.num_classes)
 
     @classmethod
     def open(cls, spec: str, options: DataOptions) -> LoaderData:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ewavit.data.arrays import Ints
 from ewavit.data.batches import Batch, Data, Inputs
 from ewavit.errors import EwavitError
 
@@ -69,6 +70,10 @@ class _Relabelled(Data):
     @property
     def num_skipped(self) -> int:
         return self._data.num_skipped
+
+    def class_counts(self) -> Ints | None:
+        counts = self._data.class_counts()
+        return None if counts is None else counts[self._labels.argsort().numpy()]
 
     def voting(self, predict: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return self._data.voting(predict)

@@ -84,6 +84,11 @@ class PointData(Data):
         if points.others:
             self.notes = (f"not read beside the clouds: {formats_text(points.others)}",)
 
+    def class_counts(self) -> Ints | None:
+        if self._train_labels.ndim > 1:
+            return None
+        return np.bincount(self._train_labels.cpu().numpy(), minlength=self.num_classes)
+
     @classmethod
     def open(cls, spec: str, options: DataOptions) -> PointData:
         """Open a set of point clouds, see `ewavit.points.sources.read_points`.

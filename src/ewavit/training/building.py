@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from typing import Any
 
 import timm
@@ -44,7 +45,7 @@ def model_inputs(recipe: Recipe, data: Data | None = None) -> Inputs:
 
 def model_settings(recipe: Recipe, inputs: Inputs) -> tuple[str, dict[str, Any]]:
     """The model's name and keyword arguments; without a name a small one that fits the inputs."""
-    kwargs = recipe.parsed_model_kwargs()
+    kwargs = recipe.parsed("model_kwargs")
     if recipe.drop_path is not None:
         kwargs["drop_path_rate"] = recipe.drop_path
     if recipe.model is None:
@@ -127,6 +128,25 @@ def check_recipe_with_data(recipe: Recipe, data: Data, processes: int) -> None:
         raise EwavitError(f"--batch-size {recipe.batch_size} {why}")
 
 
+def freeze(model: nn.Module, pattern: str | None) -> None:
+    """Stop the training of parameters whose name begins with a regular expression.
+
+    Raises:
+        EwavitError: it fits no parameter, or all.
+    """
+    if pattern is None:
+        return
+    chosen = [p for name, p in model.named_parameters() if re.match(pattern, name)]
+    names = [name for name, _ in model.named_parameters()]
+    if not chosen or len(chosen) == len(names):
+        raise EwavitError(
+            f"--freeze {pattern!r} fits {'all' if chosen else 'none'} of the {len(names)} parameters, "
+            f"{names[0]} to {names[-1]}: give another"
+        )
+    for parameter in chosen:
+        parameter.requires_grad_(False)
+
+
 def set_grad_checkpointing(model: nn.Module) -> None:
     """Let a timm model recompute its blocks' activations in the backward pass.
 
@@ -157,7 +177,7 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
             weight_decay=recipe.weight_decay,
             momentum=recipe.momentum,
             layer_decay=recipe.layer_decay,
-            **fused,
+            **{**fused, **recipe.parsed("opt_kwargs")},
         )
     except Exception as problem:  # optimizers of several packages raise what they like
         close = difflib.get_close_matches(recipe.opt, list_optimizers(), 3)
@@ -198,6 +218,7 @@ def build_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, updates_pe
             decay_rate=recipe.decay_rate,
             step_on_epochs=False,
             updates_per_epoch=updates_per_epoch,
+            **recipe.parsed("sched_kwargs"),
         )
     except Exception as problem:  # also a division by zero or an overflow
         raise EwavitError(

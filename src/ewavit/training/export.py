@@ -101,7 +101,7 @@ def _from_checkpoint(source: Path) -> tuple[nn.Module, ModelCard]:
     facts, progress = checkpoint.facts, checkpoint.facts["progress"]
     recipe = Recipe.from_dict(facts["recipe"], str(checkpoint.path))
     card = ModelCard.from_dict(facts["card"], str(checkpoint.path))
-    if progress["rows"] and progress["batch"] == 0:
+    if progress["rows"] and progress["batch"] == 0 and progress.get("pending") is None:
         card = replace(card, metric=progress["rows"][-1][f"eval_{card.task.judge.column}"])
     recipe = replace(recipe, placement="local")  # replicas are saved stacked
     dense = card.build(checkpoint.model, str(checkpoint.path), recipe.experts)

@@ -41,6 +41,7 @@ from ewavit.training.card import ModelCard
 from ewavit.training.checkpoint import Checkpoint, load_checkpoint
 from ewavit.training.evaluation import evaluate_batches, predictions
 from ewavit.training.export import save_models
+from ewavit.training.losses import training_loss
 from ewavit.training.opening import open_recipe_data
 from ewavit.training.places import given_spec, spec_of_file
 from ewavit.training.processes import (
@@ -206,6 +207,7 @@ class TrainingRun:
         if recipe.top_k is not None:
             scale = self.loss_scale
             scale_auxiliary_loss(self.state.model, lambda loss: loss * scale)
+        self.criterion = training_loss(recipe, self.task, self.data, device)
         self.mixing = self.task.mixing(recipe.mixup, recipe.cutmix, self.data.num_classes)
         self._signals = StopSignals(run)
         self._losses: deque[tuple[int, Tensor]] = deque()  # not counted yet, with the step of each
@@ -306,7 +308,7 @@ class TrainingRun:
             yield inputs, targets
 
     def _loss(self, model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-        return self.task.loss(model(inputs), targets, self.recipe.smoothing)
+        return self.criterion(inputs, model(inputs), targets)
 
     def _forward_backward(self, batches: Iterator[Batch]) -> Tensor:
         if (scaler := self.accelerator.scaler) is not None:

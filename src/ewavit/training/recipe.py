@@ -11,6 +11,7 @@ import math
 import numbers
 import operator
 import os
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import Field, asdict, dataclass, field, fields
@@ -35,6 +36,23 @@ _NOT_MODEL_KWARGS = {
     "pretrained": "give --pretrained",
     "checkpoint_path": "give --initial-checkpoint",
     "features_only": "features have no classes, leave it out",
+}
+# Arguments of others' constructors, kept as text, and those among them that have a flag of their own.
+_KWARGS: dict[str, Mapping[str, str]] = {
+    "model_kwargs": _NOT_MODEL_KWARGS,
+    "opt_kwargs": {
+        name: f"give --{name.replace('_', '-')}"
+        for name in ("opt", "lr", "weight_decay", "momentum", "layer_decay")
+    },
+    "sched_kwargs": {
+        **{
+            name: f"give --{name.replace('_', '-')}"
+            for name in ("sched", "warmup_epochs", "warmup_lr", "min_lr", "decay_epochs", "decay_rate")
+        },
+        "num_epochs": "give --epochs",
+        "step_on_epochs": "the schedule goes by steps, leave it out",
+        "updates_per_epoch": "the data has a number of steps, leave it out",
+    },
 }
 GROUPS = (
     "data", "model", "experts", "optimisation", "augmentation", "precision and speed", "averages", "output",
@@ -198,6 +216,29 @@ class Recipe:
     momentum: float = _optimisation(0.9, "momentum of SGD-like optimizers", least=0, most=1)
     decay_epochs: float = _optimisation(90.0, "epochs between two decays with --sched step", above=0)
     decay_rate: float = _optimisation(0.1, "factor of each decay with --sched step", least=0, most=1)
+    opt_kwargs: str | Mapping[str, Any] = _optimisation(
+        "", "further arguments of the optimizer: key=value,key=value, e.g. betas=(0.9,0.95)"
+    )
+    sched_kwargs: str | Mapping[str, Any] = _optimisation(
+        "", "further arguments of timm's schedule: key=value,key=value, e.g. cycle_limit=2"
+    )
+    bce_loss: bool = _optimisation(False, "binary cross-entropy for each class instead of cross-entropy")
+    class_weights: Literal["none", "balanced"] = _optimisation(
+        "none", "balanced: weigh each class in the loss by the inverse of its share of the training inputs"
+    )
+    freeze: str | None = _optimisation(
+        None, "do not train parameters whose name begins with this regular expression, e.g. patch_embed"
+    )
+    distill_from: str | None = _optimisation(
+        None, "teacher to distill from: a run's folder, a file that ewavit wrote, or a timm model's name"
+    )
+    distillation_type: Literal["soft", "hard"] = _optimisation(
+        "hard", "learn the teacher's class (hard) or its softened probabilities (soft), as DeiT does"
+    )
+    distillation_alpha: float = _optimisation(0.5, "share of the distillation in the loss", above=0, most=1)
+    distillation_tau: float = _optimisation(
+        1.0, "temperature of --distillation-type soft", above=0, most=1000
+    )
     seed: int = _optimisation(
         42, "seed of initial weights, data order, augmentation and partitions", least=0, most=2**63 - 1
     )
@@ -280,7 +321,17 @@ class Recipe:
         self._check_averages()
         if self.pretrained and self.initial_checkpoint:
             raise EwavitError("--pretrained and --initial-checkpoint both give the first weights: choose one")
-        self.parsed_model_kwargs()
+        for name in _KWARGS:
+            self.parsed(name)
+        if self.bce_loss and self.class_weights != "none":
+            raise EwavitError("--bce-loss has no class weights: leave out one of them")
+        if self.freeze is not None:
+            try:
+                re.compile(self.freeze)
+            except re.error as problem:
+                raise EwavitError(
+                    f"--freeze {self.freeze!r} is no regular expression ({problem}): repair it"
+                ) from None
 
     @property
     def is_routed(self) -> bool:
@@ -339,16 +390,19 @@ class Recipe:
         if self.model_ema_switch and not self.model_ema:
             raise EwavitError("--model-ema-switch copies the EMA into the model: also give --model-ema")
 
-    def parsed_model_kwargs(self) -> dict[str, Any]:
-        """`model_kwargs` as a dict; values are Python literals or else strings.
+    def parsed(self, name: str) -> dict[str, Any]:
+        """The arguments in a setting that holds them as text; values are Python literals or else strings.
+
+        Args:
+            name: "model_kwargs", "opt_kwargs" or "sched_kwargs".
 
         Raises:
-            EwavitError: a part is not of the form key=value.
+            EwavitError: a part is not of the form key=value, or has a flag of its own.
         """
-        result = _parsed_kwargs(str(self.model_kwargs))
-        for name, remedy in _NOT_MODEL_KWARGS.items():
-            if name in result:
-                raise EwavitError(f"--model-kwargs {name}={result[name]} does not work: {remedy}")
+        result = _parsed_kwargs(str(getattr(self, name)), name)
+        for key, remedy in _KWARGS[name].items():
+            if key in result:
+                raise EwavitError(f"--{flag(name)} {key}={result[key]} does not work: {remedy}")
         return result
 
     def save(self, path: Path) -> None:
@@ -369,8 +423,15 @@ class Recipe:
         return cls(**settings)
 
 
-def model_kwargs_text(kwargs: Mapping[str, Any]) -> str:
-    """Arguments of a model as the text that `--model-kwargs` takes.
+_EXAMPLES = {
+    "model_kwargs": "patch_size=4,depth=6",
+    "opt_kwargs": "eps=1e-6,amsgrad=True",
+    "sched_kwargs": "cycle_limit=2,cycle_decay=0.5",
+}
+
+
+def kwargs_text(name: str, kwargs: Mapping[str, Any]) -> str:
+    """Arguments as the text that the setting of this name takes, e.g. `--model-kwargs`.
 
     Raises:
         EwavitError: a value is no Python literal, so that text cannot hold it.
@@ -378,15 +439,15 @@ def model_kwargs_text(kwargs: Mapping[str, Any]) -> str:
     plain = ",".join(f"{key}={value}" for key, value in kwargs.items())
     for text in (plain, ",".join(f"{key}={value!r}" for key, value in kwargs.items())):
         with suppress(EwavitError):
-            if _parsed_kwargs(text) == dict(kwargs):
+            if _parsed_kwargs(text, name) == dict(kwargs):
                 return text
     raise EwavitError(
-        f"--model-kwargs {dict(kwargs)!r} cannot be written as text: use numbers, strings without commas, "
+        f"--{flag(name)} {dict(kwargs)!r} cannot be written as text: use numbers, strings without commas, "
         "tuples, lists, True, False and None"
     )
 
 
-def _parsed_kwargs(text: str) -> dict[str, Any]:
+def _parsed_kwargs(text: str, name: str) -> dict[str, Any]:
     result: dict[str, Any] = {}
     part = ""
     for piece in text.split(",") if text else ():
@@ -395,14 +456,14 @@ def _parsed_kwargs(text: str) -> dict[str, Any]:
             continue  # a comma inside a tuple, list or dict
         key, equals, value = (word.strip() for word in part.partition("="))
         if not equals or not key.isidentifier():
-            raise EwavitError(f"--model-kwargs {part!r} is not key=value: write patch_size=4,depth=6")
+            raise EwavitError(f"--{flag(name)} {part!r} is not key=value: write {_EXAMPLES[name]}")
         try:
             result[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             result[key] = value
         part = ""
     if part:
-        raise EwavitError(f"--model-kwargs {part!r} has an open bracket: close it")
+        raise EwavitError(f"--{flag(name)} {part!r} has an open bracket: close it")
     return result
 
 
@@ -415,8 +476,8 @@ def _converted(setting: Field[Any], value: Any) -> Any:
         if all(isinstance(each, numbers.Real) for each in value):
             return tuple(float(each) for each in value)
     elif kind is str:
-        if isinstance(value, Mapping) and setting.name == "model_kwargs":
-            return model_kwargs_text(value)
+        if isinstance(value, Mapping) and setting.name in _KWARGS:
+            return kwargs_text(setting.name, value)
         if isinstance(value, str | os.PathLike):
             return os.fspath(value)
     elif isinstance(value, numbers.Real) and (kind is not bool or value in (0, 1)):

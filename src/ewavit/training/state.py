@@ -23,6 +23,7 @@ from ewavit.training.building import (
     build_scheduler,
     expand_by_recipe,
     expert_averaging,
+    freeze,
     model_settings,
     set_grad_checkpointing,
 )
@@ -79,6 +80,7 @@ class TrainingState:
                 say=say if accelerator.is_main_process else None,
                 **kwargs,
             )
+        freeze(dense, recipe.freeze)
         card = ModelCard.of(name, settings, recipe.data, data, recipe.data_dir)
         if recipe.placement == "replicas":
             dense.to(accelerator.device)  # where the processes can send it to each other
