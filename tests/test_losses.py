@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -159,7 +160,6 @@ def test_arguments_reach_the_optimizer_and_the_schedule():
         ({"freeze": ""}, "--freeze is empty"),
         ({"freeze": ".*"}, "fits all of the"),
         ({"distill_from": "nonsense"}, "--distill-from nonsense is no file and no timm model"),
-        ({"distill_from": "vit_tiny_patch16_224"}, "--distill-from vit_tiny_patch16_224 "),
         ({"distillation_alpha": 0}, "--distillation-alpha 0.0 is out of range"),
         ({"class_weights": "odd"}, "--class-weights 'odd' is unknown"),
     ],
@@ -169,6 +169,25 @@ def test_settings_that_cannot_work_are_refused_in_words(settings, said, tmp_path
     with pytest.raises(EwavitError, match=said):
         train(recipe(tmp_path, "x", **settings))
     assert not (tmp_path / "x").exists()
+
+
+def test_a_teacher_by_name_needs_its_weights_and_the_same_number_of_classes(data, monkeypatch):
+    create, name = timm.create_model, "vit_tiny_patch16_224"
+
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr("timm.create_model", offline)
+    with pytest.raises(EwavitError, match=rf"--distill-from {name} could not be loaded \(no network\)"):
+        loss_of(data, distill_from=name)
+    monkeypatch.setattr("timm.create_model", lambda *_, **kwargs: create(name, img_size=28, in_chans=1))
+    with pytest.raises(EwavitError, match=f"--distill-from {name} has 1000 classes, and .* has 10"):
+        loss_of(data, distill_from=name)
+    monkeypatch.setattr(
+        "timm.create_model", lambda *_, **kwargs: create(name, img_size=28, in_chans=1, num_classes=10)
+    )
+    inputs = next(data.train_batches(0))[0][:8]
+    assert loss_of(data, distill_from=name)(inputs, OUTPUTS, LABELS).isfinite()
 
 
 def test_other_tasks_have_their_own_loss(data):

@@ -47,6 +47,14 @@ def partial_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.ewavit-partial")
 
 
+def link_or_copy(source: str, target: str) -> None:
+    """Give a file a second name; a copy where the file system has no links. For `shutil.copytree`."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def sync(path: Path) -> None:
     """Wait until a file, or a folder with all that is in it, is on the disk.
 

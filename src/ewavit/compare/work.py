@@ -267,7 +267,8 @@ class Work:
             return None
         seed = cell.recipe.seed
         try:
-            return read_run(cell.run, seed, self.judge, evaluated_epochs(cell.recipe))
+            epochs = None if cell.recipe.early_stop else evaluated_epochs(cell.recipe)
+            return read_run(cell.run, seed, self.judge, epochs)
         except EwavitError as problem:
             return Run(seed, error=str(problem))
 

@@ -123,6 +123,8 @@ def check_recipe_with_data(recipe: Recipe, data: Data, processes: int) -> None:
         )
     if task.no_mixing and (recipe.mixup or recipe.cutmix):
         raise EwavitError(task.no_mixing)
+    if recipe.keep_best not in (None, "loss", task.judge.column):
+        raise EwavitError(f"--keep-best {recipe.keep_best} is unknown: choose {task.judge.column} or loss")
     fewest, why = task.fewest_per_batch
     if recipe.batch_size < fewest:
         raise EwavitError(f"--batch-size {recipe.batch_size} {why}")

@@ -166,6 +166,17 @@ def save_models(
     return card
 
 
+def save_best(run: Path, card: ModelCard, recipe: Recipe, row: Row, model: nn.Module, *, write: bool) -> None:
+    """Write the weights of the epoch of `row` to `model-best.safetensors`; arguments as of `save_models`."""
+    average = f"average_{card.task.judge.column}" in row
+    weights = nn.Module.state_dict(model) if recipe.keeps_experts else dense_state_dict(model)
+    if recipe.keeps_experts:
+        card = replace(card, mixture=RoutedMixture.of(model))
+    if write:
+        metric = row[f"{'average' if average else 'eval'}_{card.task.judge.column}"]
+        save_tensors(weights, RunFolder(run).best, replace(card, metric=metric).metadata())
+
+
 def _write_config(card: ModelCard, folder: Path) -> None:
     """Write the `config.json` of a folder with `model.safetensors`, if timm can load the model."""
     if config := card.timm_config():

@@ -40,7 +40,7 @@ from ewavit.training.building import check_recipe_with_data
 from ewavit.training.card import ModelCard
 from ewavit.training.checkpoint import Checkpoint, load_checkpoint
 from ewavit.training.evaluation import evaluate_batches, predictions
-from ewavit.training.export import save_models
+from ewavit.training.export import save_best, save_models
 from ewavit.training.losses import training_loss
 from ewavit.training.opening import open_recipe_data
 from ewavit.training.places import given_spec, spec_of_file
@@ -117,12 +117,13 @@ def _resume(run: Path, changes: dict[str, Any], main: bool) -> Result:
     if "data" not in changes:
         changes["data"] = spec_of_file(recipe.data, card.absolute_data)
     recipe = replace(recipe, **changes)
-    if checkpoint.facts["progress"]["epoch"] >= recipe.epochs and files.model.exists():
+    if files.model.exists() and (recipe.early_stop or checkpoint.facts["progress"]["epoch"] >= recipe.epochs):
         damage = files.damage()
         if not damage and started_again():
             return Result(run, checkpoint.facts["progress"]["rows"][-1], files.model)
         if not damage:
-            raise EwavitError(f"{run} is finished after {recipe.epochs} epochs: there is nothing to resume")
+            done = checkpoint.facts["progress"]["epoch"]
+            raise EwavitError(f"{run} is finished after {done} epochs: there is nothing to resume")
         if main:
             report.say(f"warning: {run} is damaged ({damage}): its files are written again")
     accelerator = start_accelerator(recipe, run)
@@ -231,7 +232,7 @@ class TrainingRun:
         if recipe.tensorboard:
             self.accelerator.init_trackers("tensorboard")
         with self._signals.collected(self.accelerator):
-            while progress.epoch < recipe.epochs or progress.pending is not None:
+            while progress.pending is not None or not self._is_over():
                 if progress.pending is None:
                     row = self._train_epoch()
                     progress.epoch, progress.batch = progress.epoch + 1, 0
@@ -377,13 +378,33 @@ class TrainingRun:
             raise
         progress.rows.append(row)
         progress.pending = None
-        if self.accelerator.is_main_process:
+        main = self.accelerator.is_main_process
+        if self.recipe.keep_best and self._best() == len(progress.rows) - 1:
+            deployed = self.state.model if self.average is None else self.average.module
+            save_best(self.folder, self.state.card, self.recipe, row, deployed, write=main)
+        if main:
             report.say(report.epoch_line(row, self.recipe.epochs, self.task))
             report.write_summary(progress.rows, self.files.summary)
         self.accelerator.log(row, step=progress.epoch)
         self.state.save(self.folder)
+        if main and self.recipe.checkpoint_hist:
+            self.files.keep_checkpoint(progress.epoch, self.recipe.checkpoint_hist)
         if not last:
             self._signals.check()
+
+    def _best(self) -> int:
+        """The number of the evaluation that was best by `--keep-best`, or by the task's metric."""
+        column, rows = self.recipe.keep_best or self.task.judge.column, self.progress.rows
+        prefix = "average" if f"average_{column}" in rows[-1] else "eval"
+        sign = -1 if column == "loss" else self.task.judge.sign
+        return max(range(len(rows)), key=lambda number: (sign * rows[number][f"{prefix}_{column}"], -number))
+
+    def _is_over(self) -> bool:
+        """Whether all epochs are done, or the last evaluations were no better than one before."""
+        if self.progress.epoch >= self.recipe.epochs:
+            return True
+        patience, evaluations = self.recipe.early_stop, len(self.progress.rows)
+        return 0 < patience < evaluations and self._best() < evaluations - patience
 
     def _evaluate(self) -> report.Row:
         def measure(model: nn.Module) -> Metrics:

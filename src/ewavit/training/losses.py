@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import timm
 import torch
@@ -183,4 +184,7 @@ def _timm_teacher(name: str, data: Data) -> tuple[nn.Module, tuple[float, ...], 
             f"--distill-from {name} has {model.num_classes} classes, and {data.name} has {data.num_classes}: "
             "choose a teacher of the same classes"
         )
-    return model, model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
+    mean, std = (tuple(model.pretrained_cfg[name]) for name in ("mean", "std"))
+    if len(mean) != data.in_chans:  # timm sums the weights of the channels
+        mean, std = ((fmean(values),) * data.in_chans for values in (mean, std))
+    return model, mean, std

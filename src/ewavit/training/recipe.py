@@ -301,6 +301,20 @@ class Recipe:
     recovery_interval: int = _output(
         0, "also write a checkpoint every N optimizer steps; 0 never does", least=0
     )
+    checkpoint_hist: int = _output(
+        0, "also keep the checkpoints of the last N evaluated epochs, in checkpoint-hist/", least=0
+    )
+    keep_best: str | None = _output(
+        None,
+        "also keep the model of the epoch with the best METRIC on held-out images, e.g. top1 or loss, in "
+        "model-best.safetensors; needs --holdout",
+    )
+    early_stop: int = _output(
+        0,
+        "end the training after N evaluations without a better --keep-best (default: the task's metric); "
+        "needs --holdout; 0 never does",
+        least=0,
+    )
     tensorboard: bool = _output(False, "write TensorBoard events into the run's folder")
 
     def __post_init__(self) -> None:
@@ -323,6 +337,13 @@ class Recipe:
             raise EwavitError("--pretrained and --initial-checkpoint both give the first weights: choose one")
         for name in _KWARGS:
             self.parsed(name)
+        for name in ("keep_best", "early_stop"):
+            if getattr(self, name) and not self.holdout:
+                given = f"--{flag(name)} {getattr(self, name)}"
+                raise EwavitError(f"{given} would choose by the test images: also give --holdout")
+        if self.early_stop and (self.swa or self.twa):
+            other = "swa" if self.swa else "twa"
+            raise EwavitError(f"--early-stop has no last epochs to average: leave out --{other}")
         if self.bce_loss and self.class_weights != "none":
             raise EwavitError("--bce-loss has no class weights: leave out one of them")
         if self.freeze is not None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ewavit.files import locked, partial_of, regular, remove, replacing
+from ewavit.files import link_or_copy, locked, partial_of, regular, remove, replacing
 from ewavit.training.recipe import Recipe
 from ewavit.training.seal import check, digest, digests, said, sealed, unsealed
 
@@ -63,6 +64,16 @@ class RunFolder:
     def average(self) -> Path:
         """The averaged weights of a finished run that keeps an average."""
         return self.path / "model-average.safetensors"
+
+    @property
+    def best(self) -> Path:
+        """The weights of the best epoch, of a run that keeps them."""
+        return self.path / "model-best.safetensors"
+
+    @property
+    def history(self) -> Path:
+        """The folder of the checkpoints of earlier epochs, of a run that keeps some."""
+        return self.path / "checkpoint-hist"
 
     @property
     def args(self) -> Path:
@@ -122,8 +133,22 @@ class RunFolder:
     @property
     def _files(self) -> tuple[Path, ...]:
         """The files of a finished run, the model last."""
-        read = (self.args, self.summary, self.predictions, self.config, self.average)
+        read = (self.args, self.summary, self.predictions, self.config, self.average, self.best)
         return (*read, self.picture, self.curves, self.model)
+
+    def keep_checkpoint(self, epoch: int, most: int) -> None:
+        """Keep the newest checkpoint as that of an epoch, and the last `most` in all; files are shared.
+
+        Raises:
+            OSError: a file cannot be linked or written.
+        """
+        self.history.mkdir(exist_ok=True)
+        kept = self.history / f"epoch-{epoch:05d}"
+        remove(kept)  # of a run that was killed here
+        with replacing(kept) as partial:
+            shutil.copytree(self.checkpoint, partial, copy_function=link_or_copy)
+        for old in sorted(self.history.glob("epoch-*"))[:-most]:
+            remove(old)
 
     def seal(self, model: Path) -> None:
         """Write the digests of the files that are there, with those of the file that becomes `model`.
