@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import ewavit as ewa
 from ewavit.core import MoE, SeparateExperts, StackedExperts, full_share_rate, moe_layers
 from ewavit.core.averaging import average_experts_reference_, check_share_rate
+from ewavit.core.steps import STEPS_KEY
 from small_models import MlpNet, ffn, separated, tokens
 
 KINDS = ["stacked", "separate"]
@@ -353,6 +354,49 @@ def test_another_averaging_of_the_same_optimizer_starts_its_own_count():
     assert (first.steps_done, second.steps_done) == (1, 0)
 
 
+def test_detaching_what_is_not_attached_changes_nothing():
+    averaging = ewa.ExpertAveraging(expanded())
+    averaging.step()
+    averaging.detach()
+    assert averaging.steps_done == 1
+    assert "not attached" in repr(averaging)
+
+
+def test_an_optimizer_without_experts_is_not_waited_for():
+    model, head = expanded(), nn.Linear(2, 2)
+    experts, other = sgd(model), torch.optim.SGD(head.parameters(), lr=0.1)
+    averaging = ewa.ExpertAveraging(model).attach(other, experts)
+    for _ in range(3):
+        train_step(model, experts)
+    assert averaging.steps_done == 3
+    head(torch.ones(1, 2)).sum().backward()
+    other.step()
+    assert averaging.steps_done == 3
+
+
+def test_a_state_that_lost_its_count_counts_from_where_the_averaging_was():
+    model = expanded()
+    optimizer = sgd(model)
+    averaging = ewa.ExpertAveraging(model).attach(optimizer)
+    for group in optimizer.param_groups:
+        group.pop(STEPS_KEY, None)
+    assert averaging.steps_done == 0
+    train_step(model, optimizer)
+    assert averaging.steps_done == 1
+
+
+@both_kinds
+def test_weights_that_two_mixtures_share_are_averaged_once(kind):
+    shared, model = ffn(), MlpNet(depth=2)
+    model.blocks[0].mlp, model.blocks[1].mlp = shared, copy.deepcopy(shared)
+    model.blocks[1].mlp.fc1.weight = shared.fc1.weight
+    separated(ewa.expand(model, 3, select="all", experts=kind))
+    before = families(model)
+    ewa.average_experts_(model, 0.3)
+    for was, now in zip(before, families(model), strict=True):
+        assert torch.allclose(now - now.mean(0), 0.55 * (was - was.mean(0)), atol=1e-6)
+
+
 def test_attaching_twice_is_refused():
     model = expanded()
     optimizer = sgd(model)
@@ -647,10 +691,13 @@ def test_attach_names_the_true_cause(leave_out, why):
 def test_optimizers_that_use_whole_tensors_are_refused_for_stacked_experts_only(name):
     from timm.optim import create_optimizer_v2
 
-    model = expanded()
-    optimizer = create_optimizer_v2(model, opt=name, lr=1e-3)
-    with pytest.raises(ewa.EwavitError, match='experts="separate"'):
-        ewa.ExpertAveraging(model).attach(optimizer)
+    for num_experts in (2, 4):
+        model = expanded(num_experts)
+        optimizer = create_optimizer_v2(model, opt=name, lr=1e-3)
+        with pytest.raises(ewa.EwavitError, match='experts="separate"'):
+            ewa.ExpertAveraging(model, 0.3).attach(optimizer)
+    alone = ewa.expand(MlpNet(), 1)  # one expert is the FFN itself
+    ewa.ExpertAveraging(alone).attach(create_optimizer_v2(alone, opt=name, lr=1e-3))
     model = expanded(kind="separate")
     optimizer = create_optimizer_v2(model, opt=name, lr=1e-3)
     averaging = ewa.ExpertAveraging(model, 0.75).attach(optimizer)
@@ -694,7 +741,8 @@ def test_schedule_frees_second_set_of_weights_is_averaged_with_the_first():
 
     model = expanded()
     optimizer = AdamWScheduleFree(model.parameters(), lr=0.1)
-    ewa.ExpertAveraging(model, 0.75).attach(optimizer)
+    averaging = ewa.ExpertAveraging(model, 0.75).attach(optimizer)
+    averaging.step()  # before the optimizer has any state
     for _ in range(3):
         train_step(model, optimizer)
     optimizer.eval()

@@ -2,11 +2,13 @@
 
 import errno
 import json
+import re
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 
 from ewavit import EwavitError
 from ewavit.training import checkpoint as room
@@ -133,3 +135,35 @@ def test_who_may_read_other_files_may_read_weights(tmp_path):
     (tmp_path / "other").touch()
     save_tensors({"a": torch.zeros(2)}, tmp_path / "weights.safetensors")
     assert (tmp_path / "weights.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_the_models_file_says_what_it_holds_and_the_other_does_not(tmp_path):
+    save_checkpoint(tmp_path, {"w": torch.ones(2)}, {"x": torch.ones(1)}, facts(), {"card": "of a model"})
+    found = []
+    for name in ("model", "training"):
+        with safe_open(tmp_path / "checkpoint" / f"{name}.safetensors", "pt") as handle:
+            found.append(handle.metadata())
+    assert found == [{"card": "of a model", "format": "pt"}, {"format": "pt"}]
+
+
+def test_tensors_of_mixed_types_are_aligned_in_their_file(tmp_path):
+    dtypes = (torch.uint8, torch.bfloat16, torch.float32, torch.int64, torch.bool)
+    tensors = {f"{number}": torch.ones(3, dtype=dtype) for number, dtype in enumerate(dtypes)}
+    save_tensors(tensors, tmp_path / "x.safetensors")
+    content = (tmp_path / "x.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    assert length % 8 == 0
+    for name, tensor in tensors.items():
+        assert header[name]["data_offsets"][0] % tensor.element_size() == 0
+    save_tensors(dict(reversed(tensors.items())), tmp_path / "y.safetensors")
+    assert (tmp_path / "y.safetensors").read_bytes() == content
+
+
+def test_a_disk_that_fails_is_named_with_its_place(tmp_path, monkeypatch):
+    def failing(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(room, "sync", failing)
+    with pytest.raises(EwavitError, match=re.escape(str(tmp_path / "checkpoint-new"))):
+        save_checkpoint(tmp_path, {"w": torch.ones(2)}, {}, facts())

@@ -425,6 +425,14 @@ def test_further_arguments_reach_the_ffn():
         assert_close(moe(x, scale=3.0), 3 * moe(x), 1e-5)
 
 
+def test_arguments_that_an_ffn_does_not_take_are_refused_by_both_kinds():
+    for kind in (StackedExperts, SeparateExperts):
+        moe = MoE(kind(ffn(), 2))
+        for mode in (True, False):
+            with pytest.raises(TypeError, match="nonsense"):
+                moe.train(mode)(tokens(), nonsense=1)
+
+
 @both_kinds
 @pytest.mark.parametrize("shape", [(0, DIM), (0, 5, DIM), (2, 0, DIM), (2, 0, 3, DIM)])
 def test_no_tokens_give_no_output_and_zero_gradients(shape, kind):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import ewavit as ewa
 from ewavit.core import SeparateExperts, StackedExperts, moe_layers
+from ewavit.core.draws import LAYER
 from small_models import DIM, MlpNet, images, perturbed, randomised, separated, tiny_vit, tokens
 
 KINDS = ["stacked", "separate"]
@@ -48,6 +49,37 @@ def test_select_takes_these_ffns(depth, select, chosen):
     model = MlpNet(depth)
     assert ewa.expand(model, 2, select=select) is model
     assert names(model) == [f"blocks.{i}.mlp" for i in chosen]
+
+
+@pytest.mark.parametrize("select", ["alternate", "all", "last_half"])
+def test_layers_draw_by_numbers_that_rise_with_their_depth(select):
+    model = ewa.expand(MlpNet(depth=5), 2, select=select)
+    numbers = [int(moe.dispatcher.key[LAYER]) for moe in moe_layers(model).values()]
+    assert numbers == list(range(len(numbers)))
+
+
+def test_one_expert_is_allowed_and_is_the_ffn():
+    model, x = MlpNet(), tokens()
+    before = model(x)
+    assert torch.allclose(ewa.expand(model, 1)(x), before, atol=1e-6)
+
+
+@both_kinds
+def test_an_ffn_of_images_with_channels_first_is_dealt_by_pixel(kind):
+    block = nn.ModuleDict({"mlp": nn.Sequential(nn.Conv2d(6, 12, 1), nn.GELU(), nn.Conv2d(12, 6, 1))})
+    moe = ewa.expand(block, 2, select="all", experts=kind)["mlp"]
+    separated(block, 0.5)
+    x = torch.randn(2, 6, 4, 4)
+    assert moe.channels_first
+    each = (
+        torch.stack([copy.deepcopy(part)(x) for part in moe.experts.ffns()]) if kind == "separate" else None
+    )
+    output = moe(x)
+    if each is not None:
+        near = (each - output).abs().amax(2) < 1e-5  # (experts, images, height, width)
+        assert near.any(0).all()
+        assert near.sum((1, 2, 3)).tolist() == [16, 16]
+    assert torch.allclose(moe.eval()(x), moe.collapse()(x), atol=1e-5)
 
 
 def test_an_ffn_and_a_part_of_it_are_not_both_expanded():

@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Each file, and the tests that concern it.
 TESTS = {
     "core/partition.py": ("partition", "draws"),
-    "core/experts.py": ("experts", "optimizers"),
+    "core/experts.py": ("experts", "optimizers", "surgery", "attachments"),
     "core/averaging.py": ("averaging", "attachments"),
     "core/surgery.py": ("surgery", "experts", "attachments"),
     "core/routing.py": ("routing",),
