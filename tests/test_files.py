@@ -12,6 +12,7 @@ from comparisons import make_comparison
 from ewavit.compare.report import write_results
 from ewavit.errors import Diverged, EwavitError, first_line
 from ewavit.files import csv_text, is_torch_file, replacing
+from ewavit.tasks.classification import Classification
 from ewavit.tasks.confusion import Confusion
 from ewavit.tasks.task import Prediction
 from ewavit.training.report import write_predictions
@@ -105,7 +106,7 @@ def test_class_names_and_paths_are_no_formulas_in_the_table_of_predictions(tmp_p
         Prediction(number, len(names) - 1 - number, 0.25, (number, 0), name)
         for number, name in enumerate(names)
     ]
-    write_predictions(rows, tmp_path / "predictions.csv", names, "points:nowhere")
+    write_predictions(Classification(), rows, tmp_path / "predictions.csv", names, "points:nowhere")
     header, *found = cells(tmp_path / "predictions.csv")
     assert not any(is_formula(cell) for row in [header, *found] for cell in row)
     columns = [dict(zip(header, row, strict=True)) for row in found]

@@ -464,7 +464,7 @@ def _data(recipe: Recipe, given: set[str]) -> Data | None:
     """The recipe's data; None where only a model is named, for the images of timm's weights."""
     from ewavit.training.opening import open_recipe_data
 
-    return open_recipe_data(recipe) if recipe.model is None or "data" in given else None
+    return open_recipe_data(recipe) if recipe.model is None or {"data", "task"} & given else None
 
 
 def _compare(options: argparse.Namespace) -> int:

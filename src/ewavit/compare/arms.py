@@ -40,7 +40,7 @@ BUILT_IN: dict[str, Callable[[Recipe], dict[str, Any]]] = {
 }
 # No difference between two arms may come from other data, other seeds or other folders.
 _SHARED = {
-    "data", "data_dir", "train_split", "val_split", "img_size", "limit", "holdout", "skip_bad_images",
+    "task", "data", "data_dir", "train_split", "val_split", "img_size", "limit", "holdout", "skip_bad_images",
     "num_points", "votes",
     "seed", "output", "name",
 }  # fmt: skip

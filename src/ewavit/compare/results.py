@@ -288,7 +288,7 @@ def _predictions(run: RunFolder, judge: Judge) -> tuple[Classes | None, Classes 
         rows = _table(run.predictions)
         if not rows and judge.share_of_samples:
             raise ValueError("it has no rows")
-        if not rows:
+        if not rows or (not judge.share_of_samples and "label" not in rows[0]):
             return None, None
         inputs = [row["input"] for row in rows if row.get("input", "").isdecimal()]
         if len(inputs) == len(rows) and inputs != [str(number) for number in range(len(rows))]:

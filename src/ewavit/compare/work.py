@@ -79,7 +79,7 @@ class Work:
 
     @property
     def task(self) -> Task:
-        return task_for(self.recipe.data)
+        return task_for(self.recipe.data, self.recipe.task)
 
     @property
     def judge(self) -> Judge:

@@ -10,6 +10,8 @@ from ewavit.data.augmentation import Augmentation
 from ewavit.data.batches import BatchPlan, Resizing, Statistics
 from ewavit.errors import EwavitError
 
+PREPARATION = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # of images, in timm's words
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:

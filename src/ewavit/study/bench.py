@@ -125,10 +125,11 @@ def bench(recipe: Recipe, rounds: int = 20, data: Data | None = None) -> Bench:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     inputs = model_inputs(recipe, data)
     name, kwargs = model_settings(recipe, inputs)
+    task = task_for(recipe.data, recipe.task)
 
     def trainee(experts: bool) -> Trainee:
         torch.manual_seed(recipe.seed)
-        model, _ = task_for(recipe.data).build_model(name, inputs, **kwargs)
+        model, _ = task.build_model(name, inputs, **kwargs)
         if experts:
             expand_by_recipe(model, recipe, inputs.sample())
         if recipe.grad_checkpointing:
@@ -138,15 +139,23 @@ def bench(recipe: Recipe, rounds: int = 20, data: Data | None = None) -> Bench:
         return Trainee(model, build_optimizer(model, recipe), averaging)
 
     images = torch.randn_like(inputs.sample(recipe.batch_size).to(device))
-    labels = torch.randint(inputs.num_classes, (recipe.batch_size,), device=device)
+    dense_model, mixture = trainee(False), trainee(True)
+    with torch.no_grad():
+        outputs = dense_model.model(images)
+    shape = (
+        len(outputs),
+        *outputs.shape[2:],
+    )  # one label for each input, or for each of its pixels or points
+    labels = torch.randint(inputs.num_classes, shape, device=device)
     precision = {"bfloat16": torch.bfloat16, "float16": torch.float16}[recipe.amp_dtype]
     times = measure(
-        {"dense": trainee(False), "ewa": trainee(True)},
+        {"dense": dense_model, "ewa": mixture},
         images,
         labels,
         rounds=rounds,
         amp_dtype=precision if recipe.amp else None,
         compile=recipe.compile,
+        loss=task.loss,
     )
     dense, ewa = times["dense"], times["ewa"]
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads"
@@ -165,6 +174,7 @@ def measure(
     rounds: int,
     amp_dtype: torch.dtype | None = None,
     compile: bool = False,
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
 ) -> dict[str, Times]:
     """Take training steps of every model in turn.
 
@@ -174,6 +184,7 @@ def measure(
         rounds: steps of each model that are counted, after a few that are not.
         amp_dtype: autocast to this precision.
         compile: `torch.compile` each model first.
+        loss: from outputs and labels.
 
     Returns:
         Times by name. Activation bytes are counted before compiling, which may keep less.
@@ -185,7 +196,7 @@ def measure(
     def loss_of(model: nn.Module) -> Tensor:
         with torch.autocast(images.device.type, amp_dtype) if amp_dtype else nullcontext():
             output: Tensor = model(images)
-            return F.cross_entropy(output.float(), labels)
+            return loss(output.float(), labels)
 
     for name, trainee in trainees.items():
         times[name].activation_bytes = activation_bytes(trainee.model, loss_of)

@@ -109,7 +109,7 @@ def plan(recipe: Recipe, data: Data | None = None, devices: int | None = None) -
     """
     inputs = model_inputs(recipe, data)
     name, kwargs = model_settings(recipe, inputs)
-    model, _ = task_for(recipe.data).build_model(name, inputs, **kwargs)
+    model, _ = task_for(recipe.data, recipe.task).build_model(name, inputs, **kwargs)
     sample = inputs.sample()
     chosen = select_ffns(model, recipe.select, recipe.unit) if recipe.experts > 1 else []
     names = {ffn.name for ffn in chosen}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,13 +19,18 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from ewavit.data.augmentation import Mix
 from ewavit.data.batches import Data, ImageInputs, Inputs
 from ewavit.data.image_files import ImageFiles
+from ewavit.data.in_memory import TensorData, is_in_memory
 from ewavit.data.input_files import InputFiles
-from ewavit.data.options import DataOptions
+from ewavit.data.loading import LoaderData, StreamData
+from ewavit.data.options import PREPARATION, DataOptions
+from ewavit.data.sources import TIMM_PREFIXES, is_folder, is_streamed, is_timm
+from ewavit.errors import EwavitError
+from ewavit.points.sources import POINT_PREFIXES
 from ewavit.tasks.class_inference import ClassInference
 from ewavit.tasks.confusion import Confusion
 from ewavit.tasks.inference import Inference, InferenceOptions
 from ewavit.tasks.judge import TOP1
-from ewavit.tasks.task import Meter, Metrics, Mixing, Task
+from ewavit.tasks.task import Cell, Listed, Meter, Metrics, Mixing, Prediction, Table, Task
 from ewavit.tasks.timm_models import (
     as_arguments,
     build_timm_model,
@@ -34,14 +40,39 @@ from ewavit.tasks.timm_models import (
 )
 
 DEFAULT_MODEL = "vit_tiny_patch16_224"
+# The first kind that a spec belongs to opens it.
+OPENERS: tuple[tuple[Callable[[str], bool], Callable[[str, DataOptions], Data]], ...] = (
+    (is_streamed, StreamData.open),
+    (is_timm, LoaderData.open),
+    (is_in_memory, TensorData.open),
+    (is_folder, LoaderData.open),
+)
+ACCEPTED = (
+    "fashion-mnist-mini or solids, a folder with train/ and val/, of CIFAR-10/100 (python format) or "
+    "Tiny-ImageNet, or timm's "
+    + ", ".join(f"{prefix}/..." for prefix in TIMM_PREFIXES)
+    + ", or point clouds, "
+    + ", ".join(f"{prefix}:PATH" for prefix in POINT_PREFIXES)
+)
 
 
 class Classification(Task):
     """One class for each image."""
 
+    name = "classification"
     kind = "images"
     judge = TOP1
     suffixes = IMG_EXTENSIONS
+
+    def open_data(self, spec: str, options: DataOptions) -> Data:
+        for belongs, open_kind in OPENERS:
+            if belongs(spec):
+                return open_kind(spec, options)
+        raise EwavitError(f"unknown data {spec!r}, and no folder either: give {ACCEPTED}")
+
+    def preparation(self, model: str | None) -> dict[str, Any]:
+        config = timm.get_pretrained_cfg(model or DEFAULT_MODEL)
+        return {} if config is None else {name: getattr(config, name) for name in PREPARATION}
 
     def inputs(self, classes: int, in_chans: int, img_size: int, num_points: int | None) -> Inputs:
         return ImageInputs(classes, in_chans, img_size)
@@ -104,6 +135,22 @@ class Classification(Task):
 
     def meter(self, data: Data, device: torch.device | str = "cpu") -> Meter:
         return ClassMeter(self.kind, data.num_classes, device)
+
+    def predictions(self, data: Data, inputs: Tensor, outputs: Tensor, targets: Tensor) -> list[Listed]:
+        found = outputs.argmax(1)
+        probability = outputs.softmax(1).gather(1, found.unsqueeze(1)).squeeze(1)
+        top = map(tuple, outputs.topk(min(5, outputs.shape[1])).indices.tolist())
+        return list(map(Prediction, targets.tolist(), found.tolist(), probability.tolist(), top))
+
+    def table(self, predictions: Sequence[Listed], classes: Sequence[str], names: Sequence[Cell]) -> Table:
+        rows = (
+            (
+                *row[:2], name, classes[row.label], classes[row.prediction], f"{row.probability:.4f}",
+                "|".join(classes[label] for label in row.top),
+            )
+            for name, row in zip(names, predictions, strict=True)
+        )  # fmt: skip
+        return ("label", "prediction", "input", "class", "predicted_class", "probability", "top5"), rows
 
 
 class ClassMeter(Meter):

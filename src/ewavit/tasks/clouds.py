@@ -8,20 +8,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ewavit.data.batches import Data, Inputs
 from ewavit.data.input_files import InputFiles
 from ewavit.data.options import DataOptions
 from ewavit.data.weight_files import read_weights
 from ewavit.errors import EwavitError, first_line
-from ewavit.points.batches import CloudInputs
+from ewavit.points.batches import CloudInputs, PointData
 from ewavit.points.cloud_files import CloudFiles
 from ewavit.points.sources import SUFFIXES
 from ewavit.points.transformer import create_point_model, load_point_weights
 from ewavit.tasks.classification import Classification
 from ewavit.tasks.sheet import draw_sheet, short
-from ewavit.tasks.task import Mixing, Prediction
+from ewavit.tasks.task import Listed, Mixing
 from ewavit.tasks.timm_models import check_settings
 from ewavit.tasks.weights import LoadReport
 
@@ -36,6 +36,12 @@ class CloudClassification(Classification):
     fewest_per_batch = (2, "is too small for the point transformer's BatchNorm: choose 2 or more")
     model = "point_transformer_s"
     suffixes = SUFFIXES
+
+    def open_data(self, spec: str, options: DataOptions) -> Data:
+        return PointData.open(spec, options)
+
+    def preparation(self, model: str | None) -> dict[str, Any]:
+        return {}
 
     def inputs(self, classes: int, in_chans: int, img_size: int, num_points: int | None) -> Inputs:
         assert num_points is not None
@@ -106,7 +112,9 @@ class CloudClassification(Classification):
     def mixing(self, mixup: float, cutmix: float, num_classes: int) -> Mixing | None:
         return None
 
-    def picture(self, data: Data, predictions: Sequence[Prediction], path: Path) -> None:
+    def picture(
+        self, data: Data, predictions: Sequence[Listed], predict: Callable[[Tensor], Tensor], path: Path
+    ) -> None:
         clouds: Callable[[Sequence[int]], Any] | None = getattr(data, "evaluation_clouds", None)
         if not predictions or clouds is None:
             return

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,12 +21,13 @@ from ewavit.tasks.classification import ClassMeter
 from ewavit.tasks.clouds import CloudClassification
 from ewavit.tasks.inference import Inference, InferenceOptions
 from ewavit.tasks.judge import INSTANCE_IOU
-from ewavit.tasks.task import Meter, Metrics
+from ewavit.tasks.task import Cell, Listed, Meter, Metrics, Table
 
 
 class PartSegmentation(CloudClassification):
     """One part for each point. The category of a cloud follows x, y, z as a one-hot vector."""
 
+    name = "segmentation"
     judge = INSTANCE_IOU
     names_classes = False  # not for every point of a cloud
     model = "point_transformer_seg_s"
@@ -40,6 +44,38 @@ class PartSegmentation(CloudClassification):
 
     def meter(self, data: Data, device: torch.device | str = "cpu") -> Meter:
         return PartMeter(self.kind, data.num_classes, data.categories, device)
+
+    def predictions(self, data: Data, inputs: Tensor, outputs: Tensor, targets: Tensor) -> list[Listed]:
+        category = inputs[:, 0, 3:].argmax(-1)
+        ious = 100 * part_ious(outputs, targets, category, data.categories)
+        of_parts = [data.classes[parts[0]].rpartition(" ")[0] for parts in data.categories]
+        return [
+            CloudPrediction(of_parts[number], iou)
+            for number, iou in zip(category.tolist(), ious.tolist(), strict=True)
+        ]
+
+    def table(self, predictions: Sequence[Listed], classes: Sequence[str], names: Sequence[Cell]) -> Table:
+        rows = ((name, row.category, f"{row.iou:.4f}") for name, row in zip(names, predictions, strict=True))
+        return ("input", "category", "iou"), rows
+
+    def picture(
+        self, data: Data, predictions: Sequence[Listed], predict: Callable[[Tensor], Tensor], path: Path
+    ) -> None:
+        return None
+
+
+class CloudPrediction(NamedTuple):
+    """How well the parts of one cloud were found.
+
+    Attributes:
+        category: name of its category.
+        iou: mean IoU of the category's parts, in percent.
+        name: of the cloud; None if it has none.
+    """
+
+    category: str
+    iou: float
+    name: str | None = None
 
 
 class PartMeter(ClassMeter):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -19,6 +19,9 @@ from ewavit.tasks.inference import Inference, InferenceOptions
 from ewavit.tasks.judge import Judge
 
 Mixing = Callable[[Tensor, Tensor], Batch]  # inputs and targets -> mixed inputs and targets
+Listed = Any  # a named tuple with the field `name`: what a task keeps of its prediction for one input
+Cell = str | int | float
+Table = tuple[Sequence[str], Iterable[Sequence[Cell]]]  # header and rows
 
 
 @dataclass(frozen=True)
@@ -85,20 +88,47 @@ class Task(ABC):
     """A task: head, loss, targets, metrics, the judging metric, the picture of a run, and its predictions.
 
     Attributes:
+        name: of the task, as `--task` takes it.
         kind: kind of the inputs in messages, "images" or "clouds".
         judge: the metric that judges and compares runs.
-        names_classes: whether `predictions.csv` lists a label and a predicted class for every input.
+        names_classes: whether every input has one class, for a confusion matrix.
         no_mixing: error message if mixup and CutMix do not apply; None if they do.
         fewest_per_batch: smallest training batch of the model, and the error message for smaller ones.
         suffixes: endings of the files that `open_files` takes from a folder, such as ".png".
     """
 
+    name: ClassVar[str]
     kind: ClassVar[str]
     judge: ClassVar[Judge]
     names_classes: ClassVar[bool] = True
     no_mixing: ClassVar[str | None] = None
     fewest_per_batch: ClassVar[tuple[int, str]] = (1, "")
     suffixes: ClassVar[tuple[str, ...]]
+
+    # The data.
+
+    @abstractmethod
+    def open_data(self, spec: str, options: DataOptions) -> Data:
+        """Open a data set for training and evaluation.
+
+        Args:
+            spec: the data set.
+            options: batch size, augmentation and everything else.
+
+        Returns:
+            The data, with the batches of this rank.
+
+        Raises:
+            EwavitError: the set is unknown, cannot be read, or does not go with an option.
+        """
+
+    def preparation(self, model: str | None) -> dict[str, Any]:
+        """How images are prepared for the pretrained weights of a model, as fields of `DataOptions`.
+
+        Args:
+            model: name of the model; None for the default model.
+        """
+        return {}
 
     # The model.
 
@@ -190,12 +220,36 @@ class Task(ABC):
     def meter(self, data: Data, device: torch.device | str = "cpu") -> Meter:
         """A new meter for the evaluation set of `data`."""
 
-    def picture(self, data: Data, predictions: Sequence[Prediction], path: Path) -> None:  # noqa: B027
-        """Draw a few evaluation inputs with their labels and predicted classes, if the task has a picture.
+    @abstractmethod
+    def predictions(self, data: Data, inputs: Tensor, outputs: Tensor, targets: Tensor) -> list[Listed]:
+        """What is kept of a batch for `table` and `picture`, one tuple for each input.
+
+        Args:
+            data: the data with the evaluation inputs.
+            inputs: the model's inputs.
+            outputs: the model's float32 outputs.
+            targets: the targets.
+        """
+
+    @abstractmethod
+    def table(self, predictions: Sequence[Listed], classes: Sequence[str], names: Sequence[Cell]) -> Table:
+        """The predictions as a table, for `predictions.csv`.
+
+        Args:
+            predictions: one for each evaluation input, in the data's order.
+            classes: names of the classes.
+            names: names of the inputs, or their numbers.
+        """
+
+    def picture(  # noqa: B027
+        self, data: Data, predictions: Sequence[Listed], predict: Callable[[Tensor], Tensor], path: Path
+    ) -> None:
+        """Draw a few evaluation inputs with what was predicted for them, if the task has a picture.
 
         Args:
             data: the data with the evaluation inputs.
             predictions: one for each evaluation input, in the data's order.
+            predict: the model: inputs -> outputs.
             path: file of the picture.
         """
 

@@ -23,7 +23,7 @@ from ewavit.core.averaging import (
 from ewavit.core.ffn import FFN, select_ffns
 from ewavit.core.moe import moe_layers
 from ewavit.core.surgery import expand
-from ewavit.data.batches import Data, ImageInputs, Inputs
+from ewavit.data.batches import Data, Inputs
 from ewavit.errors import EwavitError, first_line
 from ewavit.tasks.choice import task_for
 from ewavit.training.recipe import Recipe
@@ -35,12 +35,17 @@ def model_inputs(recipe: Recipe, data: Data | None = None) -> Inputs:
     Args:
         recipe: the settings.
         data: the images or clouds; without them the images that timm's weights were made for.
+
+    Raises:
+        EwavitError: the data of the recipe are of another kind than its task needs.
     """
     if data is not None:
         return data.inputs
     config = timm.get_pretrained_cfg((recipe.model or "").split(".")[0])
     in_chans, img_size = config.input_size[:2] if config else (3, 224)
-    return ImageInputs(config.num_classes if config else 1000, in_chans, recipe.img_size or img_size)
+    classes = config.num_classes if config else 1000
+    side, task = recipe.img_size or img_size, task_for(recipe.data, recipe.task)
+    return task.inputs(classes, in_chans, side, recipe.num_points or 1024)
 
 
 def model_settings(recipe: Recipe, inputs: Inputs) -> tuple[str, dict[str, Any]]:
@@ -49,7 +54,7 @@ def model_settings(recipe: Recipe, inputs: Inputs) -> tuple[str, dict[str, Any]]
     if recipe.drop_path is not None:
         kwargs["drop_path_rate"] = recipe.drop_path
     if recipe.model is None:
-        return task_for(recipe.data).default_model(inputs, kwargs)
+        return task_for(recipe.data, recipe.task).default_model(inputs, kwargs)
     return recipe.model, kwargs
 
 
@@ -114,7 +119,7 @@ def check_recipe_with_data(recipe: Recipe, data: Data, processes: int) -> None:
     Raises:
         EwavitError: an epoch has no whole optimizer step, or the task cannot take what the recipe asks for.
     """
-    task = task_for(recipe.data)
+    task = task_for(recipe.data, recipe.task)
     if data.batches_per_epoch < recipe.grad_accum_steps:
         raise EwavitError(
             f"{data.num_train} training {task.kind} are fewer than one optimizer step takes "

@@ -46,6 +46,7 @@ class ModelCard:
 
     `model_kwargs` is all that `timm.create_model` takes beside the name. `interpolation`, `crop_pct` and
     `crop_mode` say in timm's words how evaluation images are resized; None for clouds and in old files.
+    `task_name` is None in old files, whose task follows from `data`.
     `metric` is the task's judging metric on `data`, None within the first epoch. `mixture` is None for a
     plain model. `absolute_data` and `data_dir` are where the run read its data, as absolute paths. They
     are in `state.json` of a checkpoint, never in the metadata of a file.
@@ -67,6 +68,7 @@ class ModelCard:
     interpolation: str | None = None
     crop_pct: float | None = None
     crop_mode: str | None = None
+    task_name: str | None = None
 
     @classmethod
     def of(
@@ -76,15 +78,19 @@ class ModelCard:
         spec: str,
         data: Data,
         data_dir: str | None = None,
+        task: str | None = None,
     ) -> ModelCard:
-        """The card of a timm model trained on some data."""
+        """The card of a model trained on some data, for the task of this name or the data's default."""
         kwargs = {key: value for key, value in model_kwargs.items() if key != "drop_path_rate"}
         mean, std = tuple(data.mean), tuple(data.std)
         card = cls(model, kwargs, tuple(data.classes), data.in_chans, data.img_size, mean, std, spec)
         root = None if data_dir is None else str(Path(data_dir).expanduser().absolute())
         resizing = {} if data.resizing is None else asdict(data.resizing)
         place = absolute_spec(spec)
-        return replace(card, num_points=data.num_points, absolute_data=place, data_dir=root, **resizing)
+        named = task_for(spec, task).name
+        return replace(
+            card, num_points=data.num_points, absolute_data=place, data_dir=root, task_name=named, **resizing
+        )
 
     @classmethod
     def from_dict(cls, card: dict[str, Any], source: str = "the card") -> ModelCard:
@@ -159,7 +165,7 @@ class ModelCard:
     @property
     def task(self) -> Task:
         """What the model was trained for."""
-        return task_for(self.data)
+        return task_for(self.data, self.task_name)
 
     @property
     def inputs(self) -> Inputs:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from itertools import zip_longest
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from ewavit.data.batches import Batch
-from ewavit.tasks.task import Meter, Metrics, Prediction
+from ewavit.data.batches import Batch, Data
+from ewavit.tasks.task import Listed, Meter, Metrics, Task
 
 
 def on_device(predict: Callable[[Tensor], Tensor]) -> tuple[Callable[[Tensor], Tensor], torch.device]:
@@ -36,25 +36,17 @@ def evaluate_batches(predict: Callable[[Tensor], Tensor], batches: Iterable[Batc
 
 
 @torch.inference_mode()
-def predictions(
-    predict: Callable[[Tensor], Tensor],
-    batches: Iterable[tuple[Tensor, Tensor]],
-    names: Callable[[], Sequence[str] | None] = lambda: None,
-) -> list[Prediction]:
-    """What a model predicts for each input, in the data's order, gathered from all processes.
+def predictions(predict: Callable[[Tensor], Tensor], data: Data, task: Task) -> list[Listed]:
+    """What a model predicts for each evaluation input, in the data's order, gathered from all processes.
 
     Args:
-        predict: inputs -> logits (batch, classes).
-        batches: this process's share as (inputs, labels); of `p` processes every p-th input.
-        names: names of this share's inputs, called after the batches.
+        predict: inputs -> outputs.
+        data: of `p` processes each has every p-th input.
+        task: it says what is kept of an output.
     """
-    mine: list[Prediction] = []
-    for inputs, labels in batches:
-        logits = predict(inputs).float()
-        found = logits.argmax(1)
-        probability = logits.softmax(1).gather(1, found.unsqueeze(1)).squeeze(1)
-        top = map(tuple, logits.topk(min(5, logits.shape[1])).indices.tolist())
-        mine += map(Prediction, labels.tolist(), found.tolist(), probability.tolist(), top)
-    if (named := names()) is not None:
+    mine: list[Listed] = []
+    for inputs, targets in data.eval_batches():
+        mine += task.predictions(data, inputs, predict(inputs).float(), targets)
+    if (named := data.eval_names()) is not None:
         mine = [row._replace(name=name) for row, name in zip(mine, named, strict=True)]
     return [row for group in zip_longest(*gather_object([mine])) for row in group if row is not None]

@@ -186,7 +186,7 @@ class TrainingRun:
         self.recipe, self.folder, self.accelerator = recipe, run, accelerator
         self.files = RunFolder(run)
         device, processes = accelerator.device, accelerator.num_processes
-        self.task = task_for(recipe.data)
+        self.task = task_for(recipe.data, recipe.task)
         card = None if checkpoint is None else ModelCard.from_dict(checkpoint.facts["card"])
         self.data = open_recipe_data(recipe, device, accelerator.process_index, processes, card)
         if card is not None:  # the data may have moved, and its folders may sort otherwise
@@ -455,14 +455,15 @@ class TrainingRun:
         model = self.state.model
         averaged = None if self.average is None else self.average.module
         counts = model if averaged is None else averaged
-        batches = self.data.eval_batches() if self.task.names_classes else ()
-        names = self.data.eval_names if self.task.names_classes else lambda: None
+        predict = self.data.voting(counts.eval())
         with self.accelerator.autocast(), self._deployed(counts):
-            found = predictions(self.data.voting(counts.eval()), batches, names)
+            found = predictions(predict, self.data, self.task)
         card = self.state.card
         if main:
-            report.write_predictions(found, self.files.predictions, self.data.classes, self.recipe.data)
-            self.task.picture(self.data, found, self.files.picture)
+            classes, file = self.data.classes, self.files.predictions
+            report.write_predictions(self.task, found, file, classes, self.recipe.data)
+            with self._deployed(counts):
+                self.task.picture(self.data, found, predict, self.files.picture)
             title = f"{self.folder.name}: {card.model} on {self.data.name}"
             judge = self.task.judge
             report.draw_curves(self.progress.rows, self.files.curves, title, judged_on, judge)

@@ -1,49 +1,24 @@
 """The door to every data set: `open_data` turns a spec into `Data`, training and evaluation batches."""
 
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 
 from ewavit.data.augmentation import Augmentation
 from ewavit.data.batches import Data
-from ewavit.data.in_memory import TensorData, is_in_memory
-from ewavit.data.loading import LoaderData, StreamData
-from ewavit.data.options import DataOptions
+from ewavit.data.options import PREPARATION, DataOptions
 from ewavit.data.relabelled import with_classes
-from ewavit.data.sources import TIMM_PREFIXES, is_folder, is_streamed, is_timm
 from ewavit.errors import EwavitError
-from ewavit.points.batches import PointData
-from ewavit.points.sources import POINT_PREFIXES, is_points
-from ewavit.tasks.classification import DEFAULT_MODEL
+from ewavit.tasks.choice import task_for
 from ewavit.training.card import ModelCard
 from ewavit.training.places import spec_of_file
 from ewavit.training.recipe import Recipe
 
-PREPARATION = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # of images, in timm's words
 
-# The first kind that a spec belongs to opens it.
-OPENERS: tuple[tuple[Callable[[str], bool], Callable[[str, DataOptions], Data]], ...] = (
-    (is_streamed, StreamData.open),
-    (is_timm, LoaderData.open),
-    (is_points, PointData.open),
-    (is_in_memory, TensorData.open),
-    (is_folder, LoaderData.open),
-)
-ACCEPTED = (
-    "fashion-mnist-mini or solids, a folder with train/ and val/, of CIFAR-10/100 (python format) or "
-    "Tiny-ImageNet, or timm's "
-    + ", ".join(f"{prefix}/..." for prefix in TIMM_PREFIXES)
-    + ", or point clouds, "
-    + ", ".join(f"{prefix}:PATH" for prefix in POINT_PREFIXES)
-)
-
-
-def open_data(spec: str, options: DataOptions) -> Data:
+def open_data(spec: str, options: DataOptions, task: str | None = None) -> Data:
     """Open a data set for training and evaluation.
 
     Args:
@@ -53,17 +28,15 @@ def open_data(spec: str, options: DataOptions) -> Data:
             create_dataset. "modelnet10:PATH" and others are point clouds, see
             `ewavit.points.sources.read_points`.
         options: batch size, augmentation and everything else.
+        task: name of the task; None for the default of these data.
 
     Returns:
         The data, with the batches of this rank.
 
     Raises:
-        EwavitError: the set is unknown, cannot be read, or does not go with an option.
+        EwavitError: the set is unknown, cannot be read, or does not go with an option or the task.
     """
-    for belongs, open_kind in OPENERS:
-        if belongs(spec):
-            return open_kind(spec, options)
-    raise EwavitError(f"unknown data {spec!r}, and no folder either: give {ACCEPTED}")
+    return task_for(spec, task).open_data(spec, options)
 
 
 def usable_cores() -> int:
@@ -124,7 +97,7 @@ def open_recipe_data(
         votes=recipe.votes,
         **{**preparation, **given},
     )
-    return open_data(recipe.data, options)
+    return open_data(recipe.data, options, recipe.task)
 
 
 def open_for(card: ModelCard, spec: str | None, options: DataOptions) -> Data:
@@ -142,7 +115,7 @@ def open_for(card: ModelCard, spec: str | None, options: DataOptions) -> Data:
         options, data_dir=options.data_dir or card.data_dir, workers=usable_workers(options.workers),
         **card.preparation,
     )  # fmt: skip
-    data = open_data(spec or spec_of_file(card.data, card.absolute_data), options)
+    data = open_data(spec or spec_of_file(card.data, card.absolute_data), options, card.task.name)
     if data.in_chans != card.in_chans:
         raise EwavitError(
             f"{data.name} has {data.in_chans} channels, the model {card.in_chans}: give the data that it was "
@@ -161,9 +134,8 @@ def _of_first_weights(recipe: Recipe) -> dict[str, Any]:
 
     A file that ewavit wrote says it itself; for other weights timm knows it by the model's name.
     """
-    if is_points(recipe.data) or not (recipe.pretrained or recipe.initial_checkpoint):
+    if not (recipe.pretrained or recipe.initial_checkpoint):
         return {}
     if recipe.initial_checkpoint and (card := ModelCard.of_file(Path(recipe.initial_checkpoint))):
         return _preparation(card)
-    config = timm.get_pretrained_cfg(recipe.model or DEFAULT_MODEL)
-    return {} if config is None else {name: getattr(config, name) for name in PREPARATION}
+    return task_for(recipe.data, recipe.task).preparation(recipe.model)

@@ -54,6 +54,7 @@ _KWARGS: dict[str, Mapping[str, str]] = {
         "updates_per_epoch": "the data has a number of steps, leave it out",
     },
 }
+BUNDLED = {"classification": "fashion-mnist-mini"}  # the default data of each task
 GROUPS = (
     "data", "model", "experts", "optimisation", "augmentation", "precision and speed", "averages", "output",
 )  # fmt: skip
@@ -95,10 +96,14 @@ class Recipe:
         EwavitError: a value is out of range, or two settings exclude each other.
     """
 
+    task: Literal["classification", "segmentation"] | None = _data(
+        None, "what the model learns (default: follows from the data; classification of images or clouds)"
+    )
     data: str = _data(
-        "fashion-mnist-mini",
+        None,
         "bundled set (fashion-mnist-mini, solids), image folder, CIFAR or Tiny-ImageNet folder, timm spec "
-        "(torch/..., hfds/..., wds/...) or point clouds such as modelnet10:PATH",
+        "(torch/..., hfds/..., wds/...) or point clouds such as modelnet10:PATH (default: the bundled set of "
+        "the task, fashion-mnist-mini without --task)",
     )
     limit: int | None = _data(None, "use only the first N training images", least=1)
     img_size: int | None = _data(None, "image side in pixels (default: that of the data)", least=1, most=4096)
@@ -322,6 +327,8 @@ class Recipe:
             value = _converted(setting, getattr(self, setting.name))
             _check_value(setting, value)
             object.__setattr__(self, setting.name, value)
+        if self.data is None:
+            object.__setattr__(self, "data", BUNDLED.get(self.task or "", BUNDLED["classification"]))
         for name in ("scale", "ratio"):
             pair = getattr(self, name)
             if len(pair) != 2 or pair[0] > pair[1]:

@@ -18,7 +18,7 @@ from ewavit.core.diagnostics import routing_statistics
 from ewavit.core.routing import auxiliary_loss
 from ewavit.files import csv_text, replacing
 from ewavit.tasks.judge import Judge
-from ewavit.tasks.task import Prediction, Task
+from ewavit.tasks.task import Listed, Task
 from ewavit.training.recipe import Recipe
 from ewavit.training.run_folder import RunFolder
 
@@ -83,10 +83,13 @@ def write_summary(rows: list[Row], path: Path) -> None:
         writer.writerows(rows)
 
 
-def write_predictions(rows: list[Prediction], path: Path, classes: Sequence[str], spec: str) -> None:
+def write_predictions(
+    task: Task, rows: Sequence[Listed], path: Path, classes: Sequence[str], spec: str
+) -> None:
     """Write one CSV row per evaluation input, in the data's order. Text is written as `csv_text` does.
 
     Args:
+        task: it says what is in a row.
         rows: the predictions.
         path: the file.
         classes: names of the classes.
@@ -98,12 +101,11 @@ def write_predictions(rows: list[Prediction], path: Path, classes: Sequence[str]
         partial.open("w", newline="", encoding="utf-8", errors="backslashreplace") as handle,
     ):
         writer = csv.writer(handle)
-        writer.writerow(("label", "prediction", "input", "class", "predicted_class", "probability", "top5"))
-        for number, row in enumerate(rows):
-            name = number if row.name is None else row.name.removeprefix(folder)
-            top = "|".join(classes[label] for label in row.top)
-            texts = (str(name), classes[row.label], classes[row.prediction], f"{row.probability:.4f}", top)
-            writer.writerow((*row[:2], *map(csv_text, texts)))
+        names = [n if row.name is None else row.name.removeprefix(folder) for n, row in enumerate(rows)]
+        header, lines = task.table(rows, classes, names)
+        writer.writerow(header)
+        for line in lines:
+            writer.writerow([csv_text(cell) if isinstance(cell, str) else cell for cell in line])
 
 
 def draw_curves(rows: list[Row], path: Path, title: str, judged_on: str, judge: Judge) -> None:

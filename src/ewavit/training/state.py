@@ -72,7 +72,7 @@ class TrainingState:
         name, kwargs = model_settings(recipe, data.inputs)
         limit = no_larger_than(checkpoint.model, str(checkpoint.path)) if checkpoint else nullcontext()
         with limit:
-            dense, settings = task_for(recipe.data).build_model(
+            dense, settings = task_for(recipe.data, recipe.task).build_model(
                 name,
                 data.inputs,
                 pretrained=recipe.pretrained and checkpoint is None,
@@ -81,7 +81,7 @@ class TrainingState:
                 **kwargs,
             )
         freeze(dense, recipe.freeze)
-        card = ModelCard.of(name, settings, recipe.data, data, recipe.data_dir)
+        card = ModelCard.of(name, settings, recipe.data, data, recipe.data_dir, recipe.task)
         if recipe.placement == "replicas":
             dense.to(accelerator.device)  # where the processes can send it to each other
         model = expand_by_recipe(dense, recipe, data.inputs.sample()).to(accelerator.device)
