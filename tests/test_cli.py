@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ewavit.cli import main
+from ewavit.cli import COMMANDS, main
 from ewavit.errors import EwavitError
 from ewavit.training.checkpoint import load_checkpoint
 from ewavit.training.recipe import GROUPS, Recipe, flag, kinds, settings
@@ -351,9 +351,6 @@ def test_evaluate_and_export_refuse_what_is_not_theirs(capsys, tmp_path):
         assert said in refused(capsys, tmp_path, *arguments)
 
 
-COMMANDS = ("train", "plan", "bench", "compare", "evaluate", "predict", "export")
-
-
 @pytest.mark.parametrize("command", COMMANDS[:4])
 def test_help_names_every_setting_under_its_heading(capsys, monkeypatch, command):
     monkeypatch.setenv("COLUMNS", "80")
@@ -395,7 +392,9 @@ def test_help_fits_80_columns_and_describes_each_flag(capsys, monkeypatch, comma
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_help_and_wrong_settings_are_answered_without_torch(arguments, status):
-    script = "import sys; from ewavit.cli import main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
+    script = (
+        "import sys; from ewavit.cli import COMMANDS, main; print(main(sys.argv[1:]), 'torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == f"{status} False", done.stderr
 

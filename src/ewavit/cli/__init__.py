@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ewavit import __version__
-from ewavit.cli import predict
+from ewavit.cli import completion, doctor, output, predict
 from ewavit.cli.parser import (
     Help,
     Parser,
@@ -46,7 +46,9 @@ if TYPE_CHECKING:
 # milliseconds, and on busy cores a step has hundreds of waits; 5,000 cost nothing on free cores
 # (benchmarks/busy_cores.py).
 SPIN_COUNT = "5000"
-COMMANDS = ("train", "plan", "bench", "compare", "evaluate", "predict", "export")
+COMMANDS = (
+    "train", "plan", "bench", "compare", "evaluate", "predict", "export", "doctor", "completion",
+)  # fmt: skip
 # What the YAML of a comparison holds beside a recipe.
 _OF_COMPARISON = {"arms", "seeds", "lrs", "jobs", "against", "contrasts", "primary"}
 
@@ -101,6 +103,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_predict(commands)
     _add_export(commands)
+    _add_help(commands)
     return parser
 
 
@@ -127,6 +130,7 @@ def _add_train(commands: _Commands) -> None:
     parser.add_argument(
         "--resume", metavar="RUN", type=nonempty_path, help="continue this run exactly, with its own settings"
     )
+    output.add_flags(parser)
 
 
 def _add_plan(commands: _Commands) -> None:
@@ -134,8 +138,9 @@ def _add_plan(commands: _Commands) -> None:
         commands,
         "plan",
         _plan,
-        "show what train would do and what it costs",
-        "Show which FFNs become mixtures, and the parameters, memory and time this costs. It trains nothing.",
+        "show what train would do and what it costs (a dry run)",
+        "The dry run of train: show which FFNs become mixtures, and the parameters, memory and time this "
+        "costs. It trains nothing and writes nothing.",
     )
     _add_recipe(parser)
     parser.add_argument(
@@ -174,6 +179,7 @@ def _add_compare(commands: _Commands) -> None:
     )
     _add_comparison(parser)
     _add_recipe(parser)
+    output.add_flags(parser)
 
 
 def _add_evaluate(commands: _Commands) -> None:
@@ -229,6 +235,23 @@ def _add_predict(commands: _Commands) -> None:
         "--sheet.",
     )
     predict.add_flags(parser)
+
+
+def _add_help(commands: _Commands) -> None:
+    """The commands about the command itself."""
+    summary = "say whether this machine can train"
+    description = (
+        "Check packages, devices, threads and folders. Exit status 1: something is wrong; its line says what "
+        "to do."
+    )
+    doctor.add_flags(_command(commands, "doctor", doctor.run, summary, description))
+    summary = "print a script that completes commands and flags in a shell"
+    description = (
+        "Print a script that completes commands and flags. For bash, write this into ~/.bashrc: "
+        'eval "$(ewavit completion bash)". It needs shtab: pip install shtab.'
+    )
+    parser = _command(commands, "completion", completion.run, summary, description)
+    completion.add_flags(parser, build_parser)
 
 
 def _add_export(commands: _Commands) -> None:
@@ -420,13 +443,13 @@ def _train(options: argparse.Namespace) -> int:
     from ewavit.training.processes import Interrupted, ProcessLost
 
     try:
-        if options.resume is None:
-            train(recipe)
-        else:
-            resume(options.resume, **given)
+        with output.reporting(options):
+            done = train(recipe) if options.resume is None else resume(options.resume, **given)
     except (Interrupted, ProcessLost) as stopped:
         print(f"ewavit: {stopped}", file=sys.stderr)
         return stopped.exit_status
+    if options.json and os.environ.get("RANK", "0") == "0":
+        print(json.dumps({"run": str(done.run), "model_file": str(done.model_file), **done.row}, indent=2))
     return 0
 
 
@@ -491,23 +514,28 @@ def _compare(options: argparse.Namespace) -> int:
     contrasts.check(arm.name for arm in arms)
 
     from ewavit.compare.compare import Stopped, compare
+    from ewavit.compare.statistics import summarise
     from ewavit.compare.terminal import as_text
 
     try:
-        comparison = compare(
-            recipe,
-            arms,
-            special["seeds"],
-            lrs=special["lrs"],
-            jobs=special["jobs"],
-            ray=options.ray,
-            contrasts=contrasts,
-            command=f"ewavit {shlex.join(options.words)}",
-        )
+        with output.reporting(options):
+            comparison = compare(
+                recipe,
+                arms,
+                special["seeds"],
+                lrs=special["lrs"],
+                jobs=special["jobs"],
+                ray=options.ray,
+                contrasts=contrasts,
+                command=f"ewavit {shlex.join(options.words)}",
+            )
     except Stopped as stopped:
         print(f"ewavit: {stopped}", file=sys.stderr)
         return stopped.exit_status
-    print(as_text(comparison, Path(recipe.output) / comparison.name))
+    if options.json:
+        print(json.dumps(summarise(comparison).as_dict(), indent=2))
+    elif not options.quiet:
+        print(as_text(comparison, Path(recipe.output) / comparison.name))
     return int(any(run.error for arm in comparison.arms for run in arm.runs))
 
 
