@@ -253,8 +253,8 @@ def _add_export(commands: _Commands) -> None:
         required=True,
         type=nonempty_path,
         metavar="FILE",
-        help="file to write, .safetensors or .onnx; or a new folder, for shards, or for the model with the "
-        "config.json that timm loads it by (local-dir:FOLDER)",
+        help="file to write, .safetensors, .onnx or .pt2 (torch.export); or a new folder, for shards, or for "
+        "the model with the config.json that timm loads it by (local-dir:FOLDER)",
     )
     parser.add_argument(
         "--data",
