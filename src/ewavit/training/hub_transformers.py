@@ -68,7 +68,7 @@ def write_transformers(source: Path, folder: Path) -> Written:
     config = _json(source / CONFIG)
     name = str((config["architectures"] or [""])[0])
     architecture: Any = getattr(transformers, name, None)
-    if not isinstance(architecture, type) or not issubclass(architecture, transformers.PreTrainedModel):
+    if transformers.PreTrainedModel not in getattr(architecture, "__mro__", ()):
         raise EwavitError(
             f"{source} holds a {name[:100]!r}, no class of transformers: push it with its own code"
         )
@@ -104,7 +104,7 @@ def _logged(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         for each in state.get("stateful_callbacks", {}).values()
         if isinstance(each, dict)
     ]
-    ewa = next((args for args in saved if "share_rate" in args), {})
+    ewa: dict[str, Any] = next((args for args in saved if "share_rate" in args), {})
     return shown, ewa
 
 
