@@ -19,8 +19,8 @@ from ewavit.data.arrays import read_bundled
 from ewavit.integrations.transformers import EWACallback
 from ewavit.training import hub
 from ewavit.training.loop import train
+from hf_trainer import Images, trainer
 from runs import recipe
-from test_transformers_trainer import Images, trainer
 
 
 @pytest.fixture(scope="module")
