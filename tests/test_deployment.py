@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import timm
 import torch
@@ -434,6 +435,55 @@ def test_settings_with_several_values_come_from_words_and_from_yaml(folder, tmp_
 def test_point_clouds_have_no_preprocessing_of_images():
     with pytest.raises(EwavitError, match="mean is for images"):
         open_recipe_data(Recipe(data="solids", mean=(0.5,), std=(0.5,)))
+
+
+# Graphs: ONNX and torch.export.
+
+
+def graph_of(file):
+    """What maps images to logits by a graph, without ewavit."""
+    if file.suffix == ".pt2":
+        return torch.export.load(file).module()
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+@pytest.fixture(scope="module")
+def resizable(tmp_path_factory, folder):
+    kwargs = "patch_size=8,embed_dim=32,depth=2,num_heads=2,dynamic_img_size=True"
+    settings = {**TINY, **MODEL, "data": str(folder), "epochs": 1, "limit": None, "workers": 0}
+    return train(recipe(tmp_path_factory.mktemp("runs"), "any", **{**settings, "model_kwargs": kwargs}))
+
+
+@pytest.mark.parametrize("ending", ["onnx", "pt2"])
+def test_a_graph_computes_batches_and_images_of_any_size_where_the_model_does(resizable, tmp_path, ending):
+    export(resizable.run, tmp_path / f"plain.{ending}")
+    graph, model = graph_of(tmp_path / f"plain.{ending}"), ewavit.load(resizable.run)
+    for shape in ((1, 3, 32, 32), (5, 3, 32, 32), (2, 3, 48, 64)):
+        images = torch.randn(shape)
+        with torch.no_grad():
+            torch.testing.assert_close(graph(images), model(images), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("ending", ["onnx", "pt2"])
+def test_a_graph_has_any_batch_size_and_no_path_of_the_machine(finished, tmp_path, ending):
+    file = tmp_path / f"plain.{ending}"
+    export(finished.run, file)
+    graph, model = graph_of(file), ewavit.load(finished.run)
+    with torch.no_grad():
+        for batch in (1, 7):
+            images = torch.randn(batch, 3, 32, 32)
+            torch.testing.assert_close(graph(images), model(images), atol=1e-4, rtol=1e-4)
+    with pytest.raises(Exception, match=r"32|shape|dimension"):
+        graph(torch.randn(2, 3, 48, 48))
+    text = file.read_bytes()
+    for place in (timm.__file__, torch.__file__, str(finished.run), str(Path.cwd())):
+        assert str(Path(place).parent).encode() not in text
+    if ending == "pt2":
+        said = {"ewavit": "", "pretrained_cfg": ""}
+        torch.export.load(file, extra_files=said)
+        assert json.loads(said["ewavit"])["classes"] == ["stripes, 0", "stripes, 1", "stripes, 2"]
+        assert json.loads(said["pretrained_cfg"])["crop_pct"] == 0.875
 
 
 # Expanded models in the hands of transformers, torch.fx and TorchScript.

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shlex
 import subprocess
 import sys
 from functools import partial
@@ -15,6 +16,7 @@ from lightning.pytorch import LightningModule
 from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
 
 import ewavit as ewa
+from ewavit.cli import build_parser
 from ewavit.core import moe_layers
 
 ROOT = Path(__file__).parent.parent
@@ -122,6 +124,18 @@ def test_the_code_for_other_trainers_runs(tmp_path, monkeypatch):
     })  # fmt: skip
     saved = torch.load(tmp_path / "vit.ckpt", weights_only=False)["state_dict"]
     assert saved.keys() == Module().state_dict().keys()
+
+
+def test_the_script_for_slurm_is_that_of_the_page_and_its_command_is_understood():
+    script = ROOT / "examples" / "compare.sbatch"
+    subprocess.run(["bash", "-n", script], check=True)
+    (shown,) = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "compare.md").read_text(), re.DOTALL)
+    assert script.read_text().endswith(shown)
+    words = shlex.split(shown.partition(" -- ")[2].replace("\\\n", " "))
+    assert words[0] == "ewavit"
+    options = build_parser().parse_args(words[1:])
+    assert (options.ray, options.arms, options.seeds) == ("$address", ["dense", "ema", "ewa"], 5)
+    assert options.command.__name__ == "_compare"
 
 
 def test_the_measures_of_the_house_are_counted_from_the_source(tmp_path):

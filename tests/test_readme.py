@@ -95,5 +95,17 @@ def test_the_suite_tries_as_many_models_as_the_readme_says():
     assert f"small versions of {len(families.keys)} models" in README
 
 
+def test_the_table_of_frameworks_is_that_of_its_page_without_empty_rows():
+    page = (ROOT / "docs" / "where_you_train.md").read_text().partition("## What is tested")[2]
+    of_page = [row.replace("](../", "](") for row in re.findall(r"^\|.*", page, re.MULTILINE)]
+    shown = re.findall(
+        r"^\|.*", README.partition("## Where you train already")[2].partition("\n## ")[0], re.M
+    )
+    assert shown == [row for row in of_page if row.strip("|- ") == "" or "yes" in row or "FSDP2" in row]
+    cells = re.findall(r"\[[^]]+\]\((tests/\w+\.py)\)", "\n".join(shown))
+    assert len(cells) > 30
+    assert all((ROOT / cell).exists() for cell in cells)
+
+
 def test_the_readme_is_short():
     assert len(README.splitlines()) <= 100

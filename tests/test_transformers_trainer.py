@@ -1,47 +1,29 @@
 """`EWACallback` in transformers' Trainer: exact to resume, a stock model at the end."""
 
-import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from safetensors.torch import load_file
 from torch import nn
-from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    ViTForImageClassification,
+)
 
 import ewavit as ewa
 from ewavit.core import moe_layers
 from ewavit.integrations.transformers import EWACallback
+from hf_trainer import Images, trainer
 from processes import in_processes
-
-CONFIG = ViTConfig(
-    hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=16,
-    patch_size=8, num_labels=3, hidden_dropout_prob=0.1,
-)  # fmt: skip
-
-
-class Images(torch.utils.data.Dataset):
-    def __len__(self):
-        return 32
-
-    def __getitem__(self, index):
-        generator = torch.Generator().manual_seed(index)
-        return {"pixel_values": torch.randn(3, 16, 16, generator=generator), "labels": index % 3}
-
-
-def trainer(folder, callback=None, **settings):
-    set_seed(0)
-    model = ViTForImageClassification(copy.deepcopy(CONFIG))
-    arguments = {
-        "num_train_epochs": 2, "per_device_train_batch_size": 8, "save_strategy": "steps", "save_steps": 3,
-        "logging_steps": 2, "report_to": [], "disable_tqdm": True, "use_cpu": True, "learning_rate": 1e-2,
-        "dataloader_pin_memory": False, **settings,
-    }  # fmt: skip
-    callbacks = [callback or EWACallback(ramp_steps=6)]
-    args = TrainingArguments(str(folder), **arguments)
-    return Trainer(model, args, train_dataset=Images(), eval_dataset=Images(), callbacks=callbacks)
+from steps import fresh_compiler
 
 
 def weights(folder):
@@ -144,3 +126,84 @@ def check_two_processes(folder):
 
 def test_two_processes_end_with_one_stock_model(tmp_path):
     in_processes(2, check_two_processes, tmp_path)
+
+
+class Tracker(TrainerCallback):
+    """A tracker that keeps what it sees, as those of `report_to` do."""
+
+    def __init__(self):
+        self.rows = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.rows.append(dict(logs))
+
+
+def test_trackers_see_the_logged_values_once_the_callback_is_first(tmp_path):
+    run = trainer(tmp_path)
+    tracker = Tracker()
+    run.callback_handler.callbacks.insert(0, tracker)
+    run.callback_handler.callbacks.sort(key=lambda each: not isinstance(each, EWACallback))
+    run.train()
+    assert [row["ewa/share_rate"] for row in tracker.rows if "loss" in row] == pytest.approx(
+        [0.1, 0.2, 0.3, 0.3]
+    )
+    assert not moe_layers(run.model)
+
+
+def test_push_to_hub_after_training_uploads_a_stock_model(tmp_path, monkeypatch):
+    run = trainer(tmp_path / "run", push_to_hub=False)
+    run.train()
+    pushed = tmp_path / "pushed"
+
+    class Api:
+        def upload_folder(self, repo_id, folder_path, **kwargs):
+            shutil.copytree(folder_path, pushed, ignore=shutil.ignore_patterns("checkpoint-*"))
+
+    monkeypatch.setattr(transformers.trainer, "hf_api", Api)
+    run.hub_model_id = "me/vit"
+    run.push_to_hub()
+    loaded, report = ViTForImageClassification.from_pretrained(pushed, output_loading_info=True)
+    assert not report["missing_keys"] | report["unexpected_keys"]
+    assert_equal(loaded.state_dict(), run.model.state_dict())
+
+
+def test_a_compiled_training_ends_with_a_stock_model_near_the_plain_one(tmp_path):
+    settings = {"max_steps": 2, "torch_compile_backend": "aot_eager", "optim": "sgd"}
+    runs = [trainer(tmp_path / str(on), torch_compile=on, **settings) for on in (False, True)]
+    with fresh_compiler():
+        for run in runs:
+            for module in run.model.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0  # compiled code draws other masks
+            run.train()
+    for run in runs:
+        assert not moe_layers(run.model)
+        run.save_model()
+        report = ViTForImageClassification.from_pretrained(run.args.output_dir, output_loading_info=True)[1]
+        assert not report["missing_keys"] | report["unexpected_keys"]
+    for name, value in runs[0].model.state_dict().items():
+        torch.testing.assert_close(runs[1].model.state_dict()[name], value, atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_an_average_of_the_expanded_model_collapses_to_a_stock_model(tmp_path):
+    run = trainer(tmp_path)
+    averaged = AveragedModel(run.model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True)
+
+    class Average(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            averaged.update_parameters(kwargs["model"])
+
+    run.add_callback(Average())
+    run.train()
+    assert moe_layers(averaged.module)
+    pixels = torch.stack([Images()[index]["pixel_values"] for index in range(4)])
+    with torch.no_grad():
+        expected = averaged.module.eval()(pixels).logits
+        plain = ewa.collapse(averaged.module)
+        plain.save_pretrained(tmp_path / "average")
+        loaded, report = ViTForImageClassification.from_pretrained(
+            tmp_path / "average", output_loading_info=True
+        )
+        torch.testing.assert_close(loaded.eval()(pixels).logits, expected)
+    assert not report["missing_keys"] | report["unexpected_keys"]
+    assert not torch.equal(plain.classifier.weight, run.model.classifier.weight)

@@ -26,6 +26,7 @@ LISTED = {
     "ewavit.errors": ("Diverged", "Refused"),
     "ewavit.data.options": ("DataOptions",),
     "ewavit.training.recipe": ("Recipe",),
+    "ewavit.training.hub": ("publish",),
     "ewavit.training.loop": ("Result", "TrainingRun", "resume", "train"),
     "ewavit.training.inference": ("Outputs", "predict"),
     "ewavit.compare.arms": ("Arm", "make_arms"),

@@ -273,11 +273,21 @@ def _add_export(commands: _Commands) -> None:
     )
     parser.add_argument(
         "--to",
-        required=True,
         type=nonempty_path,
         metavar="FILE",
-        help="file to write, .safetensors or .onnx; or a new folder, for shards, or for the model with the "
-        "config.json that timm loads it by (local-dir:FOLDER)",
+        help="file to write, .safetensors, .onnx or .pt2 (torch.export); or a new folder, for shards, or for "
+        "the model with the config.json that timm loads it by (local-dir:FOLDER)",
+    )
+    parser.add_argument(
+        "--hub",
+        metavar="ORG/NAME",
+        type=nonempty,
+        help="push the model with a model card to the Hugging Face hub (public, unless the repository exists "
+        "and is private); with --to FOLDER or HF_HUB_OFFLINE=1 only write that folder. RUN may also be a "
+        "folder of transformers' Trainer",
+    )
+    parser.add_argument(
+        "--license", metavar="ID", type=nonempty, help="licence in the model card, e.g. apache-2.0"
     )
     parser.add_argument(
         "--data",
@@ -586,7 +596,26 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
+    if options.hub is not None:
+        return _publish(options)
+    if options.to is None or options.license is not None:
+        raise EwavitError(
+            "--license needs --hub ORG/NAME" if options.to else "give --to FILE or --hub ORG/NAME"
+        )
+
     from ewavit.training.export import export
 
     print(export(options.source, options.to, options.data, mean_expert=options.collapse))
+    return 0
+
+
+def _publish(options: argparse.Namespace) -> int:
+    if options.data is not None:
+        raise EwavitError("--data does not go with --hub: leave it out")
+
+    from ewavit.compare.results import verdict_of
+    from ewavit.training.hub import publish
+
+    words = {"mean_expert": options.collapse, "licence": options.license}
+    print(publish(options.source, options.hub, options.to, verdict=verdict_of(options.source), **words))
     return 0

@@ -24,6 +24,7 @@ from ewavit.compare.contrasts import Contrasts
 from ewavit.errors import EwavitError, first_line
 from ewavit.files import regular
 from ewavit.tasks.judge import Judge
+from ewavit.training.places import portable_spec
 from ewavit.training.recipe import Recipe
 from ewavit.training.run_folder import RunFolder
 
@@ -151,6 +152,26 @@ def read_run(run: RunFolder, seed: int, judge: Judge, epochs: Sequence[int] | No
             if damage := run.damage(file):
                 raise ValueError(damage)
     return finished
+
+
+def verdict_of(run: Path) -> str | None:
+    """What a comparison says of a run's arm; None if the run belongs to no comparison with results.
+
+    Args:
+        run: the folder of the run.
+    """
+    file = run.absolute().parent.parent / "results.json"
+    try:
+        found = json.loads(regular(file).read_text())
+        statistics, data = found["statistics"], str(found["recipe"]["data"])
+        arm = run.name.rpartition("-")[0]
+        of_arm = [each["sentence"] for each in statistics["verdicts"] if each["arm"] == arm]
+        text = " ".join([*of_arm, f"{statistics['setting']}, {statistics['claim']}"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    averaged = RunFolder(run).average.exists()
+    what = " It judges the averaged weights of the run, which are not in this file." if averaged else ""
+    return text.replace(data, portable_spec(data)) + what
 
 
 def latest_metric(run: RunFolder, judge: Judge) -> float:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from ewavit.core.averaging import ExpertAveraging, Schedule
 from ewavit.core.diagnostics import expert_spread
@@ -13,7 +14,7 @@ from ewavit.core.moe import moe_layers
 from ewavit.core.surgery import collapse, expand
 
 
-class EWACallback(TrainerCallback):  # type: ignore[misc]
+class EWACallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     """Trains the model of a `Trainer` with averaged experts, and leaves the plain model.
 
     When the Trainer is made, the model is expanded. After every optimizer step the experts are averaged. When
@@ -55,6 +56,13 @@ class EWACallback(TrainerCallback):  # type: ignore[misc]
         model: nn.Module = kwargs["model"]
         if not moe_layers(model):
             expand(model, self.num_experts, **self.options)
+        self.num_experts = next(iter(moe_layers(model).values())).num_experts
+
+    def state(self) -> dict[str, Any]:
+        """The settings, for `trainer_state.json`."""
+        rate = self.share_rate if isinstance(self.share_rate, int | float) else repr(self.share_rate)
+        numbers = {"num_experts": self.num_experts, "ramp_steps": self.ramp_steps, "every": self.every}
+        return {"args": {"share_rate": rate, **numbers}, "attributes": {}}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

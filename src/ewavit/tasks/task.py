@@ -194,6 +194,10 @@ class Task(ABC):
             pretrained_cfg: how to prepare images, under timm's names; empty for clouds.
         """
 
+    def transform_code(self, pretrained_cfg: Mapping[str, Any]) -> str:
+        """Python code that makes `transform`, the preparation of an image; empty if the task has none."""
+        return ""
+
     @abstractmethod
     def input_text(self, inputs: Inputs) -> str:
         """A description of the model's inputs and their preparation, by the lines of `loading_code`."""

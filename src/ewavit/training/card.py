@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from ewavit.core.routing import TopK, routers
 from ewavit.core.surgery import expand
 from ewavit.data.batches import Data, Inputs
+from ewavit.data.options import PREPARATION
 from ewavit.errors import EwavitError, first_line
 from ewavit.files import regular
 from ewavit.tasks.choice import task_for
 from ewavit.tasks.task import Task
-from ewavit.tasks.timm_models import timm_config, transform_code
+from ewavit.tasks.timm_models import timm_config
 from ewavit.training.card_check import build_for, check_fields, parse_card
 from ewavit.training.places import absolute_spec, portable_spec
 
@@ -150,17 +151,16 @@ class ModelCard:
     @property
     def preparation(self) -> dict[str, Any]:
         """The fields of `DataOptions` that prepare inputs as in the training."""
-        names = ("mean", "std", "interpolation", "crop_pct", "crop_mode", "num_points")
-        return {**{name: getattr(self, name) for name in names}, "img_size": self.img_size or None}
+        fields = {name: getattr(self, name) for name in (*PREPARATION, "num_points")}
+        return {**fields, "img_size": self.img_size or None}
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
         """How to prepare images, in the words of timm's `pretrained_cfg`; empty for clouds and old files."""
         if self.crop_pct is None:
             return {}
-        names = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
         size = (self.in_chans, self.img_size, self.img_size)
-        return {"input_size": size, **{name: getattr(self, name) for name in names}}
+        return {"input_size": size, **{name: getattr(self, name) for name in PREPARATION}}
 
     @property
     def task(self) -> Task:
@@ -205,12 +205,11 @@ class ModelCard:
 
     def loading_code(self, file: Path) -> str:
         """Python lines that load the file: with ewavit for a mixture, else with the task's own library."""
-        pretrained_cfg = self.pretrained_cfg
         if self.mixture is not None:
             code = f"import ewavit\nmodel = ewavit.load({str(file)!r})"
         else:
-            code = self.task.loading_code(self.model, self.model_kwargs, file, pretrained_cfg)
-        return f"{code}\n{transform_code(pretrained_cfg)}" if pretrained_cfg else code
+            code = self.task.loading_code(self.model, self.model_kwargs, file, self.pretrained_cfg)
+        return f"{code}\n{self.task.transform_code(self.pretrained_cfg)}".rstrip()
 
     def input_text(self) -> str:
         """What the model has to be given, in words."""

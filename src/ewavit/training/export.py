@@ -1,4 +1,4 @@
-"""From a run or a checkpoint to files that need no ewavit: safetensors with timm's keys, or ONNX."""
+"""From a run or a checkpoint to files that need no ewavit: safetensors with timm's keys, or a graph."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ewavit.core.moe import moe_layers
 from ewavit.core.surgery import collapse, dense_state_dict
 from ewavit.data.options import DataOptions
 from ewavit.data.weight_files import check_finite
-from ewavit.errors import MOST_CHARACTERS, EwavitError, first_line
+from ewavit.errors import MOST_CHARACTERS, EwavitError
 from ewavit.files import is_torch_file, regular, remove, replacing
 from ewavit.tasks.classification import ConfusionMeter
 from ewavit.tasks.task import Metrics
@@ -30,14 +30,16 @@ from ewavit.training.building import expand_by_recipe
 from ewavit.training.card import ModelCard, RoutedMixture
 from ewavit.training.checkpoint import load_checkpoint, save_tensors
 from ewavit.training.evaluation import evaluate_batches, on_device
+from ewavit.training.graph import read_onnx, write_graph
 from ewavit.training.opening import open_for
 from ewavit.training.places import portable_spec
 from ewavit.training.recipe import Recipe
 from ewavit.training.report import Row
 from ewavit.training.run_folder import RunFolder
 
-LARGEST_DIFFERENCE = 1e-3  # of the logits, relative; beyond it an exported file is refused
+LARGEST_DIFFERENCE = 1e-4  # of the logits, relative; beyond it an exported file is refused
 LARGEST_CHANGE = 0.1  # of the judging metric, percentage points
+GRAPHS = (".onnx", ".pt2")  # endings of files that hold the computation as well as the weights
 
 
 def load_model(source: Path) -> tuple[nn.Module, ModelCard]:
@@ -61,6 +63,10 @@ def load_model(source: Path) -> tuple[nn.Module, ModelCard]:
             raise EwavitError(f"{file} is damaged ({damage}): use another copy of it")
         warnings.warn(f"{file} is damaged ({damage}): used the run's checkpoint instead", stacklevel=2)
         return _from_checkpoint(run.path)
+    if file.suffix == ".pt2":
+        raise EwavitError(
+            f"{file} can run code when it is loaded: give the run, or a .safetensors or .onnx file"
+        )
     if is_torch_file(file):
         raise EwavitError(
             f"{file} is a file of torch.save, which does not say its model, data and preprocessing: give the "
@@ -189,28 +195,10 @@ def predictor(source: Path) -> tuple[Callable[[Tensor], Tensor], ModelCard]:
     if source.suffix != ".onnx":
         model, card = load_model(source)
         return model, card
-    import onnxruntime
-
-    try:
-        session = onnxruntime.InferenceSession(str(regular(source)), providers=["CPUExecutionProvider"])
-        name = session.get_inputs()[0].name
-        metadata = session.get_modelmeta().custom_metadata_map
-    except Exception as problem:  # onnxruntime's errors have no common class
-        raise EwavitError(f"{source} cannot be read as an ONNX file ({first_line(problem)})") from None
+    predict, metadata = read_onnx(source)
     of_file = ModelCard.of_metadata(metadata, str(source))
     if of_file is None:
         raise EwavitError(f"{source} does not say which model it holds: give a file that ewavit wrote")
-
-    def predict(images: Tensor) -> Tensor:
-        try:
-            outputs = session.run(None, {name: images.cpu().numpy()})[0]
-        except Exception as problem:
-            raise EwavitError(
-                f"{source} does not compute on {tuple(images.shape)} inputs ({first_line(problem)}): "
-                "export it again"
-            ) from None
-        return torch.from_numpy(outputs)
-
     return predict, of_file
 
 
@@ -262,8 +250,8 @@ def export(source: Path, to: Path, data: str | None = None, mean_expert: bool = 
 
     Args:
         source: a run's folder, a checkpoint folder, or safetensors of an expanded model.
-        to: a path ending in .safetensors (loaded by stock timm) or .onnx. Or a new folder, for shards, or for
-            `model.safetensors` with the `config.json` that timm loads it by.
+        to: a path ending in .safetensors (loaded by stock timm), .onnx or .pt2 (`torch.export.load`). Or a
+            new folder, for shards, or for `model.safetensors` with the `config.json` that timm loads it by.
         data: data spec; the one it was trained on unless given.
         mean_expert: collapse a routed mixture; its accuracy is said, and not compared with the run's.
 
@@ -277,9 +265,9 @@ def export(source: Path, to: Path, data: str | None = None, mean_expert: bool = 
     to_run = data is not None or mean_expert
     if is_checkpoint_file(source) and to.suffix in (".safetensors", "") and not to_run:
         return f"{collapse_checkpoint(source, to)}; no logits or accuracy compared: nothing was run"
-    if to.suffix not in (".safetensors", ".onnx", ""):
+    if to.suffix not in (".safetensors", *GRAPHS, ""):
         raise EwavitError(
-            f"{to} ends in {to.suffix}: choose a name ending in .safetensors or .onnx, or a new folder"
+            f"{to} ends in {to.suffix}: choose a name ending in .safetensors, .onnx or .pt2, or a new folder"
         )
     if not to.suffix and to.exists():
         raise EwavitError(f"{to} exists already: choose a new folder")
@@ -307,14 +295,15 @@ def export(source: Path, to: Path, data: str | None = None, mean_expert: bool = 
         remove(partial)
     file = to if to.suffix else RunFolder(to).model
     said = f"wrote {to} ({file.stat().st_size / 1e6:.1f} MB): {checked}"
-    if to.suffix == ".onnx":
+    if to.suffix in GRAPHS:
         return said
     return f"{said}\nload it with\n\n{of_file.loading_code(file)}\n\nand give it {of_file.input_text()}"
 
 
 def _write(model: nn.Module, card: ModelCard, to: Path) -> None:
-    if to.suffix == ".onnx":
-        _write_onnx(model, card, to)
+    if to.suffix in GRAPHS:
+        resizable = _of_other_size(model, card) is not None
+        write_graph(model, card.sample(2), card.metadata(), to, resizable)
         return
     if not to.suffix:
         to.mkdir()
@@ -322,27 +311,27 @@ def _write(model: nn.Module, card: ModelCard, to: Path) -> None:
     save_tensors(model.state_dict(), to if to.suffix else RunFolder(to).model, card.metadata())
 
 
-def _write_onnx(model: nn.Module, card: ModelCard, file: Path) -> None:
-    import onnx
-
-    images = card.sample(2)
-    batch = {0: torch.export.Dim("batch")}
-    program = torch.onnx.export(
-        model, (images,), dynamo=True, dynamic_shapes=(batch,), input_names=["images"],
-        output_names=["logits"], verbose=False,
-    )  # fmt: skip
-    assert program is not None
-    proto = program.model_proto
-    onnx.helper.set_model_props(proto, card.metadata())
-    onnx.save(proto, file)
+@torch.no_grad()
+def _of_other_size(model: nn.Module, card: ModelCard) -> Tensor | None:
+    """Images of another size, if the model takes such images."""
+    if not card.img_size:
+        return None
+    images = replace(card, img_size=2 * card.img_size).sample(2)
+    try:
+        fits = model(images).shape[:2] == (2, len(card.classes))
+    except Exception:  # models raise what they like for images that do not fit
+        return None
+    return images if fits else None
 
 
 @torch.no_grad()
 def _check(file: Path, model: nn.Module, card: ModelCard, data: str | None, collapsed: bool) -> str:
-    predict, _ = predictor(file)
-    images = card.sample(4)
-    expected, found = model(images), predict(images)
-    difference = float((found - expected).norm() / expected.norm())
+    # Only this file, just written, is loaded as .pt2: such a file of a stranger may run code.
+    predict = torch.export.load(file).module() if file.suffix == ".pt2" else predictor(file)[0]
+    other = _of_other_size(model, card) if file.suffix in GRAPHS else None
+    compared = [card.sample(4)] if other is None else [card.sample(4), other]
+    logits = [(predict(images), model(images)) for images in compared]
+    difference = max(float((found - expected).norm() / expected.norm()) for found, expected in logits)
     if not difference <= LARGEST_DIFFERENCE:
         raise EwavitError(
             f"the written file's logits differ from the model's by {difference:.1e}: it was removed"

@@ -22,10 +22,10 @@ def absolute_spec(spec: str) -> str | None:
 
 
 def portable_spec(spec: str) -> str:
-    """A data spec as a published file may hold it: of an absolute path its last name only."""
-    kind, path = split_path(spec)
+    """A data spec as a published file may hold it: of an absolute path, there or gone, its last name only."""
+    kind = f"{spec.partition(':')[0]}:" if is_points(spec) else ""
     place = Path(spec.removeprefix(kind))
-    return f"{kind}{place.name}" if path is not None and place.is_absolute() else spec
+    return f"{kind}{place.name}" if place.is_absolute() else spec
 
 
 def found_spec(spec: str, absolute: str | None) -> str:
