@@ -31,6 +31,8 @@ BUILT_IN: dict[str, Callable[[Recipe], dict[str, Any]]] = {
     "switch-ema": lambda recipe: {"experts": 1, **_EMA, "model_ema_switch": True},
     "rup": lambda recipe: {"share_rate": 0.0},
     "full": lambda recipe: {"share_rate": (recipe.experts - 1) / recipe.experts, "ramp": 0.0},
+    # lo-fi (arXiv 2210.11948): copies of the whole model, each for its own images, merged at the end
+    "lofi": lambda recipe: {"select": "model", "unit": "image", "share_rate": 0.0},
     "ewa": lambda recipe: {},
     "ewa+ema": lambda recipe: dict(_EMA),
     "moe": lambda recipe: {**_ROUTED, "share_rate": 0.0},

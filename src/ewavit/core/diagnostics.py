@@ -24,7 +24,8 @@ def expert_spread(model: nn.Module) -> dict[str, float]:
     With sharded or replica experts this is a collective: every process must call it.
 
     Returns:
-        sqrt(mean_i |W_i - Wm|^2) / |Wm| by layer name, over all parameters of an FFN; 0 if all are equal.
+        sqrt(mean_i |W_i - Wm|^2) / |Wm| by layer name, over all parameters of an FFN; 0 if all are equal. The
+        name of a whole model is "model".
     """
     spread = {}
     for layer, moe in moe_layers(model).items():
@@ -40,7 +41,7 @@ def expert_spread(model: nn.Module) -> dict[str, float]:
             (deviations,) = peers.sum([deviations])
         both = torch.stack([deviations, torch.stack(norm).sum()])
         variance, square = summed(both, like=next(moe.experts.parameters())).tolist()
-        spread[layer] = (variance / square) ** 0.5 if square else 0.0
+        spread[layer or "model"] = (variance / square) ** 0.5 if square else 0.0
     return spread
 
 

@@ -266,6 +266,8 @@ def _short(problem: Exception) -> str:
 
 def select_ffns(model: nn.Module, select: Select = "alternate", unit: Unit = "token") -> list[FFN]:
     """The FFNs that `expand` would choose with these arguments; it raises the same errors."""
+    if is_whole(model, select):
+        return [_whole(model)]
     if isinstance(select, str):
         if dict(model.named_modules()).get(select) is not None:
             select = [select]
@@ -313,6 +315,26 @@ def select_ffns(model: nn.Module, select: Select = "alternate", unit: Unit = "to
     if not chosen:
         raise _nothing(f"select={select!r} matches none of the FFNs", found)
     return chosen
+
+
+def is_whole(model: nn.Module, select: Select) -> bool:
+    """Whether the whole model is selected; a module of the name "model" has priority."""
+    return isinstance(select, str) and select == "model" and "model" not in dict(model.named_modules())
+
+
+def _whole(model: nn.Module) -> FFN:
+    """The whole model as one candidate."""
+    reason = ""
+    if hasattr(type(model), "save_pretrained"):
+        reason = "a transformers model returns no tensor"
+    for name, part in model.named_modules():
+        if "forward" in vars(part):
+            reason = f"the forward of {name or 'the model'} was replaced and belongs to this one module"
+        elif "batchnorm" in (kind := type(part).__name__).lower():
+            reason = f"{name} ({kind}) would have other statistics in every copy"
+    if reason:
+        raise EwavitError(f'select="model" does not work: {reason}; select blocks or FFNs without it')
+    return FFN("", model, "image")
 
 
 def _usable(ffn: FFN, unit: Unit) -> bool:

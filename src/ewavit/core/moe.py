@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -32,7 +33,12 @@ class MoE(nn.Module):
         unit: what is dealt to the experts, single "token"s or whole "image"s.
         channels_first: the FFN takes (batch, channels, height, width).
         dispatcher: sends units to experts; a `RandomPartition` by default. A `TopKRouter` takes tokens.
+
+    Attributes:
+        whole: the experts are copies of a whole model, which `ewavit.expand` turned into this mixture.
     """
+
+    whole = False
 
     def __init__(
         self,
@@ -132,7 +138,13 @@ class MoE(nn.Module):
             if name in original._parameters and not (self.training or self.routed):
                 return self.experts.mean_of(name)
             ffn = self.experts.ffns()[0]
-            return getattr(ffn if hasattr(ffn, name) else original, name)
+            value = getattr(ffn if hasattr(ffn, name) else original, name)
+            if self.whole and isinstance(value, MethodType):
+                raise AttributeError(
+                    f"{name} is a method of the plain model, and here are {self.num_experts} copies of it: "
+                    "call it in `with ewavit.collapsed(model)`, or for each of model.experts.ffns()"
+                ) from None
+            return value
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse a layer or parameter that would replace one of the FFN: no expert would have it."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -18,12 +18,13 @@ from ewavit.core.devices import Peers, cut_like, is_sharded, whole
 from ewavit.core.dispatch import Dispatcher
 from ewavit.core.draws import LAYER
 from ewavit.core.experts import ExpertLeaf, Experts, SeparateExperts, StackedExperts
-from ewavit.core.ffn import FFN, Select, select_ffns
+from ewavit.core.ffn import FFN, Select, is_whole, select_ffns
 from ewavit.core.moe import MoE, Unit, moe_layers, require_moe_layers
 from ewavit.core.partition import RandomPartition
 from ewavit.core.pretrained import guard_save_pretrained, unguard_save_pretrained
 from ewavit.core.replicas import DealtByProcess, ReplicaExperts, keep_from_ddp
 from ewavit.core.routing import TopK, TopKRouter
+from ewavit.core.steps import follow_optimizers
 from ewavit.errors import EwavitError
 
 Placement = Literal["local", "replicas"]
@@ -59,6 +60,8 @@ def expand(
         num_experts: N, 4 by default. With N = 1 the model computes exactly what it did.
         select: "alternate" (every second FFN, the last one in), "all", "last_half", the name of one module, a
             list of names, a regular expression searched in the names, or a callable `(name, module) -> bool`.
+            Whole blocks by name need unit="image". "model" makes N copies of the whole model and deals whole
+            images to them (lo-fi, arXiv 2210.11948): the model becomes a `MoE` until `collapse`.
         unit: deal single tokens ("token"), or whole images ("image") for FFNs that mix tokens.
         router: let a learned router choose the experts of each token instead of chance (a naive MoE). Eval
             mode routes too: deploy the MoE itself, or after `collapse` the mean expert.
@@ -74,6 +77,10 @@ def expand(
             reasons), or the model is already expanded, wrapped or compiled.
     """
     _check_choices(unit, experts, placement)
+    if whole := is_whole(model, select):
+        unit = "image"
+        if placement == "replicas":
+            raise EwavitError('select="model" makes copies in one process: leave out placement="replicas"')
     peers = Peers(process_group) if placement == "replicas" else None
     num_experts = _checked_number(num_experts, unit, experts, router, peers)
     _refuse_wrapped(model)
@@ -99,8 +106,10 @@ def expand(
             else:
                 made = (SeparateExperts if separate else StackedExperts)(layer.module, num_experts)
             layers.append(MoE(made, unit, ffn.channels_first, dispatcher))
+            layers[-1].whole = whole
+    listed = _listed_without_decay(model)
     _insert(model, [layer for ffn in chosen for layer in ffn.layers], layers)
-    _exempt_norms_from_decay(model)
+    _exempt_from_decay(model, listed)
     guard_save_pretrained(model)
     if peers is not None:
         keep_from_ddp(model)
@@ -134,7 +143,8 @@ def _check_chosen(model: nn.Module, chosen: list[FFN], experts: str) -> None:
             )
         if experts == "stacked" and not ffn.stackable:
             raise EwavitError(
-                f'{ffn.name} ({ffn.class_name}) cannot be stacked: use experts="separate" or "auto"'
+                f"{ffn.name or 'the model'} ({ffn.class_name}) cannot be stacked: "
+                'use experts="separate" or "auto"'
             )
         if part := called_within(ffn.module):
             warnings.warn(f"the hooks of {ffn.name}.{part} fire once for each expert", stacklevel=3)
@@ -157,7 +167,7 @@ def _refuse_tied(model: nn.Module, chosen: list[FFN], experts: str) -> None:
                     'the FFNs can be stacked: use experts="separate"'
                 )
     seen = {ffn.module for ffn in chosen}
-    waiting = [("", model)]
+    waiting = [("", model)] if model not in seen else []
     while waiting:
         path, module = waiting.pop()
         seen.add(module)
@@ -227,22 +237,43 @@ def _insert(model: nn.Module, chosen: list[FFN], layers: list[MoE]) -> None:
         tie([(ffn, copies[number]) for ffn, copies in made if number < len(copies)])
     for ffn, moe in zip(chosen, layers, strict=True):
         share_call_hooks(ffn.module, moe)
-        _replace(model, ffn.module, moe)
+        _, placed = _replace(model, ffn.module, moe)
+        follow_optimizers(placed)
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` wherever `old` is registered in the model (CoaT registers one FFN three times)."""
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Put `new` wherever `old` is registered in the model (CoaT registers one FFN three times).
+
+    The model itself stays the same object, so it exchanges class and content with `new`.
+
+    Returns:
+        The objects that are now outside and inside.
+    """
+    if old is model:
+        for name in ("__class__", "__dict__"):
+            mine, theirs = getattr(old, name), getattr(new, name)
+            object.__setattr__(old, name, theirs)
+            object.__setattr__(new, name, mine)
+        return new, old
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is old:
                 parent._modules[name] = new
+    return old, new
 
 
-def _exempt_norms_from_decay(model: nn.Module) -> None:
-    """Let `model.no_weight_decay()` list stacked vectors; timm would take them for matrices."""
+def _exempt_from_decay(model: nn.Module, listed: set[str]) -> None:
+    """Let `model.no_weight_decay()` also list what experts have of `listed`, and their stacked vectors.
+
+    timm would take stacked vectors for matrices.
+    """
     vectors = _stacked_vectors(model)
     names = {name for name, parameter in model.named_parameters() if id(parameter) in vectors}
-    model.no_weight_decay = _Names(names | _listed_without_decay(model))  # type: ignore[assignment]
+    for name, _ in model.named_parameters():
+        plain = re.sub(r"(^|\.)experts\.(ffn|copies\.\d+)\.", r"\1", name)
+        if plain != name and any(fnmatchcase(plain, pattern) for pattern in listed):
+            names.add(name)
+    model.no_weight_decay = _Names(names | listed)  # type: ignore[assignment]
 
 
 def _listed_without_decay(model: nn.Module) -> set[str]:
@@ -273,7 +304,7 @@ def collapse(model: Model) -> Model:
         EwavitError: the model is not expanded, or it is sharded (FSDP2).
     """
     require_moe_layers(model)
-    if isinstance(model, MoE):
+    if isinstance(model, MoE) and not model.whole:
         raise EwavitError("a single MoE cannot replace itself: use its collapse() method")
     if any(is_sharded(parameter) for parameter in model.parameters()):
         raise EwavitError(
@@ -296,15 +327,13 @@ def _plain(model: nn.Module) -> list[tuple[MoE, nn.Module]]:
 
 
 @contextmanager
-def collapsed(model: nn.Module) -> Iterator[list[tuple[MoE, nn.Module]]]:
+def collapsed(model: nn.Module) -> Iterator[list[tuple[nn.Module, nn.Module]]]:
     """Context manager: the model is dense inside, and its mixtures come back at the end.
 
     Yields:
         Pairs of a mixture and the FFN that replaces it.
     """
-    swapped = _plain(model)
-    for moe, ffn in swapped:
-        _replace(model, moe, ffn)
+    swapped = [_replace(model, moe, ffn) for moe, ffn in _plain(model)]
     try:
         yield swapped
     finally:
@@ -358,16 +387,15 @@ def load_dense_state_dict(model: nn.Module, state_dict: dict[str, Any], strict: 
     Returns:
         The result of `torch.nn.Module.load_state_dict`.
     """
-    names = {moe: f"{name}." for name, moe in moe_layers(model).items()}
+    prefixes = [f"{name}." if name else "" for name in moe_layers(model)]
     with collapsed(model) as swapped:
         here = model.state_dict()
         if any(is_sharded(value) for value in here.values() if isinstance(value, Tensor)):
             state_dict = {k: cut_like(here[k], v) if k in here else v for k, v in state_dict.items()}
         result = model.load_state_dict(state_dict, strict=strict)
-        for moe, ffn in swapped:
-            prefix = names[moe]
+        for prefix, (moe, ffn) in zip(prefixes, swapped, strict=True):
             absent = {key.removeprefix(prefix) for key in result.missing_keys if key.startswith(prefix)}
-            moe.experts.fill_(ffn, keep=absent)
+            cast(MoE, moe).experts.fill_(ffn, keep=absent)
     return result
 
 
@@ -413,7 +441,7 @@ def summary(model: nn.Module) -> Summary:
         each = sum(parameter.numel() for parameter in moe.experts.parameters()) // here
         ffn = type(moe.experts.original).__name__
         dealt = moe.dispatcher.describe(moe.unit)
-        layers.append(LayerSummary(name, ffn, kind, moe.num_experts, moe.unit, dealt, each))
+        layers.append(LayerSummary(name or "model", ffn, kind, moe.num_experts, moe.unit, dealt, each))
         own = sum(parameter.numel() for parameter in set(moe.experts.parameters()) - seen)
         seen |= set(moe.experts.parameters())
         extra += own - own // here + sum(parameter.numel() for parameter in moe.dispatcher.parameters())

@@ -80,11 +80,13 @@ def expand_by_recipe(model: nn.Module, recipe: Recipe, sample: Tensor | None = N
         )
     if sample is not None and not replicas:
         for name, shape in ffn_input_shapes(model, chosen, sample).items():
-            per_image = 1 if recipe.unit == "image" else units_per_image(model, name, shape)
+            unit = recipe.unit if name else "image"
+            per_image = 1 if unit == "image" else units_per_image(model, name, shape)
             if recipe.experts > per_image * recipe.batch_size:
                 raise EwavitError(
                     f"--experts {recipe.experts} is more than the {per_image * recipe.batch_size} "
-                    f"{recipe.unit}s of a batch in {name}: take fewer experts or a larger --batch-size"
+                    f"{unit}s of a batch in {name or 'the model'}: take fewer experts or a larger "
+                    "--batch-size"
                 )
     # Optimizers that use a whole tensor train N matrices; replicas have one each already.
     known = recipe.opt in list_optimizers()
@@ -93,7 +95,7 @@ def expand_by_recipe(model: nn.Module, recipe: Recipe, sample: Tensor | None = N
     return expand(
         model,
         recipe.experts,
-        select=[ffn.name for ffn in chosen],
+        select=recipe.select if chosen[0].module is model else [ffn.name for ffn in chosen],
         unit=recipe.unit,
         router=recipe.top_k,
         experts="separate" if separate else "auto",

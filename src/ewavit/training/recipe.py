@@ -167,7 +167,9 @@ class Recipe:
     )
     ramp_shape: Literal["linear", "cosine"] = _experts("linear", "shape of the ramp")
     select: str = _experts(
-        "alternate", "FFNs to expand: alternate, all, last_half, a name or a regular expression"
+        "alternate",
+        "FFNs to expand: alternate, all, last_half, a name or a regular expression; model: copies of the "
+        "whole model, each for its own images (lo-fi)",
     )
     unit: Literal["token", "image"] = _experts(
         "token", "unit of the random partition: each expert gets single tokens or whole images"
@@ -395,17 +397,19 @@ class Recipe:
                 )
             if self.unit != "token":
                 raise EwavitError(f"--router {self.router} routes tokens: leave out --unit {self.unit}")
+        router = self.router != "random"
+        float16 = self.amp and self.amp_dtype == "float16"  # one process may skip a step alone
         if self.placement == "replicas":
-            unfit = {
-                "router": self.router != "random",
-                "twa": self.twa > 0,
-                "amp-dtype": self.amp and self.amp_dtype == "float16",  # one process may skip a step alone
-            }
-            if names := [f"--{name}" for name, given in unfit.items() if given]:
-                value = getattr(self, names[0][2:].replace("-", "_"))
-                raise EwavitError(
-                    f"{names[0]} {value} does not work with --placement replicas: leave out {names[0]}"
-                )
+            self._refuse("--placement replicas", router=router, twa=self.twa > 0, amp_dtype=float16)
+        if self.select == "model" and self.experts > 1:
+            replicas, decay = self.placement != "local", self.layer_decay is not None
+            self._refuse("--select model", router=router, placement=replicas, layer_decay=decay)
+
+    def _refuse(self, where: str, **unfit: bool) -> None:
+        """Raise for the first of these settings that is given and does not work."""
+        if names := [name for name, given in unfit.items() if given]:
+            name, value = f"--{flag(names[0])}", getattr(self, names[0])
+            raise EwavitError(f"{name} {value} does not work with {where}: leave out {name}")
 
     def _check_averages(self) -> None:
         """Refuse settings of weight averages that exclude each other."""

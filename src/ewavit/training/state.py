@@ -84,9 +84,9 @@ class TrainingState:
         card = ModelCard.of(name, settings, recipe.data, data, recipe.data_dir, recipe.task)
         if recipe.placement == "replicas":
             dense.to(accelerator.device)  # where the processes can send it to each other
-        model = expand_by_recipe(dense, recipe, data.inputs.sample()).to(accelerator.device)
         if recipe.grad_checkpointing:
-            set_grad_checkpointing(model)
+            set_grad_checkpointing(dense)  # copies of the whole model take it with them
+        model = expand_by_recipe(dense, recipe, data.inputs.sample()).to(accelerator.device)
         optimizer = build_optimizer(model, recipe)
         scheduler = build_scheduler(optimizer, recipe, updates_per_epoch)
         average = weight_average(recipe, model)

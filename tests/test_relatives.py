@@ -1,0 +1,174 @@
+"""Relatives of EWA: lo-fi (copies of a whole model)."""
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from timm.models import VisionTransformer
+from timm.optim import create_optimizer_v2
+
+import ewavit as ewa
+from ewavit.compare.arms import BUILT_IN
+from ewavit.core import MoE, SeparateExperts, moe_layers
+from ewavit.training.export import export, load_model
+from ewavit.training.loop import resume, train
+from ewavit.training.processes import Interrupted
+from ewavit.training.recipe import Recipe
+from runs import assert_same_end, recipe, stop_after
+from small_models import MlpNet, images, randomised, separated, tiny_vit
+
+
+def lofi(num_experts: int = 3) -> VisionTransformer:
+    return ewa.expand(randomised(tiny_vit(), 0.1), num_experts, select="model")
+
+
+# ---------------------------------------------------------------- lo-fi: copies of the whole model
+
+
+def test_a_whole_model_is_expanded_and_collapsed_in_place():
+    model = tiny_vit()
+    dense = copy.deepcopy(model)
+    assert ewa.expand(model, 2, select="model") is model
+    assert isinstance(model, MoE)
+    assert isinstance(model.experts, SeparateExperts)
+    assert model.unit == "image"
+    assert list(moe_layers(model)) == [""]
+    assert ewa.collapse(model) is model
+    assert type(model) is VisionTransformer
+    for (key, mine), (other, its) in zip(model.state_dict().items(), dense.state_dict().items(), strict=True):
+        assert key == other
+        assert torch.equal(mine, its)
+
+
+def test_each_image_is_computed_by_one_copy_and_each_copy_has_its_share():
+    model = separated(lofi()).train()
+    x = images(7)
+    state = model.dispatcher.draw(len(x))
+    of_image = state.positions // (len(state.slots) // 3)
+    assert torch.bincount(of_image).tolist() in ([3, 2, 2], [2, 3, 2], [2, 2, 3])
+    with torch.no_grad():
+        each = torch.stack([expert(x) for expert in model.experts.copies])
+        assert torch.allclose(model(x), each[of_image, torch.arange(7)], atol=1e-6)
+
+
+def test_eval_and_collapse_of_copies_are_the_model_with_the_mean_weights():
+    model = separated(lofi()).eval()
+    mean = {
+        key: torch.stack([expert.state_dict()[key] for expert in model.experts.copies]).mean(0)
+        for key in model.experts.copies[0].state_dict()
+    }
+    plain = tiny_vit().eval()
+    plain.load_state_dict(mean)
+    x = images()
+    expected = plain(x)
+    assert torch.allclose(model(x), expected, atol=1e-5)
+    dense = ewa.dense_state_dict(model)
+    assert all(torch.allclose(dense[key], mean[key], atol=1e-7) for key in mean)
+    assert isinstance(model, MoE)  # the context manager gave it back
+    with ewa.collapsed(model):
+        assert type(model) is VisionTransformer
+        assert torch.allclose(model.forward_head(model.forward_features(x)), expected, atol=1e-5)
+    assert torch.allclose(ewa.collapse(model)(x), expected, atol=1e-5)
+
+
+def test_copies_never_averaged_train_as_by_themselves():
+    """lo-fi: each copy follows the SGD of its own images, and the end is the mean of the workers."""
+    model = lofi(2).double()
+    workers = [copy.deepcopy(expert) for expert in model.experts.copies]
+    ewa.ExpertAveraging(model, share_rate=0.0).attach(optimizer := torch.optim.SGD(model.parameters(), 0.1))
+    optimizers = [torch.optim.SGD(worker.parameters(), 0.1) for worker in workers]
+    for step in range(3):
+        x, labels = images(4).double(), torch.tensor([0, 1, 2, 0])
+        of_image = model.dispatcher.draw(4).positions // 2
+        torch.nn.functional.cross_entropy(model(x), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for number, (worker, own) in enumerate(zip(workers, optimizers, strict=True)):
+            mine = of_image == number
+            loss = torch.nn.functional.cross_entropy(worker(x[mine]), labels[mine], reduction="sum") / 4
+            loss.backward()
+            own.step()
+            own.zero_grad()
+        assert int(model.dispatcher.key[2]) == step + 1
+    ewa.collapse(model)
+    for name, parameter in model.named_parameters():
+        mean = torch.stack([worker.get_parameter(name) for worker in workers]).mean(0)
+        assert torch.allclose(parameter, mean, atol=1e-12)
+    torch.optim.SGD(model.parameters(), 0.1).step()  # a hook of the mixture would look for its experts
+
+
+def test_whole_blocks_are_dealt_by_image_if_named():
+    model = ewa.expand(randomised(tiny_vit()), 2, select=["blocks.0", "blocks.1"], unit="image")
+    assert list(moe_layers(model)) == ["blocks.0", "blocks.1"]
+    assert len(model.train()(images(5))) == 5
+
+
+def test_parameters_without_decay_have_none_in_the_copies():
+    dense, model = tiny_vit(), lofi()
+    for groups in (ewa.param_groups, timm_groups):
+        undecayed = {p for group in groups(model) if group["weight_decay"] == 0 for p in group["params"]}
+        plain = {p for group in groups(dense) if group["weight_decay"] == 0 for p in group["params"]}
+        names = {name for name, p in dense.named_parameters() if p in plain}
+        assert "pos_embed" in names
+        assert {name for name, p in model.named_parameters() if p in undecayed} == {
+            f"experts.copies.{number}.{name}" for number in range(3) for name in names
+        }
+
+
+def timm_groups(model):
+    return create_optimizer_v2(model, "sgd", lr=0.1, weight_decay=0.05).param_groups
+
+
+def test_plain_weights_go_into_every_copy_and_out_again():
+    model, other = lofi(), randomised(tiny_vit())
+    ewa.load_dense_state_dict(model, other.state_dict())
+    for key, value in ewa.dense_state_dict(model).items():
+        assert torch.allclose(value, other.state_dict()[key], atol=1e-7)
+
+
+def test_a_file_of_copies_is_collapsed_tensor_by_tensor(tmp_path):
+    model = separated(lofi())
+    for metadata in (ewa.expert_metadata(model), None):
+        save_file(model.state_dict(), tmp_path / "whole.safetensors", metadata)
+        ewa.collapse_checkpoint(tmp_path / "whole.safetensors", tmp_path / "plain.safetensors")
+        found, expected = load_file(tmp_path / "plain.safetensors"), ewa.dense_state_dict(model)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in found)
+
+
+def test_what_copies_of_a_whole_model_cannot_be_is_refused():
+    with pytest.raises(ewa.EwavitError, match=r"1 .BatchNorm1d. would have other statistics"):
+        ewa.expand(torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3)), select="model")
+    for options in ({"router": ewa.TopK()}, {"placement": "replicas"}, {"experts": "stacked"}):
+        with pytest.raises(ewa.EwavitError):
+            ewa.expand(MlpNet(), 2, select="model", **options)
+    with pytest.raises(AttributeError, match="forward_features is a method of the plain model"):
+        lofi().forward_features(images())
+    for settings in ({"router": "topk"}, {"layer_decay": 0.7}, {"placement": "replicas"}):
+        with pytest.raises(ewa.EwavitError, match="does not work with --select model"):
+            Recipe(select="model", **settings)
+
+
+# ---------------------------------------------------------------- arms
+
+
+ARMS = ["lofi"]
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_an_arm_stopped_within_an_epoch_resumes_exactly(tmp_path, monkeypatch, arm):
+    base = {"limit": 128, "experts": 2}
+    settings = base | BUILT_IN[arm](Recipe(**base))
+    train(recipe(tmp_path, "whole", **settings))
+    with monkeypatch.context() as patched:
+        stop_after(patched, 6)
+        with pytest.raises(Interrupted):
+            train(recipe(tmp_path, "stopped", **settings))
+    resume(tmp_path / "stopped")
+    assert_same_end(tmp_path / "whole", tmp_path / "stopped")
+    model, _ = load_model(tmp_path / "whole" / "checkpoint")
+    deployed, _ = load_model(tmp_path / "whole")
+    x = torch.randn(2, 1, 28, 28)
+    assert torch.allclose(model(x), deployed(x), atol=1e-5)
+    assert "logits equal" in export(tmp_path / "whole" / "checkpoint", tmp_path / "out.safetensors")
