@@ -11,6 +11,7 @@ from timm.optim import create_optimizer_v2
 import ewavit as ewa
 from ewavit.compare.arms import BUILT_IN
 from ewavit.core import MoE, SeparateExperts, moe_layers
+from ewavit.core.merging import interpolated, stock_share
 from ewavit.training.export import export, load_model
 from ewavit.training.loop import resume, train
 from ewavit.training.processes import Interrupted
@@ -148,6 +149,82 @@ def test_what_copies_of_a_whole_model_cannot_be_is_refused():
     for settings in ({"router": "topk"}, {"layer_decay": 0.7}, {"placement": "replicas"}):
         with pytest.raises(ewa.EwavitError, match="does not work with --select model"):
             Recipe(select="model", **settings)
+
+
+# ---------------------------------------------------------------- towards the start
+
+
+def test_model_stock_takes_its_closed_form():
+    """Two moves of length 1 with cosine c lie at t = 2 c / (1 + c) of the mean; the result is orthogonal."""
+    start = torch.randn(2, 3, dtype=torch.float64)
+    for cosine in (0.0, 0.3, 0.8, 1.0):
+        one, other = torch.zeros(2, 2, 3, dtype=torch.float64)
+        one[0, 0], other[0, 0], other[1, 2] = 1, cosine, (1 - cosine**2) ** 0.5
+        trained = [start + one, start + other]
+        t = 2 * cosine / (1 + cosine)
+        assert stock_share(trained, start) == pytest.approx(1 - t, abs=1e-12)
+        (merged, _) = interpolated([{"w": each} for each in trained], {"w": start}, None)
+        assert torch.allclose(merged["w"], start + t * (one + other) / 2, atol=1e-12)
+    one[0, 0], other[0, 0] = 0, -1
+    assert stock_share([start + one, start + other], start) == 1.0  # one did not move
+    assert stock_share([start, start], start) == 0.0
+    n, moves = 4, torch.eye(4, dtype=torch.float64) + 1  # cosine 6 / 7 between each two
+    assert stock_share(list(moves), torch.zeros(4)) == pytest.approx(1 - n * (6 / 7) / (1 + 3 * 6 / 7))
+
+
+def test_a_share_of_the_way_is_wise_ft_and_what_the_start_lacks_stays():
+    trained = {"a": torch.randn(3), "head": torch.randn(5), "count": torch.tensor(3)}
+    start = {"a": torch.randn(3), "head": torch.randn(7)}
+    merged, found = interpolated([trained], start, 0.6)
+    assert found == 1
+    assert torch.allclose(merged["a"], 0.4 * trained["a"] + 0.6 * start["a"])
+    assert torch.equal(merged["head"], trained["head"])
+    for wrong in ({"by": 1.5}, {"by": None}, {"by": 0.5, "start": {}}):
+        with pytest.raises(ewa.EwavitError):
+            interpolated([trained], **{"start": start} | wrong)
+
+
+@pytest.mark.parametrize("experts", [1, 2])
+def test_a_run_is_exported_towards_its_start(tmp_path, experts):
+    start = train(recipe(tmp_path, "start", limit=64, epochs=1, experts=1)).model_file
+    more = {"initial_checkpoint": str(start), "limit": 256, "epochs": 2, "share_rate": 0.0}
+    runs = [train(recipe(tmp_path, f"run{s}", experts=experts, seed=s, **more)).run for s in (1, 2)]
+    plain, first = load_file(runs[0] / "model.safetensors"), load_file(start)
+    to = tmp_path / "moved.safetensors"
+    assert "before that move the run had" in export(runs[0], to, toward=start, by="0.6")
+    for key, value in load_file(to).items():
+        assert torch.allclose(value, 0.4 * plain[key] + 0.6 * first[key], atol=1e-6)
+    if experts == 1:
+        with pytest.raises(ewa.EwavitError, match="give runs of other seeds too"):
+            export(runs[0], to, toward=start, by="stock")
+    said = export(runs[0], to, toward=start, by="stock", more=runs[1:] if experts == 1 else ())
+    assert "Model Stock" in said
+    moved = load_file(to)
+    key = "blocks.1.mlp.fc1.weight"
+    if experts == 2:
+        stacked = load_file(runs[0] / "checkpoint" / "model.safetensors")[
+            "blocks.1.mlp.experts.ffn.fc1.weight"
+        ]
+        share = stock_share(list(stacked), first[key])
+        assert 0 < share < 1
+        assert torch.allclose(moved[key], stacked.mean(0).lerp(first[key], share), atol=1e-6)
+        assert torch.allclose(moved["blocks.0.mlp.fc1.weight"], plain["blocks.0.mlp.fc1.weight"], atol=1e-6)
+    else:
+        both = [plain[key], load_file(runs[1] / "model.safetensors")[key]]
+        expected = (both[0] + both[1]) / 2
+        assert torch.allclose(moved[key], expected.lerp(first[key], stock_share(both, first[key])), atol=1e-6)
+
+
+def test_the_arm_wise_ft_deploys_the_way_back(tmp_path):
+    start = train(recipe(tmp_path, "start", limit=64, epochs=1, experts=1)).model_file
+    settings = BUILT_IN["wise-ft"](Recipe()) | {"limit": 64, "epochs": 2, "initial_checkpoint": str(start)}
+    run = train(recipe(tmp_path, "run", **settings)).run
+    last, first = load_file(run / "model.safetensors"), load_file(start)
+    for key, value in load_file(run / "model-average.safetensors").items():
+        expected = last[key] if key.startswith("head.") else (last[key] + first[key]) / 2
+        assert torch.allclose(value, expected, atol=1e-6)
+    with pytest.raises(ewa.EwavitError, match="here they are random"):
+        train(recipe(tmp_path, "random", toward_start=0.5))
 
 
 # ---------------------------------------------------------------- arms

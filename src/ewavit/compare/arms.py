@@ -29,6 +29,7 @@ BUILT_IN: dict[str, Callable[[Recipe], dict[str, Any]]] = {
     # 10 epochs after 200 in TWA's paper (arXiv 2205.13104)
     "twa": lambda recipe: {"experts": 1, "twa": max(1, round(recipe.epochs / 20))},
     "switch-ema": lambda recipe: {"experts": 1, **_EMA, "model_ema_switch": True},
+    "wise-ft": lambda recipe: {"experts": 1, "toward_start": 0.5},
     "rup": lambda recipe: {"share_rate": 0.0},
     "full": lambda recipe: {"share_rate": (recipe.experts - 1) / recipe.experts, "ramp": 0.0},
     # lo-fi (arXiv 2210.11948): copies of the whole model, each for its own images, merged at the end
@@ -46,7 +47,7 @@ _SHARED = {
     "num_points", "votes",
     "seed", "output", "name",
 }  # fmt: skip
-_AVERAGES = ("model_ema", "swa", "twa")
+_AVERAGES = ("model_ema", "swa", "twa", "toward_start")
 
 
 @dataclass(frozen=True)

@@ -298,6 +298,13 @@ class Recipe:
         least=0,
         most=1,
     )
+    toward_start: float = _averages(
+        0.0,
+        "deploy the last weights moved by this share of the way back to the first ones (WiSE-FT); the head "
+        "stays; needs --pretrained or --initial-checkpoint",
+        least=0,
+        most=1,
+    )
     twa: int = _averages(
         0, "extra epochs after the training that learn how to weight the last checkpoints (TWA)", least=0
     )
@@ -413,7 +420,8 @@ class Recipe:
 
     def _check_averages(self) -> None:
         """Refuse settings of weight averages that exclude each other."""
-        averages = {"model_ema": self.model_ema, "swa": self.swa, "twa": self.twa}
+        names = ("model_ema", "swa", "twa", "toward_start")
+        averages = {name: getattr(self, name) for name in names}
         if len(chosen := [f"--{flag(name)}" for name, value in averages.items() if value]) > 1:
             raise EwavitError(f"{' and '.join(chosen)} each keep an average of the weights: choose one")
         warmup = min(self.warmup_epochs, self.epochs // 2)

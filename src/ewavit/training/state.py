@@ -69,6 +69,11 @@ class TrainingState:
         Raises:
             EwavitError: no such model, settings that do not fit it, or another run's checkpoint.
         """
+        if recipe.toward_start and not (recipe.pretrained or recipe.initial_checkpoint or checkpoint):
+            raise EwavitError(
+                f"--toward-start {recipe.toward_start} goes back to the first weights, and here they are "
+                "random: give --pretrained or --initial-checkpoint"
+            )
         name, kwargs = model_settings(recipe, data.inputs)
         limit = no_larger_than(checkpoint.model, str(checkpoint.path)) if checkpoint else nullcontext()
         with limit:
