@@ -1,6 +1,8 @@
 """Relatives of EWA: lo-fi (copies of a whole model)."""
 
 import copy
+import csv
+import re
 
 import pytest
 import torch
@@ -10,8 +12,9 @@ from timm.optim import create_optimizer_v2
 
 import ewavit as ewa
 from ewavit.compare.arms import BUILT_IN
-from ewavit.core import MoE, SeparateExperts, moe_layers
+from ewavit.core import MoE, SeparateExperts, branch_shares, limit_branches_, moe_layers
 from ewavit.core.merging import interpolated, stock_share
+from ewavit.tasks.block_diagonal import group_ffns
 from ewavit.training.export import export, load_model
 from ewavit.training.loop import resume, train
 from ewavit.training.processes import Interrupted
@@ -227,10 +230,137 @@ def test_the_arm_wise_ft_deploys_the_way_back(tmp_path):
         train(recipe(tmp_path, "random", toward_start=0.5))
 
 
+# ---------------------------------------------------------------- a branch in training
+
+
+def cca_slowly(x: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Channel-covariance attention as loops over images and channels, x: (batch, tokens, dim)."""
+    result = torch.empty_like(x)
+    for image, tokens in enumerate(x):
+        count, dim = tokens.shape
+        means = [sum(tokens[t, c] for t in range(count)) / count for c in range(dim)]
+        for i in range(dim):
+            covariances = [
+                sum((tokens[t, i] - means[i]) * (tokens[t, j] - means[j]) for t in range(count)) / count
+                for j in range(dim)
+            ]
+            weights = torch.stack(covariances).div(temperature).softmax(0)
+            result[image, :, i] = sum(weights[j] * tokens[:, j] for j in range(dim))
+    return result
+
+
+def test_channel_covariance_attention_equals_its_slow_twin():
+    x = torch.randn(2, 5, 4, dtype=torch.float64)
+    attention = ewa.ChannelCovariance(temperature=0.7)
+    expected = cca_slowly(x, 0.7)
+    assert torch.allclose(attention(x), expected, atol=1e-12)
+    assert torch.allclose(attention(x[0]), expected[0], atol=1e-12)
+    grid = x.mT.reshape(2, 4, 5, 1)
+    assert torch.allclose(attention(grid, channels_first=True), expected.mT.reshape(grid.shape), atol=1e-12)
+    assert torch.autograd.gradcheck(attention, x.requires_grad_())
+
+
+@pytest.mark.parametrize("first", ["expand", "branch", "no experts"])
+def test_a_branch_mixes_in_training_and_is_gone_in_eval_and_collapse(first):
+    model = randomised(tiny_vit())
+    dense = copy.deepcopy(model)
+    steps = {
+        "expand": lambda: ewa.expand(model, 2, select="all"),
+        "branch": lambda: ewa.add_branch(model, ewa.ChannelCovariance(share=0.3)),
+    }
+    for step in {"expand": ["expand", "branch"], "branch": ["branch", "expand"]}.get(first, ["branch"]):
+        steps[step]()
+    x = images()
+    tokens = torch.randn(2, 5, 16)
+    place = model.blocks[1].mlp
+    plain = dense.blocks[1].mlp(tokens)
+    assert torch.allclose(model.eval()(x), dense.eval()(x), atol=1e-5)
+    expected = plain.lerp(cca_slowly(tokens, 1.0), 0.3)
+    assert torch.allclose(model.train().blocks[1].mlp(tokens), expected, atol=1e-5)
+    assert torch.allclose(place(tokens), expected, atol=1e-5)
+    assert ewa.dense_state_dict(model).keys() == dense.state_dict().keys()
+    assert branch_shares(model) == pytest.approx({"blocks.0.mlp": 0.3, "blocks.1.mlp": 0.3})
+    copied = copy.deepcopy(model)  # an EMA has gates of its own
+    limit_branches_(copied, 0.0)
+    assert torch.allclose(copied.blocks[1].mlp(tokens), plain, atol=1e-5)
+    assert torch.allclose(model.blocks[1].mlp(tokens), expected, atol=1e-5)
+    assert ewa.collapse_gap(copied, x).output < 1e-5 < 1e-2 < ewa.collapse_gap(model, x).output
+    with pytest.warns(UserWarning, match=r"2 of 2 branches still had weight, blocks\.\d\.mlp 0\.3"):
+        ewa.collapse(model)
+    assert torch.allclose(model.blocks[1].mlp(tokens), plain, atol=1e-5)
+    assert model.state_dict().keys() == dense.state_dict().keys()
+    assert [type(m) for m in model.modules()] == [type(m) for m in dense.modules()]
+
+
+def test_the_gate_of_a_branch_learns_and_stays_below_its_limit():
+    model = ewa.add_branch(randomised(tiny_vit()).double(), ewa.ChannelCovariance(), ["blocks.1.mlp"])
+    share = model.ewavit_branches["0"].share
+    ffn, tokens = model.blocks[1].mlp, torch.randn(1, 4, 16, dtype=torch.float64)
+
+    def loss(value: torch.Tensor) -> torch.Tensor:
+        output = torch.func.functional_call(model, {"ewavit_branches.0.share": value}, (images(2).double(),))
+        return output.square().sum()
+
+    assert torch.autograd.gradcheck(
+        lambda value: loss_at(loss, value), share.detach().clone().requires_grad_()
+    )
+    ffn(tokens).sum().backward()
+    assert float(share.grad.abs()) > 0
+    limit_branches_(model, 0.25)
+    assert branch_shares(model) == {"blocks.1.mlp": 0.25}
+    for wrong in ({"names": ["blocks.7.mlp"]}, {}):
+        with pytest.raises(ewa.EwavitError):
+            ewa.add_branch(tiny_vit() if wrong else model, ewa.ChannelCovariance(), **wrong)
+    with pytest.raises(ewa.EwavitError, match="has branches"):
+        ewa.expand(model, 2, select="model")
+    with pytest.raises(ewa.EwavitError, match="out of range"):
+        ewa.ChannelCovariance(temperature=0)
+
+
+def test_a_run_says_which_weight_a_branch_has_at_the_end_and_what_it_changes(tmp_path, capsys):
+    settings = {"limit": 64, "epochs": 1, "experts": 1, "branch": "cca"}
+    run = train(recipe(tmp_path, "falls", **settings)).run
+    assert "still has weight" not in capsys.readouterr().out
+    row = list(csv.DictReader((run / "summary.csv").open()))[-1]
+    assert float(row["branch/blocks.0.mlp"]) == 0.0
+    train(recipe(tmp_path, "lags", model_ema=True, **settings))
+    assert re.search(r"weight 0\.\d+: without it the output differs by \d", capsys.readouterr().out)
+
+
+def loss_at(loss, value):
+    torch.manual_seed(1)
+    return loss(value)
+
+
+def test_a_block_diagonal_ffn_is_a_dense_one_with_zeros_at_equal_flops():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    dense, grouped = tiny_vit(), group_ffns(tiny_vit(), 2)
+    tokens = torch.randn(3, 5, 16)
+    mlp = grouped.blocks[0].mlp
+    layers = [torch.block_diag(*layer.weight.chunk(2)) for layer in (mlp.fc1, mlp.fc2)]
+    hidden = torch.nn.functional.linear(tokens, layers[0], mlp.fc1.bias)
+    expected = torch.nn.functional.linear(mlp.act(hidden), layers[1], mlp.fc2.bias)
+    assert layers[0].shape == (128, 16)
+    assert torch.allclose(mlp(tokens), expected, atol=1e-5)
+    counts = []
+    for model in (dense, grouped):
+        with FlopCounterMode(display=False) as counter:
+            model.blocks[0].mlp(tokens)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+    assert [ffn.unit for ffn in ewa.find_ffns(grouped)] == ["token", "token"]
+    for wrong in (3, 5):
+        with pytest.raises(ewa.EwavitError, match="does not divide the 16 channels"):
+            group_ffns(tiny_vit(), wrong)
+    with pytest.raises(ewa.EwavitError, match="--pretrained True does not work with --ffn-groups 2"):
+        Recipe(pretrained=True, ffn_groups=2)
+
+
 # ---------------------------------------------------------------- arms
 
 
-ARMS = ["lofi"]
+ARMS = ["lofi", "ewa+cca", "scheme"]
 
 
 @pytest.mark.parametrize("arm", ARMS)

@@ -30,6 +30,10 @@ BUILT_IN: dict[str, Callable[[Recipe], dict[str, Any]]] = {
     "twa": lambda recipe: {"experts": 1, "twa": max(1, round(recipe.epochs / 20))},
     "switch-ema": lambda recipe: {"experts": 1, **_EMA, "model_ema_switch": True},
     "wise-ft": lambda recipe: {"experts": 1, "toward_start": 0.5},
+    # SCHEME (arXiv 2312.00412): its branch beside plain FFNs, and with block-diagonal FFNs of equal FLOPs
+    "cca": lambda recipe: {"experts": 1, "branch": "cca"},
+    "scheme": lambda recipe: {"experts": 1, "branch": "cca", "ffn_groups": 2},
+    "ewa+cca": lambda recipe: {"branch": "cca"},
     "rup": lambda recipe: {"share_rate": 0.0},
     "full": lambda recipe: {"share_rate": (recipe.experts - 1) / recipe.experts, "ramp": 0.0},
     # lo-fi (arXiv 2210.11948): copies of the whole model, each for its own images, merged at the end

@@ -1,6 +1,7 @@
 """The method; it imports torch and the standard library only. Here are its types; `ewavit` has the verbs."""
 
 from ewavit.core.averaging import full_share_rate
+from ewavit.core.branches import branch_shares, limit_branches_
 from ewavit.core.diagnostics import CollapseGap, RoutingStatistics
 from ewavit.core.dispatch import Dispatcher
 from ewavit.core.experts import Experts, SeparateExperts, StackedExperts
@@ -26,7 +27,9 @@ __all__ = [
     "StackedExperts",
     "Summary",
     "TopKRouter",
+    "branch_shares",
     "full_share_rate",
+    "limit_branches_",
     "moe_layers",
     "set_step",
 ]

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ewavit.core.experts import SeparateExperts
+from ewavit.core.ffn import BRANCHES
 from ewavit.core.moe import MoE
 from ewavit.core.tensor_files import (
     INDEX,
@@ -39,6 +40,7 @@ BLOCK = 2**22  # bytes to read and average at a time; fastest if they fit a cach
 LEAST = 512  # bytes of an expert at a time; whole vectors, so that the sums are rounded as in one piece
 MOST_EXPERTS = BLOCK // LEAST
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_BRANCHES = f"{BRANCHES}."  # gates of training only: the plain model has none
 _EXPERT_KEY = re.compile(
     r"(?:(?P<mixture>.+?)\.)?experts\.(?:ffn|copies\.(?P<copy>0|[1-9][0-9]{0,8}))\.(?P<name>.+)"
 )
@@ -217,7 +219,7 @@ def _plan(found: _Source, source: Path) -> tuple[dict[str, list[Stored]], int]:
     """For each key of the plain model the one tensor to copy or the N tensors to average."""
     mixtures = _mixtures(found, source)
     outputs: dict[str, list[Stored]] = {}
-    matches = {key: _EXPERT_KEY.fullmatch(key) for key in found.tensors}
+    matches = {key: _EXPERT_KEY.fullmatch(key) for key in found.tensors if not key.startswith(_BRANCHES)}
     in_order = sorted(matches.items(), key=lambda item: int((item[1] and item[1]["copy"]) or 0))
     for key, match in in_order:  # in the order of the copies: the sum then equals that of `collapse` exactly
         stored = found.tensors[key]

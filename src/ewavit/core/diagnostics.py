@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ewavit.core.branches import branches
 from ewavit.core.devices import local, summed
 from ewavit.core.moe import dispatching, moe_layers, require_moe_layers
 from ewavit.core.routing import routers
@@ -68,7 +69,7 @@ def collapse_gap(
     targets: Tensor | None = None,
     criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
 ) -> CollapseGap:
-    """Compare a mixture with its collapse on one batch, without dropout and noise.
+    """Compare a model with mixtures or branches with its collapse on one batch, without dropout and noise.
 
     Args:
         model: an expanded model; its mode is restored.
@@ -77,9 +78,9 @@ def collapse_gap(
         criterion: maps (outputs, targets) to a loss.
 
     Raises:
-        EwavitError: the model has no MoE layer.
+        EwavitError: the model has no MoE layer and no branch.
     """
-    layers = require_moe_layers(model).values()
+    layers = (moe_layers(model) if branches(model) else require_moe_layers(model)).values()
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -15,6 +15,7 @@ from ewavit.core.copying import attachments
 from ewavit.core.experts import SeparateExperts
 from ewavit.core.moe import MoE, Unit
 from ewavit.core.trial import (
+    channels,
     deploys,
     different,
     first_layer,
@@ -89,7 +90,7 @@ class FFN:
     def dim(self) -> int:
         """Channels of its input tokens; 0 if there is no Linear or Conv2d inside."""
         first = first_layer(self.layers[0].module)
-        return 0 if first is None else first.weight.shape[1]
+        return 0 if first is None else channels(first)
 
     @property
     def num_parameters(self) -> int:
@@ -317,6 +318,9 @@ def select_ffns(model: nn.Module, select: Select = "alternate", unit: Unit = "to
     return chosen
 
 
+BRANCHES = "ewavit_branches"  # the child of a model that holds the gates of its branches
+
+
 def is_whole(model: nn.Module, select: Select) -> bool:
     """Whether the whole model is selected; a module of the name "model" has priority."""
     return isinstance(select, str) and select == "model" and "model" not in dict(model.named_modules())
@@ -330,6 +334,8 @@ def _whole(model: nn.Module) -> FFN:
     for name, part in model.named_modules():
         if "forward" in vars(part):
             reason = f"the forward of {name or 'the model'} was replaced and belongs to this one module"
+        elif name == BRANCHES:
+            reason = "it has branches, and each of its copies would need its own"
         elif "batchnorm" in (kind := type(part).__name__).lower():
             reason = f"{name} ({kind}) would have other statistics in every copy"
     if reason:

@@ -179,10 +179,11 @@ def require_moe_layers(model: nn.Module) -> dict[str, MoE]:
 
 @contextmanager
 def dispatching(model: nn.Module) -> Iterator[None]:
-    """Context manager: a model in eval mode still dispatches to its experts, without dropout."""
-    switched = [
+    """Context manager: a model in eval mode still uses its experts and branches, without dropout."""
+    switched: list[nn.Module] = [
         m for moe in moe_layers(model).values() for m in moe.modules() if isinstance(m, MoE | ExpertLeaf)
     ]
+    switched += [m for m in model.modules() if getattr(m, "training_only", False)]
     before = [module.training for module in switched]
     for module in switched:
         module.training = True

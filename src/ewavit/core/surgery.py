@@ -13,12 +13,13 @@ from typing import Any, Literal, TypeVar, cast
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ewavit.core.branches import branches, remove_branches
 from ewavit.core.copying import all_parameters, called_within, hook_on_itself, share_call_hooks, tie
 from ewavit.core.devices import Peers, cut_like, is_sharded, whole
 from ewavit.core.dispatch import Dispatcher
 from ewavit.core.draws import LAYER
 from ewavit.core.experts import ExpertLeaf, Experts, SeparateExperts, StackedExperts
-from ewavit.core.ffn import FFN, Select, is_whole, select_ffns
+from ewavit.core.ffn import BRANCHES, FFN, Select, is_whole, select_ffns
 from ewavit.core.moe import MoE, Unit, moe_layers, require_moe_layers
 from ewavit.core.partition import RandomPartition
 from ewavit.core.pretrained import guard_save_pretrained, unguard_save_pretrained
@@ -295,7 +296,7 @@ def _stacked_vectors(model: nn.Module) -> set[int]:
 
 
 def collapse(model: Model) -> Model:
-    """Replace each mixture by one FFN with the experts' mean, in place, and return the model.
+    """Replace each mixture by one FFN with the experts' mean, in place, and return the model; drop branches.
 
     Classes and state-dict keys are the original ones. The output is that of the expanded model in eval mode;
     only a routed model changes, because it loses its router. With replica experts this is a collective.
@@ -303,7 +304,8 @@ def collapse(model: Model) -> Model:
     Raises:
         EwavitError: the model is not expanded, or it is sharded (FSDP2).
     """
-    require_moe_layers(model)
+    if not branches(model):
+        require_moe_layers(model)
     if isinstance(model, MoE) and not model.whole:
         raise EwavitError("a single MoE cannot replace itself: use its collapse() method")
     if any(is_sharded(parameter) for parameter in model.parameters()):
@@ -313,6 +315,7 @@ def collapse(model: Model) -> Model:
         )
     for moe, ffn in _plain(model):
         _replace(model, moe, ffn)
+    remove_branches(model)
     if isinstance(vars(model).get("no_weight_decay"), _Names):
         del model.no_weight_decay
     unguard_save_pretrained(model)
@@ -334,9 +337,12 @@ def collapsed(model: nn.Module) -> Iterator[list[tuple[nn.Module, nn.Module]]]:
         Pairs of a mixture and the FFN that replaces it.
     """
     swapped = [_replace(model, moe, ffn) for moe, ffn in _plain(model)]
+    gates = [(each, each._modules.pop(BRANCHES)) for each in model.modules() if BRANCHES in each._modules]
     try:
         yield swapped
     finally:
+        for each, held in gates:
+            each._modules[BRANCHES] = held
         for moe, ffn in swapped:
             _replace(model, ffn, moe)
 

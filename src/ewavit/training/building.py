@@ -20,6 +20,7 @@ from ewavit.core.averaging import (
     Schedule,
     looks_at_whole_tensors,
 )
+from ewavit.core.branches import ChannelCovariance, add_branch
 from ewavit.core.ffn import FFN, select_ffns
 from ewavit.core.moe import moe_layers
 from ewavit.core.surgery import expand
@@ -70,7 +71,7 @@ def expand_by_recipe(model: nn.Module, recipe: Recipe, sample: Tensor | None = N
         EwavitError: nothing to expand, or more experts than units in a batch.
     """
     if recipe.experts == 1:
-        return model
+        return _branched(model, recipe)
     chosen = select_ffns(model, recipe.select, recipe.unit)
     replicas = recipe.placement == "replicas"
     if replicas and (unfit := [ffn for ffn in chosen if not ffn.stackable]):
@@ -92,7 +93,7 @@ def expand_by_recipe(model: nn.Module, recipe: Recipe, sample: Tensor | None = N
     known = recipe.opt in list_optimizers()
     settings = get_optimizer_info(recipe.opt).defaults if known else None
     separate = looks_at_whole_tensors(recipe.opt, settings or {}) and not replicas
-    return expand(
+    expand(
         model,
         recipe.experts,
         select=recipe.select if chosen[0].module is model else [ffn.name for ffn in chosen],
@@ -101,6 +102,11 @@ def expand_by_recipe(model: nn.Module, recipe: Recipe, sample: Tensor | None = N
         experts="separate" if separate else "auto",
         placement=recipe.placement,
     )
+    return _branched(model, recipe)
+
+
+def _branched(model: nn.Module, recipe: Recipe) -> nn.Module:
+    return model if recipe.branch is None else add_branch(model, ChannelCovariance())
 
 
 def expert_averaging(model: nn.Module, recipe: Recipe, updates_per_epoch: int) -> ExpertAveraging | None:

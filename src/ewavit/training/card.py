@@ -17,6 +17,7 @@ from ewavit.core.surgery import expand
 from ewavit.data.batches import Data, Inputs
 from ewavit.errors import EwavitError, first_line
 from ewavit.files import regular
+from ewavit.tasks.block_diagonal import group_ffns
 from ewavit.tasks.choice import task_for
 from ewavit.tasks.task import Task
 from ewavit.tasks.timm_models import timm_config, transform_code
@@ -47,6 +48,7 @@ class ModelCard:
     `model_kwargs` is all that `timm.create_model` takes beside the name. `interpolation`, `crop_pct` and
     `crop_mode` say in timm's words how evaluation images are resized; None for clouds and in old files.
     `task_name` is None in old files, whose task follows from `data`.
+    `ffn_groups` is above 1 for block-diagonal FFNs, which stock timm does not have.
     `metric` is the task's judging metric on `data`, None within the first epoch. `mixture` is None for a
     plain model. `absolute_data` and `data_dir` are where the run read its data, as absolute paths. They
     are in `state.json` of a checkpoint, never in the metadata of a file.
@@ -69,6 +71,7 @@ class ModelCard:
     crop_pct: float | None = None
     crop_mode: str | None = None
     task_name: str | None = None
+    ffn_groups: int = 1
 
     @classmethod
     def of(
@@ -143,6 +146,8 @@ class ModelCard:
         """The card as metadata of a safetensors or ONNX file, without the places of this machine."""
         card = asdict(replace(self, data=portable_spec(self.data)))
         del card["absolute_data"], card["data_dir"]
+        if self.ffn_groups == 1:
+            del card["ffn_groups"]
         pretrained_cfg = self.pretrained_cfg
         more = {"pretrained_cfg": json.dumps(pretrained_cfg)} if pretrained_cfg else {}
         return {"ewavit": json.dumps(card), **more}
@@ -185,7 +190,7 @@ class ModelCard:
         """
 
         def create() -> nn.Module:
-            return self.task.create_model(self.model, self.model_kwargs)
+            return group_ffns(self.task.create_model(self.model, self.model_kwargs), self.ffn_groups)
 
         model = build_for(weights, create, source, num_experts)
         if self.pretrained_cfg:
@@ -204,9 +209,9 @@ class ModelCard:
             raise EwavitError(f"{source} does not describe its mixture: {first_line(problem)}") from None
 
     def loading_code(self, file: Path) -> str:
-        """Python lines that load the file: with ewavit for a mixture, else with the task's own library."""
+        """Python lines that load the file: with the task's own library, or with ewavit where that cannot."""
         pretrained_cfg = self.pretrained_cfg
-        if self.mixture is not None:
+        if self.mixture is not None or self.ffn_groups > 1:
             code = f"import ewavit\nmodel = ewavit.load({str(file)!r})"
         else:
             code = self.task.loading_code(self.model, self.model_kwargs, file, pretrained_cfg)
@@ -221,7 +226,7 @@ class ModelCard:
 
         None where timm cannot: for clouds, a mixture, and a card of an old file.
         """
-        if self.mixture is not None or not self.pretrained_cfg:
+        if self.mixture is not None or self.ffn_groups > 1 or not self.pretrained_cfg:
             return None
         return timm_config(self.model, self.model_kwargs, self.classes, self.pretrained_cfg)
 

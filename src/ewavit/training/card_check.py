@@ -97,6 +97,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "crop_pct": _optional((lambda value: _is_number(value, 1e-3, 1), "a number from 0.001 to 1")),
     "crop_mode": _optional(_one_of(CROP_MODES)),
     "task_name": _optional(_one_of(choices("task"))),
+    "ffn_groups": _whole(1, 2**16),
 }
 _MIXTURE: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_experts": _whole(2, MOST_EXPERTS),

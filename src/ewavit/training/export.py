@@ -98,7 +98,7 @@ def _load(model: nn.Module, weights: Mapping[str, Tensor], file: Path) -> None:
 
 def _from_checkpoint(source: Path) -> tuple[nn.Module, ModelCard]:
     model, card, recipe = _in_training(source)
-    if recipe.experts > 1 and not recipe.keeps_experts:
+    if (recipe.experts > 1 and not recipe.keeps_experts) or recipe.branch:
         collapse(model)
     return model, card
 

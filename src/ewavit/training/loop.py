@@ -24,7 +24,8 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from ewavit.core.diagnostics import expert_spread
+from ewavit.core.branches import branch_shares, limit_branches_
+from ewavit.core.diagnostics import collapse_gap, expert_spread
 from ewavit.core.distributed import clip_grad_norm_
 from ewavit.core.moe import moe_layers
 from ewavit.core.routing import scale_auxiliary_loss
@@ -296,6 +297,7 @@ class TrainingRun:
             "peak_memory_mib": report.peak_memory_mib(self.accelerator.device),
             **{f"spread/{layer}": value for layer, value in spread.items()},
             **report.routing_columns(self.state.model),
+            **{f"branch/{layer}": share for layer, share in branch_shares(self.state.model).items()},
         }
 
     def training_batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -330,6 +332,9 @@ class TrainingRun:
             scaler = self.accelerator.scaler if self.recipe.clip_grad is None else None  # clipping unscales
             self.state.prediction.observe(1.0 if scaler is None else scaler.get_scale())
         self.optimizer.step()  # the averaging follows, in its hook
+        if self.recipe.branch:
+            steps = self.recipe.epochs * self.updates_per_epoch
+            limit_branches_(self.state.model, 1 - (self.progress.update + 1) / steps)
         if self.state.prediction is not None:
             self.state.prediction.step()
         self.optimizer.zero_grad()
@@ -459,6 +464,11 @@ class TrainingRun:
         with self.accelerator.autocast(), self._deployed(counts):
             found = predictions(predict, self.data, self.task)
         card = self.state.card
+        if main and (share := max(branch_shares(counts).values(), default=0.0)) > 0:
+            change = collapse_gap(counts, card.sample(8).to(self.accelerator.device)).output
+            report.say(
+                f"note: a branch still has weight {share:.3g}: without it the output differs by {change:.1%}"
+            )
         if main:
             classes, file = self.data.classes, self.files.predictions
             report.write_predictions(self.task, found, file, classes, self.recipe.data)

@@ -156,6 +156,13 @@ class Recipe:
         "", "arguments of the model: key=value,key=value, e.g. patch_size=4,depth=6"
     )
 
+    ffn_groups: int = _model(
+        1,
+        "make the FFNs block-diagonal with so many groups, and as many times wider, at equal FLOPs (SCHEME); "
+        "from scratch only",
+        least=1,
+    )
+
     experts: int = _experts(
         4, "experts per mixture; 1 trains the dense baseline and ignores all other expert settings", least=1
     )
@@ -197,6 +204,11 @@ class Recipe:
         "capacity of an expert with --router topk, in multiples of an equal share of the tokens",
         least=0.001,
         most=1000,
+    )
+    branch: Literal["cca"] | None = _experts(
+        None,
+        "train with a branch beside every FFN that is dropped at the end: cca, channel-covariance attention "
+        "(SCHEME); its learned weight has a limit that falls to 0",
     )
     collapse: bool = _experts(
         False, "with --router topk, deploy the plain model with the mean expert instead of the mixture"
@@ -347,6 +359,12 @@ class Recipe:
             raise EwavitError("--mean and --std belong together: give both or neither")
         if self.name is not None and (self.name != Path(self.name).name or self.name == ".."):
             raise EwavitError(f"--name {self.name!r} is not one folder's name: give its place with --output")
+        if self.ffn_groups > 1:
+            first = {"pretrained": self.pretrained, "initial_checkpoint": bool(self.initial_checkpoint)}
+            self._refuse(f"--ffn-groups {self.ffn_groups}", **first)
+        if self.branch:
+            self._refuse(f"--branch {self.branch}", router=self.is_routed)
+            self._refuse(f"--branch {self.branch}", select=self.select == "model" and self.experts > 1)
         self._check_experts()
         self._check_averages()
         if self.pretrained and self.initial_checkpoint:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ewavit.core.distributed import load_stacked_state_dict, stacked_state_dict
 from ewavit.core.moe import moe_layers
 from ewavit.data.batches import Data
 from ewavit.errors import EwavitError
+from ewavit.tasks.block_diagonal import group_ffns
 from ewavit.tasks.choice import task_for
 from ewavit.training.building import (
     build_optimizer,
@@ -85,8 +86,10 @@ class TrainingState:
                 say=say if accelerator.is_main_process else None,
                 **kwargs,
             )
+        group_ffns(dense, recipe.ffn_groups)
         freeze(dense, recipe.freeze)
         card = ModelCard.of(name, settings, recipe.data, data, recipe.data_dir, recipe.task)
+        card = replace(card, ffn_groups=recipe.ffn_groups)
         if recipe.placement == "replicas":
             dense.to(accelerator.device)  # where the processes can send it to each other
         if recipe.grad_checkpointing:
