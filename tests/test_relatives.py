@@ -12,7 +12,7 @@ from timm.optim import create_optimizer_v2
 
 import ewavit as ewa
 from ewavit.compare.arms import BUILT_IN
-from ewavit.core import MoE, SeparateExperts, branch_shares, limit_branches_, moe_layers
+from ewavit.core import Fusion, MoE, SeparateExperts, branch_shares, limit_branches_, moe_layers
 from ewavit.core.merging import interpolated, stock_share
 from ewavit.tasks.block_diagonal import group_ffns
 from ewavit.training.export import export, load_model
@@ -357,10 +357,103 @@ def test_a_block_diagonal_ffn_is_a_dense_one_with_zeros_at_equal_flops():
         Recipe(pretrained=True, ffn_groups=2)
 
 
+# ---------------------------------------------------------------- fused and hybrid experts
+
+
+def test_fused_experts_compute_one_ffn_with_weighted_weights_in_both_modes():
+    model = ewa.expand(randomised(tiny_vit()), 3, select="all", router=Fusion())
+    moe = separated(model).blocks[1].mlp
+    with torch.no_grad():
+        moe.dispatcher.fusion.copy_(torch.tensor([0.3, -1.0, 2.0]))
+    shares = torch.tensor([0.3, -1.0, 2.0]).softmax(0)
+    plain = copy.deepcopy(moe.experts.copies[0])
+    for name, parameter in plain.named_parameters():
+        each = [expert.get_parameter(name) for expert in moe.experts.copies]
+        parameter.data = sum(share * value for share, value in zip(shares, each, strict=True)).detach()
+    tokens = torch.randn(2, 5, 16)
+    for mode in (True, False):
+        assert torch.allclose(moe.train(mode)(tokens), plain(tokens), atol=1e-5)
+    moe(tokens).square().sum().backward()
+    assert float(moe.dispatcher.fusion.grad.abs().sum()) > 0
+    model.eval()
+    x = images()
+    expected = model(x)
+    dense = tiny_vit().eval()
+    dense.load_state_dict(ewa.dense_state_dict(model))
+    assert torch.allclose(dense(x), expected, atol=1e-5)
+    assert torch.allclose(ewa.collapse(model)(x), expected, atol=1e-5)
+
+
+def test_fused_experts_start_as_the_ffn_and_apart():
+    dense = randomised(tiny_vit()).eval()
+    model = ewa.expand(copy.deepcopy(dense), 4, router=Fusion(spread=0.2))
+    x = images()
+    assert torch.allclose(model(x), dense(x), atol=1e-5)
+    assert all(0.05 < spread < 0.4 for spread in ewa.expert_spread(model).values())
+
+
+def test_hybrid_experts_are_mixed_per_token_and_the_general_one_is_frozen():
+    dense = randomised(tiny_vit()).eval()
+    model = ewa.expand(copy.deepcopy(dense), select="all", router=ewa.Hybrid(specialists=2))
+    x, tokens = images(), torch.randn(2, 5, 16)
+    assert torch.allclose(model(x), dense(x), atol=1e-5)  # at the start all experts are the FFN
+    moe = model.blocks[1].mlp
+    assert moe.num_experts == 3
+    general = copy.deepcopy(moe.experts.copies[0].state_dict())
+    averaging = ewa.ExpertAveraging(model, 0.0)
+    optimizer = torch.optim.AdamW(ewa.param_groups(model), 0.01)
+    averaging.attach(optimizer)
+    for _ in range(2):
+        model.train()(x).square().sum().backward()
+        optimizer.step()
+    assert all(torch.equal(general[key], value) for key, value in moe.experts.copies[0].state_dict().items())
+    assert float(moe.dispatcher.weight.detach().abs().sum()) > 0
+    gates = (tokens @ moe.dispatcher.weight.T).softmax(-1)
+    expected = sum(gates[..., i, None] * expert(tokens) for i, expert in enumerate(moe.experts.copies))
+    for mode in (False, True):
+        assert torch.allclose(moe.train(mode)(tokens), expected, atol=1e-5)
+    shares = moe.dispatcher.weights
+    assert float(shares.sum()) == pytest.approx(1)
+    key = "blocks.1.mlp.fc1.weight"
+    mean = sum(share * expert.fc1.weight for share, expert in zip(shares, moe.experts.copies, strict=True))
+    assert torch.allclose(ewa.dense_state_dict(model)[key], mean, atol=1e-6)
+    assert ewa.collapse_gap(model, x).output > 0
+    with pytest.raises(ewa.EwavitError, match="share_rate=0"):
+        ewa.average_experts_(model, 0.1)
+
+
+def test_what_fused_and_hybrid_experts_cannot_be_is_refused():
+    for options in (
+        {"num_experts": 4, "router": ewa.Hybrid()},
+        {"router": Fusion(), "experts": "stacked"},
+        {"router": Fusion(), "unit": "image"},
+    ):
+        with pytest.raises(ewa.EwavitError):
+            ewa.expand(tiny_vit(), **options)
+    with pytest.raises(ewa.EwavitError, match="would move the frozen expert"):
+        Recipe(router="hybrid")
+
+
+def test_a_hybrid_run_keeps_its_mixture_and_collapses_if_asked(tmp_path):
+    start = train(recipe(tmp_path, "start", limit=64, epochs=1, experts=1)).model_file
+    settings = BUILT_IN["hybrid"](Recipe()) | {"limit": 128, "initial_checkpoint": str(start)}
+    run = train(recipe(tmp_path, "run", **settings)).run
+    model = ewa.load(run)
+    assert [type(moe.dispatcher).__name__ for moe in moe_layers(model).values()] == ["Gate"]
+    first = load_file(start)
+    frozen = model.blocks[1].mlp.experts.copies[0].fc1.weight
+    assert torch.equal(frozen, first["blocks.1.mlp.fc1.weight"])
+    with pytest.raises(ewa.EwavitError, match="--collapse"):
+        export(run, tmp_path / "plain.safetensors")
+    assert "with its router" in export(run, tmp_path / "plain.safetensors", mean_expert=True)
+    with pytest.raises(ewa.EwavitError, match="here they are random"):
+        train(recipe(tmp_path, "random", **settings | {"initial_checkpoint": None}))
+
+
 # ---------------------------------------------------------------- arms
 
 
-ARMS = ["lofi", "ewa+cca", "scheme"]
+ARMS = ["lofi", "ewa+cca", "scheme", "fused"]
 
 
 @pytest.mark.parametrize("arm", ARMS)

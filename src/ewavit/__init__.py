@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # the names are imported when they are first used: the comman
     from ewavit.core.checkpoint_files import collapse_checkpoint, expert_metadata
     from ewavit.core.diagnostics import collapse_gap, expert_spread, routing_statistics
     from ewavit.core.ffn import find_ffns
+    from ewavit.core.mixing import Hybrid
     from ewavit.core.routing import TopK, auxiliary_loss, scale_auxiliary_loss
     from ewavit.core.surgery import (
         collapse,
@@ -109,6 +110,7 @@ __all__ = [
     "Early",
     "EwavitError",
     "ExpertAveraging",
+    "Hybrid",
     "LinearRamp",
     "TopK",
     "add_branch",
@@ -133,7 +135,9 @@ __all__ = [
 ]
 
 if not TYPE_CHECKING:  # else type checkers would accept any name
-    _ROOMS = ("averaging", "branches", "checkpoint_files", "diagnostics", "ffn", "routing", "surgery")
+    _ROOMS = (
+        "averaging", "branches", "checkpoint_files", "diagnostics", "ffn", "mixing", "routing", "surgery",
+    )  # fmt: skip
 
     def __getattr__(name: str) -> Any:
         """Import a public name on its first use."""

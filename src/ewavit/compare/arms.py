@@ -40,6 +40,9 @@ BUILT_IN: dict[str, Callable[[Recipe], dict[str, Any]]] = {
     "lofi": lambda recipe: {"select": "model", "unit": "image", "share_rate": 0.0},
     "ewa": lambda recipe: {},
     "ewa+ema": lambda recipe: dict(_EMA),
+    # after ExFusion (arXiv 2603.27965) and the hybrid experts of Emotion-Qwen (arXiv 2505.06685)
+    "fused": lambda recipe: {**_ROUTED, "router": "fused", "share_rate": 0.0},
+    "hybrid": lambda recipe: {**_ROUTED, "router": "hybrid", "share_rate": 0.0, "experts": 2},
     "moe": lambda recipe: {**_ROUTED, "share_rate": 0.0},
     "moe+ewa": lambda recipe: dict(_ROUTED),
     "moe+early-ewa": lambda recipe: {**_ROUTED, "early": recipe.early or 0.3},

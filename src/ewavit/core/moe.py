@@ -8,14 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 from torch.fx import Proxy
 
 from ewavit.core.copying import share_call_hooks
 from ewavit.core.dispatch import Dispatcher
-from ewavit.core.experts import ExpertLeaf, Experts, refuse_tracing
+from ewavit.core.experts import ExpertLeaf, Experts, SeparateExperts, refuse_tracing
+from ewavit.core.mixing import Mixer
 from ewavit.core.partition import RandomPartition
 from ewavit.core.steps import follow_optimizers
 from ewavit.errors import EwavitError
@@ -89,6 +90,8 @@ class MoE(nn.Module):
         """
         if isinstance(x, Proxy):
             raise EwavitError(f"torch.fx cannot trace an expanded model: {_PLAIN}")
+        if isinstance(self.dispatcher, Mixer):
+            return self.dispatcher.mix(cast(SeparateExperts, self.experts), x, *args, **kwargs)
         if self.num_experts == 1 or not (self.training or self.routed):
             return self.experts.merged(x, *args, **kwargs)
         refuse_tracing()
@@ -120,7 +123,10 @@ class MoE(nn.Module):
 
     def collapse(self) -> nn.Module:
         """A new FFN of the original class whose parameters are the experts' mean."""
-        ffn = self.experts.collapse()
+        if isinstance(self.dispatcher, Mixer):
+            ffn = cast(SeparateExperts, self.experts).collapse(self.dispatcher.weights.detach())
+        else:
+            ffn = self.experts.collapse()
         share_call_hooks(self, ffn)
         return ffn
 

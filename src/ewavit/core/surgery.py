@@ -20,6 +20,7 @@ from ewavit.core.dispatch import Dispatcher
 from ewavit.core.draws import LAYER
 from ewavit.core.experts import ExpertLeaf, Experts, SeparateExperts, StackedExperts
 from ewavit.core.ffn import BRANCHES, FFN, Select, is_whole, select_ffns
+from ewavit.core.mixing import Fusion, Hybrid
 from ewavit.core.moe import MoE, Unit, moe_layers, require_moe_layers
 from ewavit.core.partition import RandomPartition
 from ewavit.core.pretrained import guard_save_pretrained, unguard_save_pretrained
@@ -28,6 +29,7 @@ from ewavit.core.routing import TopK, TopKRouter
 from ewavit.core.steps import follow_optimizers
 from ewavit.errors import EwavitError
 
+Router = TopK | Fusion | Hybrid
 Placement = Literal["local", "replicas"]
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -46,7 +48,7 @@ def expand(
     *,
     select: Select = "alternate",
     unit: Unit = "token",
-    router: TopK | None = None,
+    router: Router | None = None,
     experts: Literal["auto", "stacked", "separate"] = "auto",
     placement: Placement = "local",
     process_group: dist.ProcessGroup | None = None,
@@ -65,7 +67,9 @@ def expand(
             images to them (lo-fi, arXiv 2210.11948): the model becomes a `MoE` until `collapse`.
         unit: deal single tokens ("token"), or whole images ("image") for FFNs that mix tokens.
         router: let a learned router choose the experts of each token instead of chance (a naive MoE). Eval
-            mode routes too: deploy the MoE itself, or after `collapse` the mean expert.
+            mode routes too: deploy the MoE itself, or after `collapse` the mean expert. `Hybrid`: the FFN
+            stays as a frozen expert beside trained ones, and a gate mixes all of them for each token.
+            `ewavit.core.Fusion`: learned weights fuse the experts into one FFN before every pass.
         experts: "stacked" (one batched matmul), "separate" (N copies), or "auto": stacked if a trial computes
             the same.
         placement: "local": every process has all experts. "replicas": each data-parallel process has one, for
@@ -97,15 +101,15 @@ def expand(
         dispatcher: Dispatcher[Any] = RandomPartition(num_experts)  # one draw for both layers of a split FFN
         if peers is not None:
             dispatcher, unit = DealtByProcess(), "image"
-        elif router is not None:
-            dispatcher = _router(router, num_experts, ffn)
-        dispatcher.key[LAYER] = number
-        separate = experts == "separate" or not ffn.stackable
+        separate = experts == "separate" or isinstance(router, Fusion | Hybrid) or not ffn.stackable
         for layer in ffn.layers:
             if peers is not None:
                 made: Experts = ReplicaExperts(layer.module, peers)
             else:
                 made = (SeparateExperts if separate else StackedExperts)(layer.module, num_experts)
+            if router is not None:  # of one module: _check_split refuses the others
+                dispatcher = _router(router, made, ffn)
+            dispatcher.key[LAYER] = number
             layers.append(MoE(made, unit, ffn.channels_first, dispatcher))
             layers[-1].whole = whole
     listed = _listed_without_decay(model)
@@ -117,7 +121,7 @@ def expand(
     return model
 
 
-def _check_split(chosen: list[FFN], unit: Unit, router: TopK | None) -> None:
+def _check_split(chosen: list[FFN], unit: Unit, router: Router | None) -> None:
     """Refuse what the two layers of a split FFN cannot do alike."""
     for ffn in chosen:
         if ffn.pair is None:
@@ -194,11 +198,20 @@ def _check_choices(unit: str, experts: str, placement: str) -> None:
 
 
 def _checked_number(
-    num_experts: int | None, unit: Unit, experts: str, router: TopK | None, peers: Peers | None
+    num_experts: int | None, unit: Unit, experts: str, router: Router | None, peers: Peers | None
 ) -> int:
     """N or its default; an error if the arguments contradict each other."""
     if num_experts is None:
         num_experts = 4 if peers is None else peers.size
+        if isinstance(router, Hybrid):
+            num_experts = 1 + router.specialists
+    if isinstance(router, Hybrid) and num_experts != 1 + router.specialists:
+        raise EwavitError(
+            f"num_experts={num_experts}, but a hybrid has one general expert and {router.specialists} "
+            "specialists: leave it out"
+        )
+    if isinstance(router, Fusion | Hybrid) and experts == "stacked":
+        raise EwavitError('fused and hybrid experts are copies of the FFN: leave out experts="stacked"')
     if num_experts < 1 or num_experts != int(num_experts):
         raise EwavitError(f"num_experts={num_experts} is not a number of experts: choose 1 or more")
     if router is not None and unit != "token":
@@ -216,10 +229,13 @@ def _checked_number(
     return num_experts
 
 
-def _router(config: TopK, num_experts: int, ffn: FFN) -> TopKRouter:
+def _router(config: Router, experts: Experts, ffn: FFN) -> Dispatcher[Any]:
     """A router for an FFN's tokens; drawn on the CPU, so that it is the same on every device."""
     weight = next(ffn.module.parameters())
-    return TopKRouter(config, num_experts, ffn.dim).to(weight.device, weight.dtype)
+    if isinstance(config, TopK):
+        return TopKRouter(config, experts.num_experts, ffn.dim).to(weight.device, weight.dtype)
+    mixer = config.mixer(cast(SeparateExperts, experts), ffn.dim, ffn.channels_first)
+    return mixer.to(weight.device, weight.dtype)
 
 
 def _refuse_wrapped(model: nn.Module) -> None:

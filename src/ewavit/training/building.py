@@ -98,7 +98,7 @@ def expand_by_recipe(model: nn.Module, recipe: Recipe, sample: Tensor | None = N
         recipe.experts,
         select=recipe.select if chosen[0].module is model else [ffn.name for ffn in chosen],
         unit=recipe.unit,
-        router=recipe.top_k,
+        router=recipe.routing,
         experts="separate" if separate else "auto",
         placement=recipe.placement,
     )

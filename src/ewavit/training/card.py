@@ -12,6 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ewavit.core.mixing import Hybrid
+from ewavit.core.moe import moe_layers
 from ewavit.core.routing import TopK, routers
 from ewavit.core.surgery import expand
 from ewavit.data.batches import Data, Inputs
@@ -31,14 +33,21 @@ class RoutedMixture:
 
     num_experts: int
     layers: tuple[str, ...]
-    router: dict[str, Any]  # the settings of `TopK`
+    router: dict[str, Any]  # the settings of `TopK` or `Hybrid`
 
     @classmethod
     def of(cls, model: nn.Module) -> RoutedMixture:
         """The mixture that an expanded model with routers is."""
-        found = routers(model)
-        router = next(iter(found.values()))
-        return cls(router.num_experts, tuple(found), asdict(router.config))
+        found, layers = routers(model), moe_layers(model)
+        num_experts = next(iter(layers.values())).num_experts
+        config = next(iter(found.values())).config if found else Hybrid(num_experts - 1)
+        return cls(num_experts, tuple(layers), asdict(config))
+
+    @property
+    def config(self) -> TopK | Hybrid:
+        """What `expand` takes as its router."""
+        kind = Hybrid if "specialists" in self.router else TopK
+        return kind(**self.router)
 
 
 @dataclass(frozen=True)
@@ -109,8 +118,8 @@ class ModelCard:
         try:
             values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in card.items()}
             if mixture := values.get("mixture"):
-                TopK(**mixture["router"])
                 values["mixture"] = RoutedMixture(**mixture | {"layers": tuple(mixture["layers"])})
+                values["mixture"].config  # noqa: B018
         except (EwavitError, TypeError) as problem:
             raise EwavitError(f"{source} does not describe a model: {first_line(problem)}") from None
         return cls(**values)
@@ -202,9 +211,9 @@ class ModelCard:
         if self.mixture is None:
             return self.build(weights, source)
         model = self.build(weights, source, self.mixture.num_experts)
-        router = TopK(**self.mixture.router)
+        mixture = self.mixture
         try:
-            return expand(model, self.mixture.num_experts, select=self.mixture.layers, router=router)
+            return expand(model, mixture.num_experts, select=mixture.layers, router=mixture.config)
         except EwavitError as problem:
             raise EwavitError(f"{source} does not describe its mixture: {first_line(problem)}") from None
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ewavit.core.checkpoint_files import EXPERTS, collapse_checkpoint, is_checkpoint_file
 from ewavit.core.merging import interpolated
+from ewavit.core.mixing import Mixer
 from ewavit.core.moe import moe_layers
 from ewavit.core.surgery import collapse, dense_state_dict
 from ewavit.data.options import DataOptions
@@ -130,6 +131,8 @@ def _each_trained(source: Path) -> list[dict[str, Tensor]]:
     layers = moe_layers(model)
     models = [dict(dense) for _ in range(max([1, *(moe.num_experts for moe in layers.values())]))]
     for layer, moe in layers.items():
+        if isinstance(moe.dispatcher, Mixer):  # fused: one model
+            return models[:1]
         for name, values in moe.experts.values_by_parameter():
             for weights, value in zip(models, values, strict=True):
                 weights[f"{layer}.{name}" if layer else name] = value.detach()

@@ -428,7 +428,7 @@ class TrainingRun:
 
     def _deployed(self, model: nn.Module) -> AbstractContextManager[Any]:
         """Within, a model in eval mode is what will be deployed: a routed one may have to be collapsed."""
-        return collapsed(model) if self.recipe.top_k and self.recipe.collapse else nullcontext()
+        return collapsed(model) if self.recipe.is_routed and self.recipe.collapse else nullcontext()
 
     def _complete_average(self, average: WeightAverage, row: report.Row) -> None:
         """Let the average learn what it has to from further training epochs, and count their inputs."""

@@ -27,6 +27,7 @@ from ewavit.files import replacing
 
 if TYPE_CHECKING:
     from ewavit.core.routing import TopK
+    from ewavit.core.surgery import Router
 
 LARGEST_COUNT, LARGEST = 10**9, 1e30  # without a closer limit: larger ones overflow a count or a float32
 _NOT_MODEL_KWARGS = {
@@ -194,9 +195,11 @@ class Recipe:
         least=0,
         most=1,
     )
-    router: Literal["random", "topk"] = _experts(
+    router: Literal["random", "topk", "fused", "hybrid"] = _experts(
         "random",
-        "how tokens reach experts: by random partition or by a learned top-k router (a naive MoE)",
+        "how tokens reach experts: random partition; topk: a learned router (a naive MoE); fused: all "
+        "experts become one FFN by learned weights before each pass; hybrid: the first FFN, frozen, and "
+        "trained experts, mixed for each token by a gate (fine-tuning only)",
     )
     k: int = _experts(1, "experts per token with --router topk", least=1)
     capacity_ratio: float = _experts(
@@ -211,7 +214,8 @@ class Recipe:
         "(SCHEME); its learned weight has a limit that falls to 0",
     )
     collapse: bool = _experts(
-        False, "with --router topk, deploy the plain model with the mean expert instead of the mixture"
+        False,
+        "with --router topk or hybrid, deploy the plain model with the mean expert instead of the mixture",
     )
 
     epochs: int = _optimisation(300, "passes over the training data", least=1)
@@ -391,16 +395,25 @@ class Recipe:
     @property
     def is_routed(self) -> bool:
         """Whether a learned router sends the tokens to two or more experts."""
-        return self.router == "topk" and self.experts > 1
+        return self.router in ("topk", "hybrid") and self.experts > 1
 
     @property
     def top_k(self) -> TopK | None:
         """The settings of the learned router; None without one."""
-        if not self.is_routed:
+        if self.router != "topk" or self.experts == 1:
             return None
         from ewavit.core.routing import TopK
 
         return TopK(k=self.k, capacity_ratio=self.capacity_ratio)
+
+    @property
+    def routing(self) -> Router | None:
+        """What `expand` takes as its router."""
+        from ewavit.core.mixing import Fusion, Hybrid
+
+        if self.router == "hybrid":
+            return Hybrid(self.experts - 1)
+        return Fusion() if self.router == "fused" else self.top_k
 
     @property
     def keeps_experts(self) -> bool:
@@ -415,8 +428,13 @@ class Recipe:
                 f"--share-rate {self.share_rate} is out of range for {self.experts} experts: "
                 f"choose at most {full:.4g} (full averaging)"
             )
-        if self.is_routed:
-            if self.k > self.experts:
+        if self.router == "hybrid" and self.experts > 1 and self.share_rate:
+            raise EwavitError(
+                f"--share-rate {self.share_rate} would move the frozen expert of --router hybrid: give "
+                "--share-rate 0"
+            )
+        if self.router != "random" and self.experts > 1:
+            if self.top_k and self.k > self.experts:
                 raise EwavitError(
                     f"--k {self.k} is more than --experts {self.experts}: choose at most {self.experts}"
                 )

@@ -51,7 +51,8 @@ def epoch_line(row: Row, epochs: int, task: Task) -> str:
 def opening(run: Path, card: ModelCard, data: Data, recipe: Recipe, num_mixtures: int) -> str:
     """What is trained on what."""
     mixtures = "1 mixture" if num_mixtures == 1 else f"{num_mixtures} mixtures"
-    router = f", top-{recipe.k} router" if recipe.top_k else ""
+    router = f", top-{recipe.k} router" if recipe.top_k else f", {recipe.router}"
+    router = "" if recipe.router == "random" else router
     method = f"{mixtures} of {recipe.experts} experts{router}" if num_mixtures else "dense"
     return (
         f"{run}: {card.model} on {data.num_train:,} {data.inputs.kind} of {data.name} "

@@ -70,7 +70,13 @@ class TrainingState:
         Raises:
             EwavitError: no such model, settings that do not fit it, or another run's checkpoint.
         """
-        if recipe.toward_start and not (recipe.pretrained or recipe.initial_checkpoint or checkpoint):
+        fresh = not (recipe.pretrained or recipe.initial_checkpoint or checkpoint)
+        if fresh and recipe.router == "hybrid" and recipe.experts > 1:
+            raise EwavitError(
+                "--router hybrid freezes the first FFNs, and here they are random: give --pretrained or "
+                "--initial-checkpoint"
+            )
+        if fresh and recipe.toward_start:
             raise EwavitError(
                 f"--toward-start {recipe.toward_start} goes back to the first weights, and here they are "
                 "random: give --pretrained or --initial-checkpoint"
@@ -103,7 +109,7 @@ class TrainingState:
         if averaging is not None:
             averaging.attach(optimizer)
             # A router's experts differ by more than noise.
-            predictable = SpreadPrediction.supports(optimizer) and recipe.top_k is None
+            predictable = SpreadPrediction.supports(optimizer) and recipe.router == "random"
             if predictable and recipe.placement == "local":
                 prediction = SpreadPrediction(model, optimizer, averaging)
         state = cls(recipe, accelerator, card, model, optimizer, scheduler, averaging, prediction, average)
