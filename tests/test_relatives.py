@@ -3,6 +3,7 @@
 import copy
 import csv
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,14 +12,19 @@ from timm.models import VisionTransformer
 from timm.optim import create_optimizer_v2
 
 import ewavit as ewa
+from comparisons import make_comparison
 from ewavit.compare.arms import BUILT_IN
+from ewavit.compare.two_axes import two_axes
 from ewavit.core import Fusion, MoE, SeparateExperts, branch_shares, limit_branches_, moe_layers
-from ewavit.core.merging import interpolated, stock_share
+from ewavit.data.options import DataOptions
 from ewavit.tasks.block_diagonal import group_ffns
 from ewavit.training.export import export, load_model
 from ewavit.training.loop import resume, train
+from ewavit.training.merging import interpolated, stock_share
+from ewavit.training.opening import open_data
 from ewavit.training.processes import Interrupted
 from ewavit.training.recipe import Recipe
+from ewavit.training.retention import neighbour_accuracy
 from runs import assert_same_end, recipe, stop_after
 from small_models import MlpNet, images, randomised, separated, tiny_vit
 
@@ -448,6 +454,53 @@ def test_a_hybrid_run_keeps_its_mixture_and_collapses_if_asked(tmp_path):
     assert "with its router" in export(run, tmp_path / "plain.safetensors", mean_expert=True)
     with pytest.raises(ewa.EwavitError, match="here they are random"):
         train(recipe(tmp_path, "random", **settings | {"initial_checkpoint": None}))
+
+
+# ---------------------------------------------------------------- the old task
+
+
+def test_neighbour_accuracy_is_a_vote_of_the_others():
+    features = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 2.0], [0.1, 5.0], [0.02, -1.0]])
+    assert neighbour_accuracy(features, torch.tensor([0, 0, 1, 1, 1]), k=1) == 80.0
+    assert neighbour_accuracy(features[:4], torch.tensor([0, 1, 0, 1]), k=1) == 0.0
+    # With all others as neighbours the nearer two outweigh the farther three.
+    assert neighbour_accuracy(features[:4], torch.tensor([0, 0, 1, 1]), k=50) == 100.0
+
+
+@pytest.mark.parametrize("more", [{"experts": 1, "swa": 0.5}, {"select": "model", "experts": 2}])
+def test_a_run_reports_what_its_features_retain(tmp_path, more):
+    settings = {"limit": 64, "epochs": 2, "retain": "fashion-mnist-mini", "share_rate": 0.0} | more
+    run = train(recipe(tmp_path, "run", **settings)).run
+    row = list(csv.DictReader((run / "summary.csv").open()))[-1]
+    deployed = {"eval_retained": "model.safetensors"}
+    if "swa" in more:
+        deployed["average_retained"] = "model-average.safetensors"
+    for column, file in deployed.items():
+        model, card = load_model(run / file)
+        data = open_data("fashion-mnist-mini", DataOptions(batch_size=128, **card.preparation))
+        inputs, labels = (torch.cat(parts) for parts in zip(*data.eval_batches(), strict=True))
+        with torch.no_grad():
+            features = model.forward_head(model.forward_features(inputs), pre_logits=True)
+        assert float(row[column]) == pytest.approx(neighbour_accuracy(features, labels), abs=0.2)
+        assert float(row[column]) > 30
+
+
+def test_a_comparison_draws_the_new_task_against_the_old_one():
+    comparison = make_comparison(arms=("dense", "ewa"), seeds=2, epochs=2)
+    assert two_axes(comparison) is None
+    arms = tuple(
+        replace(
+            runs,
+            runs=tuple(replace(run, curve=(replace(run.curve[-1], retained=50.0),)) for run in runs.runs),
+        )
+        for runs in comparison.arms
+    )
+    assert "old task" in str(two_axes(replace(comparison, arms=arms)))
+
+
+def test_an_old_task_that_does_not_fit_is_refused(tmp_path):
+    with pytest.raises(ewa.EwavitError, match="--retain solids: img_size is for images"):
+        train(recipe(tmp_path, "clouds", retain="solids"))
 
 
 # ---------------------------------------------------------------- arms

@@ -22,6 +22,7 @@ import numpy as np
 
 from ewavit.compare.results import ArmRuns, Comparison, Point, Run
 from ewavit.compare.statistics import EQUAL_SEEDS, Summary, finished, summarise, time_to_reference
+from ewavit.compare.two_axes import two_axes
 from ewavit.files import csv_text, replacing
 from ewavit.tasks.judge import Judge
 
@@ -38,6 +39,8 @@ COLUMNS = (
 def write_results(comparison: Comparison, folder: Path) -> None:
     """Write `results.csv`, `results.json` and `report.html`; if one cannot be written, none is touched.
 
+    With `--retain` also `two_axes.svg`.
+
     Args:
         comparison: all arms and their runs; predictions stay out of the files.
         folder: where to write; made if missing.
@@ -52,6 +55,8 @@ def write_results(comparison: Comparison, folder: Path) -> None:
         "results.json": json.dumps(_everything(comparison, summary), allow_nan=False) + "\n",
         "report.html": _page(comparison, summary),
     }
+    if picture := two_axes(comparison):
+        texts["two_axes.svg"] = picture
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         for name, text in texts.items():
@@ -106,7 +111,10 @@ def _everything(comparison: Comparison, summary: Summary) -> Any:
 
 def _point(point: Point, judge: Judge) -> dict[str, Any]:
     """A point of a curve; its metric has the name of the judge's column."""
-    return {judge.column if name == "metric" else name: value for name, value in vars(point).items()}
+    values = {judge.column if name == "metric" else name: value for name, value in vars(point).items()}
+    if point.retained is None:
+        del values["retained"]
+    return values
 
 
 def _page(comparison: Comparison, summary: Summary) -> str:

@@ -230,8 +230,8 @@ def _plan(found: _Source, source: Path) -> tuple[dict[str, list[Stored]], int]:
             elif not _is_stored_mean(key, owner, found.tensors):  # else the experts give it
                 if key.endswith(".dispatcher.fusion"):
                     raise EwavitError(
-                        f"{source} holds fused experts ({printable(key)}), and their mean is another model: load "
-                        "it and call ewavit.collapse(model)"
+                        f"{source} holds fused experts ({printable(key)}), and their mean is another model: "
+                        "load it and call ewavit.collapse(model)"
                     )
                 raise EwavitError(
                     f"{source} is a routed mixture ({printable(key)}); no plain model computes the same: to "

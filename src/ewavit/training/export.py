@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ewavit.core.checkpoint_files import EXPERTS, collapse_checkpoint, is_checkpoint_file
-from ewavit.core.merging import interpolated
 from ewavit.core.mixing import Mixer
 from ewavit.core.moe import moe_layers
 from ewavit.core.surgery import collapse, dense_state_dict
@@ -33,6 +32,7 @@ from ewavit.training.building import expand_by_recipe
 from ewavit.training.card import ModelCard, RoutedMixture
 from ewavit.training.checkpoint import load_checkpoint, save_tensors
 from ewavit.training.evaluation import evaluate_batches, on_device
+from ewavit.training.merging import interpolated
 from ewavit.training.opening import open_for
 from ewavit.training.places import portable_spec
 from ewavit.training.recipe import Recipe

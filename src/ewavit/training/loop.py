@@ -54,6 +54,7 @@ from ewavit.training.processes import (
 )
 from ewavit.training.progress import RunProgress
 from ewavit.training.recipe import Recipe
+from ewavit.training.retention import Retention
 from ewavit.training.run_folder import RunFolder
 from ewavit.training.state import TrainingState
 from ewavit.training.weight_average import WeightAverage
@@ -210,6 +211,9 @@ class TrainingRun:
             scale = self.loss_scale
             scale_auxiliary_loss(self.state.model, lambda loss: loss * scale)
         self.criterion = training_loss(recipe, self.task, self.data, device)
+        self.retention = None
+        if recipe.retain is not None:
+            self.retention = Retention(recipe, self.state.card, processes, device)
         self.mixing = self.task.mixing(recipe.mixup, recipe.cutmix, self.data.num_classes)
         self._signals = StopSignals(run)
         self._losses: deque[tuple[int, Tensor]] = deque()  # not counted yet, with the step of each
@@ -424,6 +428,14 @@ class TrainingRun:
         if self.average is not None:
             averaged = measure(self.average.module) if self.average.ready else metrics
             row |= {f"average_{column}": averaged[column] for column in ("loss", self.task.judge.column)}
+        if self.retention is not None:
+            ready = self.average is not None and self.average.ready
+            with self.accelerator.autocast(), self._deployed(self.state.model):
+                row["eval_retained"] = self.retention.accuracy(self.state.model)
+            if self.average is not None:
+                module = self.average.module if ready else self.state.model
+                with self.accelerator.autocast(), self._deployed(module):
+                    row["average_retained"] = self.retention.accuracy(module)
         return row
 
     def _deployed(self, model: nn.Module) -> AbstractContextManager[Any]:

@@ -142,6 +142,11 @@ class Recipe:
     num_points: int | None = _data(
         None, "points per cloud (default: 1024, or 2048 for part segmentation)", least=1, most=100_000
     )
+    retain: str | None = _data(
+        None,
+        "data of an old task: each evaluation also reports the nearest-neighbour accuracy of the model's "
+        "features on its evaluation images",
+    )
     votes: int = _data(
         1, "passes over each cloud in evaluation, averaged; all but one are augmented", least=1
     )

@@ -40,6 +40,8 @@ def epoch_line(row: Row, epochs: int, task: Task) -> str:
     judge = task.judge
     found, average = row[f"eval_{judge.column}"], row.get(f"average_{judge.column}")
     averaged = "" if average is None else f"averaged {judge.text(average)}  "
+    if (retained := row.get("eval_retained")) is not None:
+        averaged += f"retained {retained:.2f} %  "
     return (
         f"epoch {int(row['epoch']) + 1:>{width}}/{epochs}  train loss {row['train_loss']:.4f}  "
         f"eval loss {row['eval_loss']:.4f}  {judge.name} {judge.text(found)}  {averaged}lr {row['lr']:.2e}  "
