@@ -4,7 +4,8 @@
 
 From scratch: fashion-mnist-mini (recipes/search/relatives-scratch.yaml). Fine-tuning: weights of
 fashion-mnist-mini on 40 characters of Omniglot, 8 drawings each, tested on the 12 others, with
---retain fashion-mnist-mini (recipes/search/relatives-finetune.yaml). Finished runs stay: stop it and start it again.
+--retain fashion-mnist-mini (recipes/search/relatives-finetune.yaml). Finished runs stay: stop it and start it
+again.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def main() -> None:
     start = ["--data", characters, "--initial-checkpoint", weights]
     for name, more in (("relatives-finetune", start), ("relatives-scratch", [])):
         ewavit("compare", "--config", RECIPES / f"{name}.yaml", "--jobs", args.jobs, *more, *common)
-        keep = Path(__file__).parent / "keep.py"
+        keep = Path(__file__).parent / "records.py"
         subprocess.run([sys.executable, str(keep), str(args.output / name)], check=True)
 
 
