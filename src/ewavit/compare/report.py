@@ -68,6 +68,10 @@ def _csv(comparison: Comparison, summary: Summary) -> str:
     """One row per arm and seed; the numbers of a failed run are empty."""
     table = io.StringIO()
     columns = [column.format(judge=comparison.judge.column) for column in COLUMNS]
+    if any(
+        point.retained is not None for each in comparison.arms for run in each.runs for point in run.curve
+    ):
+        columns.append("retained")
     writer = csv.DictWriter(table, columns)  # its line ends, else a carriage return in a text is not quoted
     writer.writeheader()
     for runs in comparison.arms:
@@ -94,6 +98,7 @@ def _rows(runs: ArmRuns, comparison: Comparison, summary: Summary) -> list[dict[
             }
             row |= {"images": last.images, "peak_memory_mib": run.peak_memory_mib}
             other = reference.get(run.seed)
+            row |= {} if last.retained is None else {"retained": last.retained}
             row["time_to_dense"] = time_to_reference(run, other, comparison.judge) if other else None
     return rows
 
