@@ -400,7 +400,7 @@ def test_fused_experts_start_as_the_ffn_and_apart():
 
 def test_hybrid_experts_are_mixed_per_token_and_the_general_one_is_frozen():
     dense = randomised(tiny_vit()).eval()
-    model = ewa.expand(copy.deepcopy(dense), select="all", router=ewa.Hybrid(specialists=2))
+    model = ewa.expand(copy.deepcopy(dense), select="all", router=ewa.core.Hybrid(specialists=2))
     x, tokens = images(), torch.randn(2, 5, 16)
     assert torch.allclose(model(x), dense(x), atol=1e-5)  # at the start all experts are the FFN
     moe = model.blocks[1].mlp
@@ -430,7 +430,7 @@ def test_hybrid_experts_are_mixed_per_token_and_the_general_one_is_frozen():
 
 def test_what_fused_and_hybrid_experts_cannot_be_is_refused():
     for options in (
-        {"num_experts": 4, "router": ewa.Hybrid()},
+        {"num_experts": 4, "router": ewa.core.Hybrid()},
         {"router": Fusion(), "experts": "stacked"},
         {"router": Fusion(), "unit": "image"},
     ):

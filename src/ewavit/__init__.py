@@ -35,7 +35,6 @@ if TYPE_CHECKING:  # the names are imported when they are first used: the comman
     from ewavit.core.checkpoint_files import collapse_checkpoint, expert_metadata
     from ewavit.core.diagnostics import collapse_gap, expert_spread, routing_statistics
     from ewavit.core.ffn import find_ffns
-    from ewavit.core.mixing import Hybrid
     from ewavit.core.routing import TopK, auxiliary_loss, scale_auxiliary_loss
     from ewavit.core.surgery import (
         collapse,
@@ -110,7 +109,6 @@ __all__ = [
     "Early",
     "EwavitError",
     "ExpertAveraging",
-    "Hybrid",
     "LinearRamp",
     "TopK",
     "add_branch",
@@ -136,7 +134,7 @@ __all__ = [
 
 if not TYPE_CHECKING:  # else type checkers would accept any name
     _ROOMS = (
-        "averaging", "branches", "checkpoint_files", "diagnostics", "ffn", "mixing", "routing", "surgery",
+        "averaging", "branches", "checkpoint_files", "diagnostics", "ffn", "routing", "surgery",
     )  # fmt: skip
 
     def __getattr__(name: str) -> Any:

@@ -6,7 +6,7 @@ from ewavit.core.diagnostics import CollapseGap, RoutingStatistics
 from ewavit.core.dispatch import Dispatcher
 from ewavit.core.experts import Experts, SeparateExperts, StackedExperts
 from ewavit.core.ffn import FFN
-from ewavit.core.mixing import Fusion
+from ewavit.core.mixing import Fusion, Hybrid
 from ewavit.core.moe import MoE, moe_layers
 from ewavit.core.partition import RandomPartition
 from ewavit.core.replicas import ReplicaExperts
@@ -20,6 +20,7 @@ __all__ = [
     "Dispatcher",
     "Experts",
     "Fusion",
+    "Hybrid",
     "LayerSummary",
     "MoE",
     "RandomPartition",

@@ -67,8 +67,8 @@ def expand(
             images to them (lo-fi, arXiv 2210.11948): the model becomes a `MoE` until `collapse`.
         unit: deal single tokens ("token"), or whole images ("image") for FFNs that mix tokens.
         router: let a learned router choose the experts of each token instead of chance (a naive MoE). Eval
-            mode routes too: deploy the MoE itself, or after `collapse` the mean expert. `Hybrid`: the FFN
-            stays as a frozen expert beside trained ones, and a gate mixes all of them for each token.
+            mode routes too: deploy the MoE itself, or after `collapse` the mean expert. `ewavit.core.Hybrid`:
+            the FFN stays as a frozen expert beside trained ones, and a gate mixes all of them for each token.
             `ewavit.core.Fusion`: learned weights fuse the experts into one FFN before every pass.
         experts: "stacked" (one batched matmul), "separate" (N copies), or "auto": stacked if a trial computes
             the same.
