@@ -44,6 +44,7 @@ def test_a_whole_model_is_expanded_and_collapsed_in_place():
     assert isinstance(model.experts, SeparateExperts)
     assert model.unit == "image"
     assert list(moe_layers(model)) == [""]
+    assert ewa.find_ffns(model) == []  # the copies are no candidates
     assert ewa.collapse(model) is model
     assert type(model) is VisionTransformer
     for (key, mine), (other, its) in zip(model.state_dict().items(), dense.state_dict().items(), strict=True):

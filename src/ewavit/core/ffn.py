@@ -149,7 +149,7 @@ def _without_leftovers(found: list[FFN], modules: dict[str, nn.Module]) -> list[
 
 def _candidates(modules: dict[str, nn.Module]) -> list[str]:
     """Names of the innermost modules that look like FFNs, and of blocks that compute their FFN themselves."""
-    mixtures = tuple(f"{name}." for name, module in modules.items() if isinstance(module, MoE))
+    mixtures = tuple(f"{name}." if name else "" for name, part in modules.items() if isinstance(part, MoE))
     likely = [
         name
         for name, module in modules.items()
