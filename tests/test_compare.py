@@ -346,7 +346,7 @@ def test_every_built_in_arm_fits_the_recipe_and_has_its_role():
     arms = {
         arm.name: arm for arm in make_arms([*BUILT_IN, "ewa+ema-lr", "mine-lr"], recipe, {"mine": {"lr": 1}})
     }
-    controls = {"dense", "ema", "swa", "twa", "switch-ema"}
+    controls = {"dense", "ema", "swa", "twa", "switch-ema", "wise-ft", "cca", "scheme"}
     assert {name for name, arm in arms.items() if arm.role == "control"} == controls
     assert arms["full"].overrides["share_rate"] == 7 / 8
     assert arms["ewa+ema-lr"].tuned

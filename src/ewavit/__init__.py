@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # the names are imported when they are first used: the comman
         LinearRamp,
         average_experts_,
     )
+    from ewavit.core.branches import ChannelCovariance, add_branch
     from ewavit.core.checkpoint_files import collapse_checkpoint, expert_metadata
     from ewavit.core.diagnostics import collapse_gap, expert_spread, routing_statistics
     from ewavit.core.ffn import find_ffns
@@ -102,6 +103,7 @@ def predict(
 
 
 __all__ = [
+    "ChannelCovariance",
     "Constant",
     "CosineRamp",
     "Early",
@@ -109,6 +111,7 @@ __all__ = [
     "ExpertAveraging",
     "LinearRamp",
     "TopK",
+    "add_branch",
     "auxiliary_loss",
     "average_experts_",
     "collapse",
@@ -130,7 +133,9 @@ __all__ = [
 ]
 
 if not TYPE_CHECKING:  # else type checkers would accept any name
-    _ROOMS = ("averaging", "checkpoint_files", "diagnostics", "ffn", "routing", "surgery")
+    _ROOMS = (
+        "averaging", "branches", "checkpoint_files", "diagnostics", "ffn", "routing", "surgery",
+    )  # fmt: skip
 
     def __getattr__(name: str) -> Any:
         """Import a public name on its first use."""

@@ -267,9 +267,10 @@ def _add_export(commands: _Commands) -> None:
     parser.add_argument(
         "source",
         metavar="RUN_OR_FILE",
+        nargs="+",
         type=nonempty_path,
         help="folder of a run, its checkpoint, or .safetensors of any expanded model (shards: their index or "
-        "folder)",
+        "folder); with --toward also several runs to merge",
     )
     parser.add_argument(
         "--to",
@@ -299,6 +300,19 @@ def _add_export(commands: _Commands) -> None:
         "--collapse",
         action="store_true",
         help="export the plain model with the mean expert of a routed run (a different model)",
+    )
+    parser.add_argument(
+        "--toward",
+        metavar="FILE",
+        type=nonempty_path,
+        help="move the weights towards those of this file, which the training started from",
+    )
+    parser.add_argument(
+        "--by",
+        metavar="SHARE",
+        type=nonempty,
+        help="share of that way, 0 to 1 (WiSE-FT), or stock: for each tensor from the angle between the "
+        "experts or runs (Model Stock)",
     )
 
 
@@ -605,7 +619,8 @@ def _export(options: argparse.Namespace) -> int:
 
     from ewavit.training.export import export
 
-    print(export(options.source, options.to, options.data, mean_expert=options.collapse))
+    source, *more = options.source
+    print(export(source, options.to, options.data, options.collapse, options.toward, options.by, more))
     return 0
 
 

@@ -29,10 +29,20 @@ BUILT_IN: dict[str, Callable[[Recipe], dict[str, Any]]] = {
     # 10 epochs after 200 in TWA's paper (arXiv 2205.13104)
     "twa": lambda recipe: {"experts": 1, "twa": max(1, round(recipe.epochs / 20))},
     "switch-ema": lambda recipe: {"experts": 1, **_EMA, "model_ema_switch": True},
+    "wise-ft": lambda recipe: {"experts": 1, "toward_start": 0.5},
+    # SCHEME (arXiv 2312.00412): its branch beside plain FFNs, and with block-diagonal FFNs of equal FLOPs
+    "cca": lambda recipe: {"experts": 1, "branch": "cca"},
+    "scheme": lambda recipe: {"experts": 1, "branch": "cca", "ffn_groups": 2},
+    "ewa+cca": lambda recipe: {"branch": "cca"},
     "rup": lambda recipe: {"share_rate": 0.0},
     "full": lambda recipe: {"share_rate": (recipe.experts - 1) / recipe.experts, "ramp": 0.0},
+    # lo-fi (arXiv 2210.11948): copies of the whole model, each for its own images, merged at the end
+    "lofi": lambda recipe: {"select": "model", "unit": "image", "share_rate": 0.0},
     "ewa": lambda recipe: {},
     "ewa+ema": lambda recipe: dict(_EMA),
+    # after ExFusion (arXiv 2603.27965) and the hybrid experts of Emotion-Qwen (arXiv 2505.06685)
+    "fused": lambda recipe: {**_ROUTED, "router": "fused", "share_rate": 0.0},
+    "hybrid": lambda recipe: {**_ROUTED, "router": "hybrid", "share_rate": 0.0, "experts": 2},
     "moe": lambda recipe: {**_ROUTED, "share_rate": 0.0},
     "moe+ewa": lambda recipe: dict(_ROUTED),
     "moe+early-ewa": lambda recipe: {**_ROUTED, "early": recipe.early or 0.3},
@@ -41,10 +51,10 @@ BUILT_IN: dict[str, Callable[[Recipe], dict[str, Any]]] = {
 # No difference between two arms may come from other data, other seeds or other folders.
 _SHARED = {
     "task", "data", "data_dir", "train_split", "val_split", "img_size", "limit", "holdout", "skip_bad_images",
-    "num_points", "votes",
+    "num_points", "votes", "retain",
     "seed", "output", "name",
 }  # fmt: skip
-_AVERAGES = ("model_ema", "swa", "twa")
+_AVERAGES = ("model_ema", "swa", "twa", "toward_start")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ import numpy as np
 
 from ewavit.compare.results import ArmRuns, Comparison, Point, Run
 from ewavit.compare.statistics import EQUAL_SEEDS, Summary, finished, summarise, time_to_reference
+from ewavit.compare.two_axes import two_axes
 from ewavit.files import csv_text, replacing
 from ewavit.tasks.judge import Judge
 
@@ -38,6 +39,8 @@ COLUMNS = (
 def write_results(comparison: Comparison, folder: Path) -> None:
     """Write `results.csv`, `results.json` and `report.html`; if one cannot be written, none is touched.
 
+    With `--retain` also `two_axes.svg`.
+
     Args:
         comparison: all arms and their runs; predictions stay out of the files.
         folder: where to write; made if missing.
@@ -52,6 +55,8 @@ def write_results(comparison: Comparison, folder: Path) -> None:
         "results.json": json.dumps(_everything(comparison, summary), allow_nan=False) + "\n",
         "report.html": _page(comparison, summary),
     }
+    if picture := two_axes(comparison):
+        texts["two_axes.svg"] = picture
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         for name, text in texts.items():
@@ -63,6 +68,10 @@ def _csv(comparison: Comparison, summary: Summary) -> str:
     """One row per arm and seed; the numbers of a failed run are empty."""
     table = io.StringIO()
     columns = [column.format(judge=comparison.judge.column) for column in COLUMNS]
+    if any(
+        point.retained is not None for each in comparison.arms for run in each.runs for point in run.curve
+    ):
+        columns.append("retained")
     writer = csv.DictWriter(table, columns)  # its line ends, else a carriage return in a text is not quoted
     writer.writeheader()
     for runs in comparison.arms:
@@ -89,6 +98,7 @@ def _rows(runs: ArmRuns, comparison: Comparison, summary: Summary) -> list[dict[
             }
             row |= {"images": last.images, "peak_memory_mib": run.peak_memory_mib}
             other = reference.get(run.seed)
+            row |= {} if last.retained is None else {"retained": last.retained}
             row["time_to_dense"] = time_to_reference(run, other, comparison.judge) if other else None
     return rows
 
@@ -106,7 +116,10 @@ def _everything(comparison: Comparison, summary: Summary) -> Any:
 
 def _point(point: Point, judge: Judge) -> dict[str, Any]:
     """A point of a curve; its metric has the name of the judge's column."""
-    return {judge.column if name == "metric" else name: value for name, value in vars(point).items()}
+    values = {judge.column if name == "metric" else name: value for name, value in vars(point).items()}
+    if point.retained is None:
+        del values["retained"]
+    return values
 
 
 def _page(comparison: Comparison, summary: Summary) -> str:

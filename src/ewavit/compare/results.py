@@ -47,6 +47,7 @@ class Point:
     share_rate: float
     spread: dict[str, float]  # by layer; empty for dense runs
     predicted_spread: float | None  # by theory, mean over layers
+    retained: float | None = None  # accuracy on the old task of --retain, of the same weights as `metric`
 
 
 @dataclass(frozen=True)
@@ -262,6 +263,9 @@ def _point(run: RunFolder, row: Mapping[str, str], judge: Judge) -> Point:
         share_rate=_number(row, "share_rate", 0, 1),
         spread={k.removeprefix(SPREAD): _number(row, k, 0) for k in row if k.startswith(SPREAD)},
         predicted_spread=_number(row, "predicted_spread", 0) if row.get("predicted_spread") else None,
+        retained=_number(row, f"{_weights(row)}_retained", 0, 100)
+        if row.get(f"{_weights(row)}_retained")
+        else None,
     )
 
 

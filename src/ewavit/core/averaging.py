@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from ewavit.core.devices import local
 from ewavit.core.experts import Read, StackedExperts
+from ewavit.core.mixing import refuse_moving_frozen
 from ewavit.core.moe import moe_layers, require_moe_layers
 from ewavit.core.replicas import check_peers
 from ewavit.core.steps import STEPS_KEY, held_by, only_makes_state, set_step, unwrapped_optimizer
@@ -130,6 +131,9 @@ def _average(model: nn.Module, share_rate: float, reads: Sequence[Read]) -> None
     """Average what each of `reads` gives for the parameters of the experts."""
     layers = require_moe_layers(model).values()
     weights = [lerp_weight(share_rate, moe.num_experts) for moe in layers]  # all are checked before any moves
+    for moe, weight in zip(layers, weights, strict=True):
+        if weight:
+            refuse_moving_frozen(moe.dispatcher)
     reads = [_once(read) for read in reads]
     begun = [
         moe.experts.pull_towards_mean_(weight, read)

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ewavit.core.experts import SeparateExperts
+from ewavit.core.ffn import BRANCHES
 from ewavit.core.moe import MoE
 from ewavit.core.tensor_files import (
     INDEX,
@@ -39,8 +40,9 @@ BLOCK = 2**22  # bytes to read and average at a time; fastest if they fit a cach
 LEAST = 512  # bytes of an expert at a time; whole vectors, so that the sums are rounded as in one piece
 MOST_EXPERTS = BLOCK // LEAST
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_BRANCHES = f"{BRANCHES}."  # gates of training only: the plain model has none
 _EXPERT_KEY = re.compile(
-    r"(?P<mixture>.+?)\.experts\.(?:ffn|copies\.(?P<copy>0|[1-9][0-9]{0,8}))\.(?P<name>.+)"
+    r"(?:(?P<mixture>.+?)\.)?experts\.(?:ffn|copies\.(?P<copy>0|[1-9][0-9]{0,8}))\.(?P<name>.+)"
 )
 
 
@@ -217,22 +219,27 @@ def _plan(found: _Source, source: Path) -> tuple[dict[str, list[Stored]], int]:
     """For each key of the plain model the one tensor to copy or the N tensors to average."""
     mixtures = _mixtures(found, source)
     outputs: dict[str, list[Stored]] = {}
-    matches = {key: _EXPERT_KEY.fullmatch(key) for key in found.tensors}
+    matches = {key: _EXPERT_KEY.fullmatch(key) for key in found.tensors if not key.startswith(_BRANCHES)}
     in_order = sorted(matches.items(), key=lambda item: int((item[1] and item[1]["copy"]) or 0))
     for key, match in in_order:  # in the order of the copies: the sum then equals that of `collapse` exactly
         stored = found.tensors[key]
-        if match is None or match["mixture"] not in mixtures:
+        if match is None or (mixture_name := match["mixture"] or "") not in mixtures:
             owner = next((name for name in _prefixes(key) if name in mixtures), None)
             if owner is None:
                 outputs.setdefault(key, []).append(stored)
             elif not _is_stored_mean(key, owner, found.tensors):  # else the experts give it
+                if key.endswith(".dispatcher.fusion"):
+                    raise EwavitError(
+                        f"{source} holds fused experts ({printable(key)}), and their mean is another model: "
+                        "load it and call ewavit.collapse(model)"
+                    )
                 raise EwavitError(
                     f"{source} is a routed mixture ({printable(key)}); no plain model computes the same: to "
                     "deploy its mean expert, a different model, load it and call ewavit.collapse(model)"
                 )
             continue
-        name, mixture = match["name"], mixtures[match["mixture"]]
-        target = f"{match['mixture']}.{name}"
+        name, mixture = match["name"], mixtures[mixture_name]
+        target = _in(mixture_name, name)
         stacked = mixture.experts == "stacked"
         if stacked != (match["copy"] is None) or int(match["copy"] or 0) >= mixture.num_experts:
             kind = f"{mixture.num_experts} {mixture.experts} experts"
@@ -248,7 +255,7 @@ def _plan(found: _Source, source: Path) -> tuple[dict[str, list[Stored]], int]:
             raise EwavitError(
                 f"{source}: {printable(key)} {stored.shape} is not {mixture.num_experts} experts stacked"
             )
-    wanted = {f"{name}.{key}": each.num_experts for name, each in mixtures.items() for key in each.parameters}
+    wanted = {_in(name, key): each.num_experts for name, each in mixtures.items() for key in each.parameters}
     for key in {**wanted, **outputs}:
         parts, count = outputs.get(key, []), wanted.get(key, 1)
         held = sum(part.count for part in parts)
@@ -263,6 +270,11 @@ def _plan(found: _Source, source: Path) -> tuple[dict[str, list[Stored]], int]:
                 "them as F32"
             )
     return outputs, len(mixtures)
+
+
+def _in(mixture: str, name: str) -> str:
+    """The key of a tensor of a mixture; the mixture "" is the whole model."""
+    return f"{mixture}.{name}" if mixture else name
 
 
 def _prefixes(key: str) -> Iterator[str]:
@@ -314,7 +326,7 @@ def _guessed(tensors: Mapping[str, Stored], source: Path) -> dict[str, StoredMix
     parts: dict[str, list[tuple[str | None, str, Stored]]] = {}
     for key, stored in tensors.items():
         if match := _EXPERT_KEY.fullmatch(key):
-            parts.setdefault(match["mixture"], []).append((match["copy"], match["name"], stored))
+            parts.setdefault(match["mixture"] or "", []).append((match["copy"], match["name"], stored))
     mixtures = {}
     for mixture, found in parts.items():
         copies = {copy for copy, _, _ in found}

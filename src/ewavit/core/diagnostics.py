@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ewavit.core.branches import branches
 from ewavit.core.devices import local, summed
 from ewavit.core.moe import dispatching, moe_layers, require_moe_layers
 from ewavit.core.routing import routers
@@ -24,7 +25,8 @@ def expert_spread(model: nn.Module) -> dict[str, float]:
     With sharded or replica experts this is a collective: every process must call it.
 
     Returns:
-        sqrt(mean_i |W_i - Wm|^2) / |Wm| by layer name, over all parameters of an FFN; 0 if all are equal.
+        sqrt(mean_i |W_i - Wm|^2) / |Wm| by layer name, over all parameters of an FFN; 0 if all are equal. The
+        name of a whole model is "model".
     """
     spread = {}
     for layer, moe in moe_layers(model).items():
@@ -40,7 +42,7 @@ def expert_spread(model: nn.Module) -> dict[str, float]:
             (deviations,) = peers.sum([deviations])
         both = torch.stack([deviations, torch.stack(norm).sum()])
         variance, square = summed(both, like=next(moe.experts.parameters())).tolist()
-        spread[layer] = (variance / square) ** 0.5 if square else 0.0
+        spread[layer or "model"] = (variance / square) ** 0.5 if square else 0.0
     return spread
 
 
@@ -67,7 +69,7 @@ def collapse_gap(
     targets: Tensor | None = None,
     criterion: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
 ) -> CollapseGap:
-    """Compare a mixture with its collapse on one batch, without dropout and noise.
+    """Compare a model with mixtures or branches with its collapse on one batch, without dropout and noise.
 
     Args:
         model: an expanded model; its mode is restored.
@@ -76,9 +78,9 @@ def collapse_gap(
         criterion: maps (outputs, targets) to a loss.
 
     Raises:
-        EwavitError: the model has no MoE layer.
+        EwavitError: the model has no MoE layer and no branch.
     """
-    layers = require_moe_layers(model).values()
+    layers = (moe_layers(model) if branches(model) else require_moe_layers(model)).values()
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -394,13 +394,17 @@ class SeparateExperts(Experts):
         if self.num_experts == 1:
             return cast(Tensor, self.copies[0](x, *args, **kwargs))
         refuse_tracing()
-        return cast(Tensor, functional_call(*self._mean(), (x, *args), kwargs))
+        return cast(Tensor, functional_call(*self.mean(), (x, *args), kwargs))
 
     def mean_of(self, name: str) -> Tensor | None:
-        return self._mean()[1].get(name)
+        return self.mean()[1].get(name)
 
-    def _mean(self) -> tuple[nn.Module, dict[str, Tensor]]:
-        """The module that computes what is deployed, and its parameters: the experts' means."""
+    def mean(self, weights: Tensor | None = None) -> tuple[nn.Module, dict[str, Tensor]]:
+        """The module that computes what is deployed, and its parameters: the experts' means.
+
+        Args:
+            weights: (E,), of the experts; their sum is 1. None is the plain mean.
+        """
         ffn, by_parameter = self.copies[0], dict(self.values_by_parameter())
         if self.changed:
             (ffn,) = self._before
@@ -411,7 +415,7 @@ class SeparateExperts(Experts):
                 "the experts were pruned before ewavit.expand and again since, each by itself, so no pruned "
                 "FFN is their mean: prune only before or only after expand"
             )
-        return ffn, {name: torch.stack(values).mean(0) for name, values in by_parameter.items()}
+        return ffn, {name: weighted(torch.stack(values), weights) for name, values in by_parameter.items()}
 
     def _same_masks(self) -> bool:
         """Whether the masks of torch's pruning are those of the first expert."""
@@ -442,8 +446,13 @@ class SeparateExperts(Experts):
             if len(values) == self.num_experts:
                 yield name, values
 
-    def collapse(self) -> nn.Module:
-        return with_means(*self._mean())
+    def collapse(self, weights: Tensor | None = None) -> nn.Module:
+        return with_means(*self.mean(weights))
+
+
+def weighted(values: Tensor, weights: Tensor | None) -> Tensor:
+    """The mean of (E, ...) over E; with weights (E,) their weighted sum."""
+    return values.mean(0) if weights is None else torch.tensordot(weights.to(values), values, 1)
 
 
 def with_means(ffn: nn.Module, means: dict[str, Tensor]) -> nn.Module:

@@ -15,6 +15,7 @@ from ewavit.core.copying import attachments
 from ewavit.core.experts import SeparateExperts
 from ewavit.core.moe import MoE, Unit
 from ewavit.core.trial import (
+    channels,
     deploys,
     different,
     first_layer,
@@ -89,7 +90,7 @@ class FFN:
     def dim(self) -> int:
         """Channels of its input tokens; 0 if there is no Linear or Conv2d inside."""
         first = first_layer(self.layers[0].module)
-        return 0 if first is None else first.weight.shape[1]
+        return 0 if first is None else channels(first)
 
     @property
     def num_parameters(self) -> int:
@@ -148,7 +149,7 @@ def _without_leftovers(found: list[FFN], modules: dict[str, nn.Module]) -> list[
 
 def _candidates(modules: dict[str, nn.Module]) -> list[str]:
     """Names of the innermost modules that look like FFNs, and of blocks that compute their FFN themselves."""
-    mixtures = tuple(f"{name}." for name, module in modules.items() if isinstance(module, MoE))
+    mixtures = tuple(f"{name}." if name else "" for name, part in modules.items() if isinstance(part, MoE))
     likely = [
         name
         for name, module in modules.items()
@@ -266,6 +267,8 @@ def _short(problem: Exception) -> str:
 
 def select_ffns(model: nn.Module, select: Select = "alternate", unit: Unit = "token") -> list[FFN]:
     """The FFNs that `expand` would choose with these arguments; it raises the same errors."""
+    if is_whole(model, select):
+        return [_whole(model)]
     if isinstance(select, str):
         if dict(model.named_modules()).get(select) is not None:
             select = [select]
@@ -313,6 +316,31 @@ def select_ffns(model: nn.Module, select: Select = "alternate", unit: Unit = "to
     if not chosen:
         raise _nothing(f"select={select!r} matches none of the FFNs", found)
     return chosen
+
+
+BRANCHES = "ewavit_branches"  # the child of a model that holds the gates of its branches
+
+
+def is_whole(model: nn.Module, select: Select) -> bool:
+    """Whether the whole model is selected; a module of the name "model" has priority."""
+    return isinstance(select, str) and select == "model" and "model" not in dict(model.named_modules())
+
+
+def _whole(model: nn.Module) -> FFN:
+    """The whole model as one candidate."""
+    reason = ""
+    if hasattr(type(model), "save_pretrained"):
+        reason = "a transformers model returns no tensor"
+    for name, part in model.named_modules():
+        if "forward" in vars(part):
+            reason = f"the forward of {name or 'the model'} was replaced and belongs to this one module"
+        elif name == BRANCHES:
+            reason = "it has branches, and each of its copies would need its own"
+        elif "batchnorm" in (kind := type(part).__name__).lower():
+            reason = f"{name} ({kind}) would have other statistics in every copy"
+    if reason:
+        raise EwavitError(f'select="model" does not work: {reason}; select blocks or FFNs without it')
+    return FFN("", model, "image")
 
 
 def _usable(ffn: FFN, unit: Unit) -> bool:

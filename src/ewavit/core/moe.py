@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from types import MethodType
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 from torch.fx import Proxy
 
 from ewavit.core.copying import share_call_hooks
 from ewavit.core.dispatch import Dispatcher
-from ewavit.core.experts import ExpertLeaf, Experts, refuse_tracing
+from ewavit.core.experts import ExpertLeaf, Experts, SeparateExperts, refuse_tracing
+from ewavit.core.mixing import Mixer
 from ewavit.core.partition import RandomPartition
 from ewavit.core.steps import follow_optimizers
 from ewavit.errors import EwavitError
@@ -32,7 +34,12 @@ class MoE(nn.Module):
         unit: what is dealt to the experts, single "token"s or whole "image"s.
         channels_first: the FFN takes (batch, channels, height, width).
         dispatcher: sends units to experts; a `RandomPartition` by default. A `TopKRouter` takes tokens.
+
+    Attributes:
+        whole: the experts are copies of a whole model, which `ewavit.expand` turned into this mixture.
     """
+
+    whole = False
 
     def __init__(
         self,
@@ -83,6 +90,8 @@ class MoE(nn.Module):
         """
         if isinstance(x, Proxy):
             raise EwavitError(f"torch.fx cannot trace an expanded model: {_PLAIN}")
+        if isinstance(self.dispatcher, Mixer):
+            return self.dispatcher.mix(cast(SeparateExperts, self.experts), x, *args, **kwargs)
         if self.num_experts == 1 or not (self.training or self.routed):
             return self.experts.merged(x, *args, **kwargs)
         refuse_tracing()
@@ -114,7 +123,10 @@ class MoE(nn.Module):
 
     def collapse(self) -> nn.Module:
         """A new FFN of the original class whose parameters are the experts' mean."""
-        ffn = self.experts.collapse()
+        if isinstance(self.dispatcher, Mixer):
+            ffn = cast(SeparateExperts, self.experts).collapse(self.dispatcher.weights.detach())
+        else:
+            ffn = self.experts.collapse()
         share_call_hooks(self, ffn)
         return ffn
 
@@ -132,7 +144,13 @@ class MoE(nn.Module):
             if name in original._parameters and not (self.training or self.routed):
                 return self.experts.mean_of(name)
             ffn = self.experts.ffns()[0]
-            return getattr(ffn if hasattr(ffn, name) else original, name)
+            value = getattr(ffn if hasattr(ffn, name) else original, name)
+            if self.whole and isinstance(value, MethodType):
+                raise AttributeError(
+                    f"{name} is a method of the plain model, and here are {self.num_experts} copies of it: "
+                    "call it in `with ewavit.collapsed(model)`, or for each of model.experts.ffns()"
+                ) from None
+            return value
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Refuse a layer or parameter that would replace one of the FFN: no expert would have it."""
@@ -167,10 +185,11 @@ def require_moe_layers(model: nn.Module) -> dict[str, MoE]:
 
 @contextmanager
 def dispatching(model: nn.Module) -> Iterator[None]:
-    """Context manager: a model in eval mode still dispatches to its experts, without dropout."""
-    switched = [
+    """Context manager: a model in eval mode still uses its experts and branches, without dropout."""
+    switched: list[nn.Module] = [
         m for moe in moe_layers(model).values() for m in moe.modules() if isinstance(m, MoE | ExpertLeaf)
     ]
+    switched += [m for m in model.modules() if getattr(m, "training_only", False)]
     before = [module.training for module in switched]
     for module in switched:
         module.training = True

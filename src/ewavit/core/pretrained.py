@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ewavit.core.devices import at_least_float32, is_sharded
-from ewavit.core.experts import SeparateExperts
+from ewavit.core.experts import SeparateExperts, weighted
+from ewavit.core.mixing import Mixer
 from ewavit.core.moe import MoE, moe_layers
 from ewavit.errors import EwavitError
 
@@ -116,7 +117,9 @@ def with_mean_ffns(model: nn.Module, state: Mapping[str, Tensor], keep_experts: 
                 value = torch.stack(copies) if key in parameters else copies[0]
             else:
                 value = state[f"{start}ffn.{key}"]
-            mean = at_least_float32(value).mean(0).to(value.dtype) if key in parameters else value.clone()
+            own = module.dispatcher.weights if isinstance(module.dispatcher, Mixer) else None
+            mean = weighted(at_least_float32(value), own) if key in parameters else value.clone()
+            mean = mean.to(value.dtype)
             result[f"{name}.{key}"] = mean
         for key in () if keep_experts else list(state):
             if key.startswith(start):

@@ -58,7 +58,7 @@ def set_step(model: nn.Module, step: int) -> None:
             module.key[STEP] = step
 
 
-_followers: WeakSet[Any] = WeakSet()  # the MoE layers, whose file imports this one
+_followers: WeakSet[Any] = WeakSet()  # the MoE layers, or a model that was one as a whole
 
 
 def follow_optimizers(moe: nn.Module) -> None:
@@ -83,7 +83,9 @@ def _draw_anew(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     counted = unwrapped_optimizer(optimizer).param_groups[0].get(STEPS_KEY)  # by an attached averaging
     drawn: set[Dispatcher[Any]] = set()  # the layers of a split FFN share one
     for moe in list(_followers):
-        if moe.dispatcher not in drawn and any(id(p) in held for p in moe.experts.parameters()):
+        if "dispatcher" not in moe._modules or moe.dispatcher in drawn:
+            continue
+        if any(id(p) in held for p in moe.experts.parameters()):
             drawn.add(moe.dispatcher)
             key = moe.dispatcher.key
             key[STEP] = key[STEP] + 1 if counted is None else counted

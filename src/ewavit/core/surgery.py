@@ -8,24 +8,28 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ewavit.core.branches import branches, remove_branches
 from ewavit.core.copying import all_parameters, called_within, hook_on_itself, share_call_hooks, tie
 from ewavit.core.devices import Peers, cut_like, is_sharded, whole
 from ewavit.core.dispatch import Dispatcher
 from ewavit.core.draws import LAYER
 from ewavit.core.experts import ExpertLeaf, Experts, SeparateExperts, StackedExperts
-from ewavit.core.ffn import FFN, Select, select_ffns
+from ewavit.core.ffn import BRANCHES, FFN, Select, is_whole, select_ffns
+from ewavit.core.mixing import Fusion, Hybrid
 from ewavit.core.moe import MoE, Unit, moe_layers, require_moe_layers
 from ewavit.core.partition import RandomPartition
 from ewavit.core.pretrained import guard_save_pretrained, unguard_save_pretrained
 from ewavit.core.replicas import DealtByProcess, ReplicaExperts, keep_from_ddp
 from ewavit.core.routing import TopK, TopKRouter
+from ewavit.core.steps import follow_optimizers
 from ewavit.errors import EwavitError
 
+Router = TopK | Fusion | Hybrid
 Placement = Literal["local", "replicas"]
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -44,7 +48,7 @@ def expand(
     *,
     select: Select = "alternate",
     unit: Unit = "token",
-    router: TopK | None = None,
+    router: Router | None = None,
     experts: Literal["auto", "stacked", "separate"] = "auto",
     placement: Placement = "local",
     process_group: dist.ProcessGroup | None = None,
@@ -59,9 +63,13 @@ def expand(
         num_experts: N, 4 by default. With N = 1 the model computes exactly what it did.
         select: "alternate" (every second FFN, the last one in), "all", "last_half", the name of one module, a
             list of names, a regular expression searched in the names, or a callable `(name, module) -> bool`.
+            Whole blocks by name need unit="image". "model" makes N copies of the whole model and deals whole
+            images to them (lo-fi, arXiv 2210.11948): the model becomes a `MoE` until `collapse`.
         unit: deal single tokens ("token"), or whole images ("image") for FFNs that mix tokens.
         router: let a learned router choose the experts of each token instead of chance (a naive MoE). Eval
-            mode routes too: deploy the MoE itself, or after `collapse` the mean expert.
+            mode routes too: deploy the MoE itself, or after `collapse` the mean expert. `ewavit.core.Hybrid`:
+            the FFN stays as a frozen expert beside trained ones, and a gate mixes all of them for each token.
+            `ewavit.core.Fusion`: learned weights fuse the experts into one FFN before every pass.
         experts: "stacked" (one batched matmul), "separate" (N copies), or "auto": stacked if a trial computes
             the same.
         placement: "local": every process has all experts. "replicas": each data-parallel process has one, for
@@ -74,6 +82,10 @@ def expand(
             reasons), or the model is already expanded, wrapped or compiled.
     """
     _check_choices(unit, experts, placement)
+    if whole := is_whole(model, select):
+        unit = "image"
+        if placement == "replicas":
+            raise EwavitError('select="model" makes copies in one process: leave out placement="replicas"')
     peers = Peers(process_group) if placement == "replicas" else None
     num_experts = _checked_number(num_experts, unit, experts, router, peers)
     _refuse_wrapped(model)
@@ -89,25 +101,27 @@ def expand(
         dispatcher: Dispatcher[Any] = RandomPartition(num_experts)  # one draw for both layers of a split FFN
         if peers is not None:
             dispatcher, unit = DealtByProcess(), "image"
-        elif router is not None:
-            dispatcher = _router(router, num_experts, ffn)
-        dispatcher.key[LAYER] = number
-        separate = experts == "separate" or not ffn.stackable
+        separate = experts == "separate" or isinstance(router, Fusion | Hybrid) or not ffn.stackable
         for layer in ffn.layers:
             if peers is not None:
                 made: Experts = ReplicaExperts(layer.module, peers)
             else:
                 made = (SeparateExperts if separate else StackedExperts)(layer.module, num_experts)
+            if router is not None:  # of one module: _check_split refuses the others
+                dispatcher = _router(router, made, ffn)
+            dispatcher.key[LAYER] = number
             layers.append(MoE(made, unit, ffn.channels_first, dispatcher))
+            layers[-1].whole = whole
+    listed = _listed_without_decay(model)
     _insert(model, [layer for ffn in chosen for layer in ffn.layers], layers)
-    _exempt_norms_from_decay(model)
+    _exempt_from_decay(model, listed)
     guard_save_pretrained(model)
     if peers is not None:
         keep_from_ddp(model)
     return model
 
 
-def _check_split(chosen: list[FFN], unit: Unit, router: TopK | None) -> None:
+def _check_split(chosen: list[FFN], unit: Unit, router: Router | None) -> None:
     """Refuse what the two layers of a split FFN cannot do alike."""
     for ffn in chosen:
         if ffn.pair is None:
@@ -134,7 +148,8 @@ def _check_chosen(model: nn.Module, chosen: list[FFN], experts: str) -> None:
             )
         if experts == "stacked" and not ffn.stackable:
             raise EwavitError(
-                f'{ffn.name} ({ffn.class_name}) cannot be stacked: use experts="separate" or "auto"'
+                f"{ffn.name or 'the model'} ({ffn.class_name}) cannot be stacked: "
+                'use experts="separate" or "auto"'
             )
         if part := called_within(ffn.module):
             warnings.warn(f"the hooks of {ffn.name}.{part} fire once for each expert", stacklevel=3)
@@ -157,7 +172,7 @@ def _refuse_tied(model: nn.Module, chosen: list[FFN], experts: str) -> None:
                     'the FFNs can be stacked: use experts="separate"'
                 )
     seen = {ffn.module for ffn in chosen}
-    waiting = [("", model)]
+    waiting = [("", model)] if model not in seen else []
     while waiting:
         path, module = waiting.pop()
         seen.add(module)
@@ -183,11 +198,20 @@ def _check_choices(unit: str, experts: str, placement: str) -> None:
 
 
 def _checked_number(
-    num_experts: int | None, unit: Unit, experts: str, router: TopK | None, peers: Peers | None
+    num_experts: int | None, unit: Unit, experts: str, router: Router | None, peers: Peers | None
 ) -> int:
     """N or its default; an error if the arguments contradict each other."""
     if num_experts is None:
         num_experts = 4 if peers is None else peers.size
+        if isinstance(router, Hybrid):
+            num_experts = 1 + router.specialists
+    if isinstance(router, Hybrid) and num_experts != 1 + router.specialists:
+        raise EwavitError(
+            f"num_experts={num_experts}, but a hybrid has one general expert and {router.specialists} "
+            "specialists: leave it out"
+        )
+    if isinstance(router, Fusion | Hybrid) and experts == "stacked":
+        raise EwavitError('fused and hybrid experts are copies of the FFN: leave out experts="stacked"')
     if num_experts < 1 or num_experts != int(num_experts):
         raise EwavitError(f"num_experts={num_experts} is not a number of experts: choose 1 or more")
     if router is not None and unit != "token":
@@ -205,10 +229,13 @@ def _checked_number(
     return num_experts
 
 
-def _router(config: TopK, num_experts: int, ffn: FFN) -> TopKRouter:
+def _router(config: Router, experts: Experts, ffn: FFN) -> Dispatcher[Any]:
     """A router for an FFN's tokens; drawn on the CPU, so that it is the same on every device."""
     weight = next(ffn.module.parameters())
-    return TopKRouter(config, num_experts, ffn.dim).to(weight.device, weight.dtype)
+    if isinstance(config, TopK):
+        return TopKRouter(config, experts.num_experts, ffn.dim).to(weight.device, weight.dtype)
+    mixer = config.mixer(cast(SeparateExperts, experts), ffn.dim, ffn.channels_first)
+    return mixer.to(weight.device, weight.dtype)
 
 
 def _refuse_wrapped(model: nn.Module) -> None:
@@ -227,22 +254,43 @@ def _insert(model: nn.Module, chosen: list[FFN], layers: list[MoE]) -> None:
         tie([(ffn, copies[number]) for ffn, copies in made if number < len(copies)])
     for ffn, moe in zip(chosen, layers, strict=True):
         share_call_hooks(ffn.module, moe)
-        _replace(model, ffn.module, moe)
+        _, placed = _replace(model, ffn.module, moe)
+        follow_optimizers(placed)
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` wherever `old` is registered in the model (CoaT registers one FFN three times)."""
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Put `new` wherever `old` is registered in the model (CoaT registers one FFN three times).
+
+    The model itself stays the same object, so it exchanges class and content with `new`.
+
+    Returns:
+        The objects that are now outside and inside.
+    """
+    if old is model:
+        for name in ("__class__", "__dict__"):
+            mine, theirs = getattr(old, name), getattr(new, name)
+            object.__setattr__(old, name, theirs)
+            object.__setattr__(new, name, mine)
+        return new, old
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is old:
                 parent._modules[name] = new
+    return old, new
 
 
-def _exempt_norms_from_decay(model: nn.Module) -> None:
-    """Let `model.no_weight_decay()` list stacked vectors; timm would take them for matrices."""
+def _exempt_from_decay(model: nn.Module, listed: set[str]) -> None:
+    """Let `model.no_weight_decay()` also list what experts have of `listed`, and their stacked vectors.
+
+    timm would take stacked vectors for matrices.
+    """
     vectors = _stacked_vectors(model)
     names = {name for name, parameter in model.named_parameters() if id(parameter) in vectors}
-    model.no_weight_decay = _Names(names | _listed_without_decay(model))  # type: ignore[assignment]
+    for name, _ in model.named_parameters():
+        plain = re.sub(r"(^|\.)experts\.(ffn|copies\.\d+)\.", r"\1", name)
+        if plain != name and any(fnmatchcase(plain, pattern) for pattern in listed):
+            names.add(name)
+    model.no_weight_decay = _Names(names | listed)  # type: ignore[assignment]
 
 
 def _listed_without_decay(model: nn.Module) -> set[str]:
@@ -264,7 +312,7 @@ def _stacked_vectors(model: nn.Module) -> set[int]:
 
 
 def collapse(model: Model) -> Model:
-    """Replace each mixture by one FFN with the experts' mean, in place, and return the model.
+    """Replace each mixture by one FFN with the experts' mean, in place, and return the model; drop branches.
 
     Classes and state-dict keys are the original ones. The output is that of the expanded model in eval mode;
     only a routed model changes, because it loses its router. With replica experts this is a collective.
@@ -272,8 +320,9 @@ def collapse(model: Model) -> Model:
     Raises:
         EwavitError: the model is not expanded, or it is sharded (FSDP2).
     """
-    require_moe_layers(model)
-    if isinstance(model, MoE):
+    if not branches(model):
+        require_moe_layers(model)
+    if isinstance(model, MoE) and not model.whole:
         raise EwavitError("a single MoE cannot replace itself: use its collapse() method")
     if any(is_sharded(parameter) for parameter in model.parameters()):
         raise EwavitError(
@@ -282,6 +331,7 @@ def collapse(model: Model) -> Model:
         )
     for moe, ffn in _plain(model):
         _replace(model, moe, ffn)
+    remove_branches(model)
     if isinstance(vars(model).get("no_weight_decay"), _Names):
         del model.no_weight_decay
     unguard_save_pretrained(model)
@@ -296,18 +346,19 @@ def _plain(model: nn.Module) -> list[tuple[MoE, nn.Module]]:
 
 
 @contextmanager
-def collapsed(model: nn.Module) -> Iterator[list[tuple[MoE, nn.Module]]]:
+def collapsed(model: nn.Module) -> Iterator[list[tuple[nn.Module, nn.Module]]]:
     """Context manager: the model is dense inside, and its mixtures come back at the end.
 
     Yields:
         Pairs of a mixture and the FFN that replaces it.
     """
-    swapped = _plain(model)
-    for moe, ffn in swapped:
-        _replace(model, moe, ffn)
+    swapped = [_replace(model, moe, ffn) for moe, ffn in _plain(model)]
+    gates = [(each, each._modules.pop(BRANCHES)) for each in model.modules() if BRANCHES in each._modules]
     try:
         yield swapped
     finally:
+        for each, held in gates:
+            each._modules[BRANCHES] = held
         for moe, ffn in swapped:
             _replace(model, ffn, moe)
 
@@ -358,16 +409,15 @@ def load_dense_state_dict(model: nn.Module, state_dict: dict[str, Any], strict: 
     Returns:
         The result of `torch.nn.Module.load_state_dict`.
     """
-    names = {moe: f"{name}." for name, moe in moe_layers(model).items()}
+    prefixes = [f"{name}." if name else "" for name in moe_layers(model)]
     with collapsed(model) as swapped:
         here = model.state_dict()
         if any(is_sharded(value) for value in here.values() if isinstance(value, Tensor)):
             state_dict = {k: cut_like(here[k], v) if k in here else v for k, v in state_dict.items()}
         result = model.load_state_dict(state_dict, strict=strict)
-        for moe, ffn in swapped:
-            prefix = names[moe]
+        for prefix, (moe, ffn) in zip(prefixes, swapped, strict=True):
             absent = {key.removeprefix(prefix) for key in result.missing_keys if key.startswith(prefix)}
-            moe.experts.fill_(ffn, keep=absent)
+            cast(MoE, moe).experts.fill_(ffn, keep=absent)
     return result
 
 
@@ -413,7 +463,7 @@ def summary(model: nn.Module) -> Summary:
         each = sum(parameter.numel() for parameter in moe.experts.parameters()) // here
         ffn = type(moe.experts.original).__name__
         dealt = moe.dispatcher.describe(moe.unit)
-        layers.append(LayerSummary(name, ffn, kind, moe.num_experts, moe.unit, dealt, each))
+        layers.append(LayerSummary(name or "model", ffn, kind, moe.num_experts, moe.unit, dealt, each))
         own = sum(parameter.numel() for parameter in set(moe.experts.parameters()) - seen)
         seen |= set(moe.experts.parameters())
         extra += own - own // here + sum(parameter.numel() for parameter in moe.dispatcher.parameters())

@@ -11,6 +11,11 @@ from ewavit.core.copying import duplicate
 from ewavit.core.experts import ExpertLeaf, Experts, SeparateExperts, StackedExperts
 
 
+def channels(first: nn.Linear | nn.Conv2d) -> int:
+    """Channels of a layer's input; a block-diagonal layer's weight does not have them all."""
+    return first.in_features if isinstance(first, nn.Linear) else first.weight.shape[1]
+
+
 def first_layer(module: nn.Module) -> nn.Linear | nn.Conv2d | None:
     """The first linear layer or convolution of a module."""
     return next((m for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d)), None)
@@ -23,7 +28,7 @@ def probe_inputs(first: nn.Linear | nn.Conv2d) -> Iterator[tuple[Tensor, int]]:
         first: the layer of the module that takes them.
     """
     generator = torch.Generator().manual_seed(0)
-    dim = first.weight.shape[1]
+    dim = channels(first)
     shapes = [((2, 4, dim), -1), ((2, 2, 2, dim), -1), ((2, dim, 2, 2), 1)]
     if isinstance(first, nn.Conv2d):
         shapes.reverse()

@@ -130,10 +130,10 @@ def bench(recipe: Recipe, rounds: int = 20, data: Data | None = None) -> Bench:
     def trainee(experts: bool) -> Trainee:
         torch.manual_seed(recipe.seed)
         model, _ = task.build_model(name, inputs, **kwargs)
-        if experts:
-            expand_by_recipe(model, recipe, inputs.sample())
         if recipe.grad_checkpointing:
             set_grad_checkpointing(model)
+        if experts:
+            expand_by_recipe(model, recipe, inputs.sample())
         model.to(device).train()
         averaging = expert_averaging(model, recipe, updates_per_epoch=1) if experts else None
         return Trainee(model, build_optimizer(model, recipe), averaging)

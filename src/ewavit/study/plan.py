@@ -115,8 +115,12 @@ def plan(recipe: Recipe, data: Data | None = None, devices: int | None = None) -
     names = {ffn.name for ffn in chosen}
     moved = sum(shape.numel() for shape in ffn_input_shapes(model, chosen, sample).values())
     candidates = tuple(
-        {"name": ffn.name, "class": ffn.class_name, "verdict": _verdict(ffn.name in names, ffn.reason)}
-        for ffn in find_ffns(model)
+        {
+            "name": ffn.name or "the model",
+            "class": ffn.class_name,
+            "verdict": _verdict(ffn.name in names, ffn.reason),
+        }
+        for ffn in (chosen if "" in names else find_ffns(model))
     )
     flops = _forward_flops(model, sample)
     dense = sum(parameter.numel() for parameter in model.parameters())

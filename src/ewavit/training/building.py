@@ -20,6 +20,7 @@ from ewavit.core.averaging import (
     Schedule,
     looks_at_whole_tensors,
 )
+from ewavit.core.branches import ChannelCovariance, add_branch
 from ewavit.core.ffn import FFN, select_ffns
 from ewavit.core.moe import moe_layers
 from ewavit.core.surgery import expand
@@ -70,7 +71,7 @@ def expand_by_recipe(model: nn.Module, recipe: Recipe, sample: Tensor | None = N
         EwavitError: nothing to expand, or more experts than units in a batch.
     """
     if recipe.experts == 1:
-        return model
+        return _branched(model, recipe)
     chosen = select_ffns(model, recipe.select, recipe.unit)
     replicas = recipe.placement == "replicas"
     if replicas and (unfit := [ffn for ffn in chosen if not ffn.stackable]):
@@ -80,25 +81,32 @@ def expand_by_recipe(model: nn.Module, recipe: Recipe, sample: Tensor | None = N
         )
     if sample is not None and not replicas:
         for name, shape in ffn_input_shapes(model, chosen, sample).items():
-            per_image = 1 if recipe.unit == "image" else units_per_image(model, name, shape)
+            unit = recipe.unit if name else "image"
+            per_image = 1 if unit == "image" else units_per_image(model, name, shape)
             if recipe.experts > per_image * recipe.batch_size:
                 raise EwavitError(
                     f"--experts {recipe.experts} is more than the {per_image * recipe.batch_size} "
-                    f"{recipe.unit}s of a batch in {name}: take fewer experts or a larger --batch-size"
+                    f"{unit}s of a batch in {name or 'the model'}: take fewer experts or a larger "
+                    "--batch-size"
                 )
     # Optimizers that use a whole tensor train N matrices; replicas have one each already.
     known = recipe.opt in list_optimizers()
     settings = get_optimizer_info(recipe.opt).defaults if known else None
     separate = looks_at_whole_tensors(recipe.opt, settings or {}) and not replicas
-    return expand(
+    expand(
         model,
         recipe.experts,
-        select=[ffn.name for ffn in chosen],
+        select=recipe.select if chosen[0].module is model else [ffn.name for ffn in chosen],
         unit=recipe.unit,
-        router=recipe.top_k,
+        router=recipe.routing,
         experts="separate" if separate else "auto",
         placement=recipe.placement,
     )
+    return _branched(model, recipe)
+
+
+def _branched(model: nn.Module, recipe: Recipe) -> nn.Module:
+    return model if recipe.branch is None else add_branch(model, ChannelCovariance())
 
 
 def expert_averaging(model: nn.Module, recipe: Recipe, updates_per_epoch: int) -> ExpertAveraging | None:

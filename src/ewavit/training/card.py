@@ -12,12 +12,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ewavit.core.mixing import Hybrid
+from ewavit.core.moe import moe_layers
 from ewavit.core.routing import TopK, routers
 from ewavit.core.surgery import expand
 from ewavit.data.batches import Data, Inputs
 from ewavit.data.options import PREPARATION
 from ewavit.errors import EwavitError, first_line
 from ewavit.files import regular
+from ewavit.tasks.block_diagonal import group_ffns
 from ewavit.tasks.choice import task_for
 from ewavit.tasks.task import Task
 from ewavit.tasks.timm_models import timm_config
@@ -31,14 +34,21 @@ class RoutedMixture:
 
     num_experts: int
     layers: tuple[str, ...]
-    router: dict[str, Any]  # the settings of `TopK`
+    router: dict[str, Any]  # the settings of `TopK` or `Hybrid`
 
     @classmethod
     def of(cls, model: nn.Module) -> RoutedMixture:
         """The mixture that an expanded model with routers is."""
-        found = routers(model)
-        router = next(iter(found.values()))
-        return cls(router.num_experts, tuple(found), asdict(router.config))
+        found, layers = routers(model), moe_layers(model)
+        num_experts = next(iter(layers.values())).num_experts
+        config = next(iter(found.values())).config if found else Hybrid(num_experts - 1)
+        return cls(num_experts, tuple(layers), asdict(config))
+
+    @property
+    def config(self) -> TopK | Hybrid:
+        """What `expand` takes as its router."""
+        kind = Hybrid if "specialists" in self.router else TopK
+        return kind(**self.router)
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,7 @@ class ModelCard:
     `model_kwargs` is all that `timm.create_model` takes beside the name. `interpolation`, `crop_pct` and
     `crop_mode` say in timm's words how evaluation images are resized; None for clouds and in old files.
     `task_name` is None in old files, whose task follows from `data`.
+    `ffn_groups` is above 1 for block-diagonal FFNs, which stock timm does not have.
     `metric` is the task's judging metric on `data`, None within the first epoch. `mixture` is None for a
     plain model. `absolute_data` and `data_dir` are where the run read its data, as absolute paths. They
     are in `state.json` of a checkpoint, never in the metadata of a file.
@@ -70,6 +81,7 @@ class ModelCard:
     crop_pct: float | None = None
     crop_mode: str | None = None
     task_name: str | None = None
+    ffn_groups: int = 1
 
     @classmethod
     def of(
@@ -107,8 +119,8 @@ class ModelCard:
         try:
             values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in card.items()}
             if mixture := values.get("mixture"):
-                TopK(**mixture["router"])
                 values["mixture"] = RoutedMixture(**mixture | {"layers": tuple(mixture["layers"])})
+                values["mixture"].config  # noqa: B018
         except (EwavitError, TypeError) as problem:
             raise EwavitError(f"{source} does not describe a model: {first_line(problem)}") from None
         return cls(**values)
@@ -144,6 +156,8 @@ class ModelCard:
         """The card as metadata of a safetensors or ONNX file, without the places of this machine."""
         card = asdict(replace(self, data=portable_spec(self.data)))
         del card["absolute_data"], card["data_dir"]
+        if self.ffn_groups == 1:
+            del card["ffn_groups"]
         pretrained_cfg = self.pretrained_cfg
         more = {"pretrained_cfg": json.dumps(pretrained_cfg)} if pretrained_cfg else {}
         return {"ewavit": json.dumps(card), **more}
@@ -185,7 +199,7 @@ class ModelCard:
         """
 
         def create() -> nn.Module:
-            return self.task.create_model(self.model, self.model_kwargs)
+            return group_ffns(self.task.create_model(self.model, self.model_kwargs), self.ffn_groups)
 
         model = build_for(weights, create, source, num_experts)
         if self.pretrained_cfg:
@@ -197,15 +211,15 @@ class ModelCard:
         if self.mixture is None:
             return self.build(weights, source)
         model = self.build(weights, source, self.mixture.num_experts)
-        router = TopK(**self.mixture.router)
+        mixture = self.mixture
         try:
-            return expand(model, self.mixture.num_experts, select=self.mixture.layers, router=router)
+            return expand(model, mixture.num_experts, select=mixture.layers, router=mixture.config)
         except EwavitError as problem:
             raise EwavitError(f"{source} does not describe its mixture: {first_line(problem)}") from None
 
     def loading_code(self, file: Path) -> str:
-        """Python lines that load the file: with ewavit for a mixture, else with the task's own library."""
-        if self.mixture is not None:
+        """Python lines that load the file: with the task's own library, or with ewavit where that cannot."""
+        if self.mixture is not None or self.ffn_groups > 1:
             code = f"import ewavit\nmodel = ewavit.load({str(file)!r})"
         else:
             code = self.task.loading_code(self.model, self.model_kwargs, file, self.pretrained_cfg)
@@ -220,7 +234,7 @@ class ModelCard:
 
         None where timm cannot: for clouds, a mixture, and a card of an old file.
         """
-        if self.mixture is not None or not self.pretrained_cfg:
+        if self.mixture is not None or self.ffn_groups > 1 or not self.pretrained_cfg:
             return None
         return timm_config(self.model, self.model_kwargs, self.classes, self.pretrained_cfg)
 

@@ -97,6 +97,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "crop_pct": _optional((lambda value: _is_number(value, 1e-3, 1), "a number from 0.001 to 1")),
     "crop_mode": _optional(_one_of(CROP_MODES)),
     "task_name": _optional(_one_of(choices("task"))),
+    "ffn_groups": _whole(1, 2**16),
 }
 _MIXTURE: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_experts": _whole(2, MOST_EXPERTS),
@@ -212,13 +213,13 @@ def build_for(
                 shapes = {key: tuple(value.shape) for key, value in create().state_dict().items()}
         except EwavitError:
             shapes = {}  # some constructors compute with values: see what the real one says
-    mixtures = {key.partition(".experts.")[0] for key in weights if is_expert_key(key)}
+    mixtures = {f".{key}".partition(".experts.")[0] + "." for key in weights if is_expert_key(key)}
     for key, shape in shapes.items():
         allowed = {key: [shape]}
-        if layer := next((name for name in mixtures if key.startswith(f"{name}.")), None):
-            rest = key.removeprefix(f"{layer}.")
-            stacked = f"{layer}.experts.ffn.{rest}", [(num_experts, *shape), shape]  # buffers are not stacked
-            allowed = dict([stacked, (f"{layer}.experts.copies.{num_experts - 1}.{rest}", [shape])])
+        if layer := next((name for name in mixtures if f".{key}".startswith(name)), None):
+            rest, layer = f".{key}".removeprefix(layer), layer[1:]
+            stacked = f"{layer}experts.ffn.{rest}", [(num_experts, *shape), shape]  # buffers are not stacked
+            allowed = dict([stacked, (f"{layer}experts.copies.{num_experts - 1}.{rest}", [shape])])
         found = {name: tuple(weights[name].shape) for name in allowed if name in weights}
         if not any(of_file in allowed[name] for name, of_file in found.items()):
             has = f"it is {next(iter(found.values()))}" if found else "it is missing"

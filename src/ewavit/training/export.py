@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ewavit.core.checkpoint_files import EXPERTS, collapse_checkpoint, is_checkpoint_file
+from ewavit.core.mixing import Mixer
 from ewavit.core.moe import moe_layers
 from ewavit.core.surgery import collapse, dense_state_dict
 from ewavit.data.options import DataOptions
@@ -26,11 +27,13 @@ from ewavit.errors import MOST_CHARACTERS, EwavitError
 from ewavit.files import is_torch_file, regular, remove, replacing
 from ewavit.tasks.classification import ConfusionMeter
 from ewavit.tasks.task import Metrics
+from ewavit.tasks.weights import fit
 from ewavit.training.building import expand_by_recipe
 from ewavit.training.card import ModelCard, RoutedMixture
 from ewavit.training.checkpoint import load_checkpoint, save_tensors
 from ewavit.training.evaluation import evaluate_batches, on_device
 from ewavit.training.graph import read_onnx, write_graph
+from ewavit.training.merging import interpolated
 from ewavit.training.opening import open_for
 from ewavit.training.places import portable_spec
 from ewavit.training.recipe import Recipe
@@ -101,9 +104,17 @@ def _load(model: nn.Module, weights: Mapping[str, Tensor], file: Path) -> None:
 
 
 def _from_checkpoint(source: Path) -> tuple[nn.Module, ModelCard]:
+    model, card, recipe = _in_training(source)
+    if (recipe.experts > 1 and not recipe.keeps_experts) or recipe.branch:
+        collapse(model)
+    return model, card
+
+
+def _in_training(source: Path) -> tuple[nn.Module, ModelCard, Recipe]:
+    """The model of a checkpoint with all of its experts, in eval mode."""
     checkpoint = load_checkpoint(source)
     if checkpoint.warning:
-        warnings.warn(checkpoint.warning, stacklevel=3)
+        warnings.warn(checkpoint.warning, stacklevel=4)
     facts, progress = checkpoint.facts, checkpoint.facts["progress"]
     recipe = Recipe.from_dict(facts["recipe"], str(checkpoint.path))
     card = ModelCard.from_dict(facts["card"], str(checkpoint.path))
@@ -113,9 +124,49 @@ def _from_checkpoint(source: Path) -> tuple[nn.Module, ModelCard]:
     dense = card.build(checkpoint.model, str(checkpoint.path), recipe.experts)
     model = expand_by_recipe(dense, recipe)
     _load(model, checkpoint.model, checkpoint.path)
-    if recipe.experts > 1 and not recipe.keeps_experts:
-        collapse(model)
-    return model.eval(), card
+    return model.eval(), card, recipe
+
+
+def _each_trained(source: Path) -> list[dict[str, Tensor]]:
+    """The plain weights of a dense run, or those with each expert of a run in turn."""
+    folder = source.is_dir() and (RunFolder(source).has_checkpoint or (source / "state.json").exists())
+    model = _in_training(source)[0] if folder else load_model(source)[0]
+    if any(moe.routed for moe in moe_layers(model).values()):
+        raise EwavitError(f"{source} is a routed mixture, and its experts are no models: give another run")
+    dense = dense_state_dict(model)
+    layers = moe_layers(model)
+    models = [dict(dense) for _ in range(max([1, *(moe.num_experts for moe in layers.values())]))]
+    for layer, moe in layers.items():
+        if isinstance(moe.dispatcher, Mixer):  # fused: one model
+            return models[:1]
+        for name, values in moe.experts.values_by_parameter():
+            for weights, value in zip(models, values, strict=True):
+                weights[f"{layer}.{name}" if layer else name] = value.detach()
+    return models
+
+
+def _move_towards(model: nn.Module, sources: Sequence[Path], start: Path, by: str) -> str:
+    """Merge runs and move them towards the first weights (`--toward`); returns what was done, in words."""
+    try:
+        share = None if by == "stock" else float(by)
+    except ValueError:
+        raise EwavitError(f"--by {by} is no share: give a number from 0 to 1, or stock") from None
+    state = model.state_dict()
+    weights = fit(str(start), state, (), 0).weights
+    check_finite(weights, state, str(start))
+    trained = [state] if share is not None and len(sources) == 1 else []
+    if not trained:
+        trained = [each for source in sources for each in _each_trained(source)]
+    if any(each.keys() != state.keys() for each in trained):
+        raise EwavitError(f"{', '.join(map(str, sources))} are not runs of one model: give such")
+    try:
+        merged, found = interpolated(trained, weights, share)
+    except EwavitError as problem:
+        hint = ": give runs of other seeds too, or --by 0.5" if len(trained) == 1 and share is None else ""
+        raise EwavitError(f"--toward {start} --by {by}: {problem}{hint}") from None
+    model.load_state_dict(merged)
+    what = "Model Stock" if share is None else f"{share:g} of the way back"
+    return f"{found} of {len(state)} tensors moved towards {start} ({what}), the others as trained"
 
 
 def _recorded_places(card: ModelCard, run: RunFolder) -> ModelCard:
@@ -239,7 +290,15 @@ def evaluate(
     return evaluate_batches(opened.voting(predict), opened.eval_batches(), meter)
 
 
-def export(source: Path, to: Path, data: str | None = None, mean_expert: bool = False) -> str:
+def export(
+    source: Path,
+    to: Path,
+    data: str | None = None,
+    mean_expert: bool = False,
+    toward: Path | None = None,
+    by: str | None = None,
+    more: Sequence[Path] = (),
+) -> str:
     """Write the plain model of a run or checkpoint as one file, and check the file against it.
 
     Safetensors of an expanded model, one file or shards, are collapsed tensor by tensor instead, whatever
@@ -254,6 +313,9 @@ def export(source: Path, to: Path, data: str | None = None, mean_expert: bool = 
             new folder, for shards, or for `model.safetensors` with the `config.json` that timm loads it by.
         data: data spec; the one it was trained on unless given.
         mean_expert: collapse a routed mixture; its accuracy is said, and not compared with the run's.
+        toward: the weights that the training started from; the model is moved towards them.
+        by: the share of that way, 0 to 1 (WiSE-FT), or "stock" (Model Stock, of experts or of runs).
+        more: runs of the same model to merge with the source, for `toward` only.
 
     Returns:
         What was written and checked, in words.
@@ -262,7 +324,11 @@ def export(source: Path, to: Path, data: str | None = None, mean_expert: bool = 
         EwavitError: wrong source or ending, an unwritable path, a file that does not compute the same, or a
             routed mixture without `mean_expert`.
     """
-    to_run = data is not None or mean_expert
+    if (toward is None) != (by is None):
+        raise EwavitError("--toward FILE and --by 0.5 (or stock) belong together: give both or neither")
+    if more and toward is None:
+        raise EwavitError(f"{more[0]} is a second run: merge runs with --toward FILE --by 0 or stock")
+    to_run = data is not None or mean_expert or toward is not None
     if is_checkpoint_file(source) and to.suffix in (".safetensors", "") and not to_run:
         return f"{collapse_checkpoint(source, to)}; no logits or accuracy compared: nothing was run"
     if to.suffix not in (".safetensors", *GRAPHS, ""):
@@ -285,16 +351,21 @@ def export(source: Path, to: Path, data: str | None = None, mean_expert: bool = 
             )
         collapse(model)
         of_file = replace(of_file, metric=None, mixture=None)
+    before = "with its router and all experts the run had" if routed else ""
+    moved = ""
+    if toward is not None and by is not None:
+        moved = "; " + _move_towards(model, (source, *more), toward, by)
+        of_file, before = replace(of_file, metric=None), "before that move the run had"
     partial = to.with_name(f".ewavit-unchecked-{to.name}")
     remove(partial)  # what a killed process left
     try:
         _write(model, of_file, partial)
-        checked = _check(partial, model, card, data, collapsed=routed)
+        checked = _check(partial, model, card, data, before)
         os.replace(partial, to)
     finally:
         remove(partial)
     file = to if to.suffix else RunFolder(to).model
-    said = f"wrote {to} ({file.stat().st_size / 1e6:.1f} MB): {checked}"
+    said = f"wrote {to} ({file.stat().st_size / 1e6:.1f} MB): {checked}{moved}"
     if to.suffix in GRAPHS:
         return said
     return f"{said}\nload it with\n\n{of_file.loading_code(file)}\n\nand give it {of_file.input_text()}"
@@ -325,7 +396,7 @@ def _of_other_size(model: nn.Module, card: ModelCard) -> Tensor | None:
 
 
 @torch.no_grad()
-def _check(file: Path, model: nn.Module, card: ModelCard, data: str | None, collapsed: bool) -> str:
+def _check(file: Path, model: nn.Module, card: ModelCard, data: str | None, before: str) -> str:
     # Only this file, just written, is loaded as .pt2: such a file of a stranger may run code.
     predict = torch.export.load(file).module() if file.suffix == ".pt2" else predictor(file)[0]
     other = _of_other_size(model, card) if file.suffix in GRAPHS else None
@@ -351,8 +422,8 @@ def _check(file: Path, model: nn.Module, card: ModelCard, data: str | None, coll
     said += f", {judge.name} {judge.text(found_metric)} on {metrics.count:,} {task.kind}"
     if card.metric is None or data is not None:
         return said
-    if collapsed:
-        return f"{said} (with its router and all experts the run had {judge.text(card.metric)})"
+    if before:
+        return f"{said} ({before} {judge.text(card.metric)})"
     if abs(found_metric - card.metric) > LARGEST_CHANGE:
         raise EwavitError(f"{said}, but the run had {judge.text(card.metric)}: the file was removed")
     return f"{said} (the run: {judge.text(card.metric)})"

@@ -24,7 +24,8 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from ewavit.core.diagnostics import expert_spread
+from ewavit.core.branches import branch_shares, limit_branches_
+from ewavit.core.diagnostics import collapse_gap, expert_spread
 from ewavit.core.distributed import clip_grad_norm_
 from ewavit.core.moe import moe_layers
 from ewavit.core.routing import scale_auxiliary_loss
@@ -53,6 +54,7 @@ from ewavit.training.processes import (
 )
 from ewavit.training.progress import RunProgress
 from ewavit.training.recipe import Recipe
+from ewavit.training.retention import Retention
 from ewavit.training.run_folder import RunFolder
 from ewavit.training.state import TrainingState
 from ewavit.training.weight_average import WeightAverage
@@ -209,6 +211,9 @@ class TrainingRun:
             scale = self.loss_scale
             scale_auxiliary_loss(self.state.model, lambda loss: loss * scale)
         self.criterion = training_loss(recipe, self.task, self.data, device)
+        self.retention = None
+        if recipe.retain is not None:
+            self.retention = Retention(recipe, self.state.card, processes, device)
         self.mixing = self.task.mixing(recipe.mixup, recipe.cutmix, self.data.num_classes)
         self._signals = StopSignals(run)
         self._losses: deque[tuple[int, Tensor]] = deque()  # not counted yet, with the step of each
@@ -296,6 +301,7 @@ class TrainingRun:
             "peak_memory_mib": report.peak_memory_mib(self.accelerator.device),
             **{f"spread/{layer}": value for layer, value in spread.items()},
             **report.routing_columns(self.state.model),
+            **{f"branch/{layer}": share for layer, share in branch_shares(self.state.model).items()},
         }
 
     def training_batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -330,6 +336,9 @@ class TrainingRun:
             scaler = self.accelerator.scaler if self.recipe.clip_grad is None else None  # clipping unscales
             self.state.prediction.observe(1.0 if scaler is None else scaler.get_scale())
         self.optimizer.step()  # the averaging follows, in its hook
+        if self.recipe.branch:
+            steps = self.recipe.epochs * self.updates_per_epoch
+            limit_branches_(self.state.model, 1 - (self.progress.update + 1) / steps)
         if self.state.prediction is not None:
             self.state.prediction.step()
         self.optimizer.zero_grad()
@@ -419,11 +428,19 @@ class TrainingRun:
         if self.average is not None:
             averaged = measure(self.average.module) if self.average.ready else metrics
             row |= {f"average_{column}": averaged[column] for column in ("loss", self.task.judge.column)}
+        if self.retention is not None:
+            ready = self.average is not None and self.average.ready
+            with self.accelerator.autocast(), self._deployed(self.state.model):
+                row["eval_retained"] = self.retention.accuracy(self.state.model)
+            if self.average is not None:
+                module = self.average.module if ready else self.state.model
+                with self.accelerator.autocast(), self._deployed(module):
+                    row["average_retained"] = self.retention.accuracy(module)
         return row
 
     def _deployed(self, model: nn.Module) -> AbstractContextManager[Any]:
         """Within, a model in eval mode is what will be deployed: a routed one may have to be collapsed."""
-        return collapsed(model) if self.recipe.top_k and self.recipe.collapse else nullcontext()
+        return collapsed(model) if self.recipe.is_routed and self.recipe.collapse else nullcontext()
 
     def _complete_average(self, average: WeightAverage, row: report.Row) -> None:
         """Let the average learn what it has to from further training epochs, and count their inputs."""
@@ -459,6 +476,11 @@ class TrainingRun:
         with self.accelerator.autocast(), self._deployed(counts):
             found = predictions(predict, self.data, self.task)
         card = self.state.card
+        if main and (share := max(branch_shares(counts).values(), default=0.0)) > 0:
+            change = collapse_gap(counts, card.sample(8).to(self.accelerator.device)).output
+            report.say(
+                f"note: a branch still has weight {share:.3g}: without it the output differs by {change:.1%}"
+            )
         if main:
             classes, file = self.data.classes, self.files.predictions
             report.write_predictions(self.task, found, file, classes, self.recipe.data)

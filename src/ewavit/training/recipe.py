@@ -27,6 +27,7 @@ from ewavit.files import replacing
 
 if TYPE_CHECKING:
     from ewavit.core.routing import TopK
+    from ewavit.core.surgery import Router
 
 LARGEST_COUNT, LARGEST = 10**9, 1e30  # without a closer limit: larger ones overflow a count or a float32
 _NOT_MODEL_KWARGS = {
@@ -141,6 +142,11 @@ class Recipe:
     num_points: int | None = _data(
         None, "points per cloud (default: 1024, or 2048 for part segmentation)", least=1, most=100_000
     )
+    retain: str | None = _data(
+        None,
+        "data of an old task: each evaluation also reports the nearest-neighbour accuracy of the model's "
+        "features on its evaluation images",
+    )
     votes: int = _data(
         1, "passes over each cloud in evaluation, averaged; all but one are augmented", least=1
     )
@@ -156,6 +162,13 @@ class Recipe:
         "", "arguments of the model: key=value,key=value, e.g. patch_size=4,depth=6"
     )
 
+    ffn_groups: int = _model(
+        1,
+        "make the FFNs block-diagonal with so many groups, and as many times wider, at equal FLOPs (SCHEME); "
+        "from scratch only",
+        least=1,
+    )
+
     experts: int = _experts(
         4, "experts per mixture; 1 trains the dense baseline and ignores all other expert settings", least=1
     )
@@ -167,7 +180,9 @@ class Recipe:
     )
     ramp_shape: Literal["linear", "cosine"] = _experts("linear", "shape of the ramp")
     select: str = _experts(
-        "alternate", "FFNs to expand: alternate, all, last_half, a name or a regular expression"
+        "alternate",
+        "FFNs to expand: alternate, all, last_half, a name or a regular expression; model: copies of the "
+        "whole model, each for its own images (lo-fi)",
     )
     unit: Literal["token", "image"] = _experts(
         "token", "unit of the random partition: each expert gets single tokens or whole images"
@@ -185,9 +200,11 @@ class Recipe:
         least=0,
         most=1,
     )
-    router: Literal["random", "topk"] = _experts(
+    router: Literal["random", "topk", "fused", "hybrid"] = _experts(
         "random",
-        "how tokens reach experts: by random partition or by a learned top-k router (a naive MoE)",
+        "how tokens reach experts: random partition; topk: a learned router (a naive MoE); fused: all "
+        "experts become one FFN by learned weights before each pass; hybrid: the first FFN, frozen, and "
+        "trained experts, mixed for each token by a gate (fine-tuning only)",
     )
     k: int = _experts(1, "experts per token with --router topk", least=1)
     capacity_ratio: float = _experts(
@@ -196,8 +213,14 @@ class Recipe:
         least=0.001,
         most=1000,
     )
+    branch: Literal["cca"] | None = _experts(
+        None,
+        "train with a branch beside every FFN that is dropped at the end: cca, channel-covariance attention "
+        "(SCHEME); its learned weight has a limit that falls to 0",
+    )
     collapse: bool = _experts(
-        False, "with --router topk, deploy the plain model with the mean expert instead of the mixture"
+        False,
+        "with --router topk or hybrid, deploy the plain model with the mean expert instead of the mixture",
     )
 
     epochs: int = _optimisation(300, "passes over the training data", least=1)
@@ -296,6 +319,13 @@ class Recipe:
         least=0,
         most=1,
     )
+    toward_start: float = _averages(
+        0.0,
+        "deploy the last weights moved by this share of the way back to the first ones (WiSE-FT); the head "
+        "stays; needs --pretrained or --initial-checkpoint",
+        least=0,
+        most=1,
+    )
     twa: int = _averages(
         0, "extra epochs after the training that learn how to weight the last checkpoints (TWA)", least=0
     )
@@ -338,6 +368,12 @@ class Recipe:
             raise EwavitError("--mean and --std belong together: give both or neither")
         if self.name is not None and (self.name != Path(self.name).name or self.name == ".."):
             raise EwavitError(f"--name {self.name!r} is not one folder's name: give its place with --output")
+        if self.ffn_groups > 1:
+            first = {"pretrained": self.pretrained, "initial_checkpoint": bool(self.initial_checkpoint)}
+            self._refuse(f"--ffn-groups {self.ffn_groups}", **first)
+        if self.branch:
+            self._refuse(f"--branch {self.branch}", router=self.is_routed)
+            self._refuse(f"--branch {self.branch}", select=self.select == "model" and self.experts > 1)
         self._check_experts()
         self._check_averages()
         if self.pretrained and self.initial_checkpoint:
@@ -364,16 +400,25 @@ class Recipe:
     @property
     def is_routed(self) -> bool:
         """Whether a learned router sends the tokens to two or more experts."""
-        return self.router == "topk" and self.experts > 1
+        return self.router in ("topk", "hybrid") and self.experts > 1
 
     @property
     def top_k(self) -> TopK | None:
         """The settings of the learned router; None without one."""
-        if not self.is_routed:
+        if self.router != "topk" or self.experts == 1:
             return None
         from ewavit.core.routing import TopK
 
         return TopK(k=self.k, capacity_ratio=self.capacity_ratio)
+
+    @property
+    def routing(self) -> Router | None:
+        """What `expand` takes as its router."""
+        from ewavit.core.mixing import Fusion, Hybrid
+
+        if self.router == "hybrid":
+            return Hybrid(self.experts - 1)
+        return Fusion() if self.router == "fused" else self.top_k
 
     @property
     def keeps_experts(self) -> bool:
@@ -388,28 +433,36 @@ class Recipe:
                 f"--share-rate {self.share_rate} is out of range for {self.experts} experts: "
                 f"choose at most {full:.4g} (full averaging)"
             )
-        if self.is_routed:
-            if self.k > self.experts:
+        if self.router == "hybrid" and self.experts > 1 and self.share_rate:
+            raise EwavitError(
+                f"--share-rate {self.share_rate} would move the frozen expert of --router hybrid: give "
+                "--share-rate 0"
+            )
+        if self.router != "random" and self.experts > 1:
+            if self.top_k and self.k > self.experts:
                 raise EwavitError(
                     f"--k {self.k} is more than --experts {self.experts}: choose at most {self.experts}"
                 )
             if self.unit != "token":
                 raise EwavitError(f"--router {self.router} routes tokens: leave out --unit {self.unit}")
+        router = self.router != "random"
+        float16 = self.amp and self.amp_dtype == "float16"  # one process may skip a step alone
         if self.placement == "replicas":
-            unfit = {
-                "router": self.router != "random",
-                "twa": self.twa > 0,
-                "amp-dtype": self.amp and self.amp_dtype == "float16",  # one process may skip a step alone
-            }
-            if names := [f"--{name}" for name, given in unfit.items() if given]:
-                value = getattr(self, names[0][2:].replace("-", "_"))
-                raise EwavitError(
-                    f"{names[0]} {value} does not work with --placement replicas: leave out {names[0]}"
-                )
+            self._refuse("--placement replicas", router=router, twa=self.twa > 0, amp_dtype=float16)
+        if self.select == "model" and self.experts > 1:
+            replicas, decay = self.placement != "local", self.layer_decay is not None
+            self._refuse("--select model", router=router, placement=replicas, layer_decay=decay)
+
+    def _refuse(self, where: str, **unfit: bool) -> None:
+        """Raise for the first of these settings that is given and does not work."""
+        if names := [name for name, given in unfit.items() if given]:
+            name, value = f"--{flag(names[0])}", getattr(self, names[0])
+            raise EwavitError(f"{name} {value} does not work with {where}: leave out {name}")
 
     def _check_averages(self) -> None:
         """Refuse settings of weight averages that exclude each other."""
-        averages = {"model_ema": self.model_ema, "swa": self.swa, "twa": self.twa}
+        names = ("model_ema", "swa", "twa", "toward_start")
+        averages = {name: getattr(self, name) for name in names}
         if len(chosen := [f"--{flag(name)}" for name, value in averages.items() if value]) > 1:
             raise EwavitError(f"{' and '.join(chosen)} each keep an average of the weights: choose one")
         warmup = min(self.warmup_epochs, self.epochs // 2)

@@ -40,6 +40,8 @@ def epoch_line(row: Row, epochs: int, task: Task) -> str:
     judge = task.judge
     found, average = row[f"eval_{judge.column}"], row.get(f"average_{judge.column}")
     averaged = "" if average is None else f"averaged {judge.text(average)}  "
+    if (retained := row.get("eval_retained")) is not None:
+        averaged += f"retained {retained:.2f} %  "
     return (
         f"epoch {int(row['epoch']) + 1:>{width}}/{epochs}  train loss {row['train_loss']:.4f}  "
         f"eval loss {row['eval_loss']:.4f}  {judge.name} {judge.text(found)}  {averaged}lr {row['lr']:.2e}  "
@@ -51,7 +53,8 @@ def epoch_line(row: Row, epochs: int, task: Task) -> str:
 def opening(run: Path, card: ModelCard, data: Data, recipe: Recipe, num_mixtures: int) -> str:
     """What is trained on what."""
     mixtures = "1 mixture" if num_mixtures == 1 else f"{num_mixtures} mixtures"
-    router = f", top-{recipe.k} router" if recipe.top_k else ""
+    router = f", top-{recipe.k} router" if recipe.top_k else f", {recipe.router}"
+    router = "" if recipe.router == "random" else router
     method = f"{mixtures} of {recipe.experts} experts{router}" if num_mixtures else "dense"
     return (
         f"{run}: {card.model} on {data.num_train:,} {data.inputs.kind} of {data.name} "

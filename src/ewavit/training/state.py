@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ewavit.core.distributed import load_stacked_state_dict, stacked_state_dict
 from ewavit.core.moe import moe_layers
 from ewavit.data.batches import Data
 from ewavit.errors import EwavitError
+from ewavit.tasks.block_diagonal import group_ffns
 from ewavit.tasks.choice import task_for
 from ewavit.training.building import (
     build_optimizer,
@@ -69,6 +70,17 @@ class TrainingState:
         Raises:
             EwavitError: no such model, settings that do not fit it, or another run's checkpoint.
         """
+        fresh = not (recipe.pretrained or recipe.initial_checkpoint or checkpoint)
+        if fresh and recipe.router == "hybrid" and recipe.experts > 1:
+            raise EwavitError(
+                "--router hybrid freezes the first FFNs, and here they are random: give --pretrained or "
+                "--initial-checkpoint"
+            )
+        if fresh and recipe.toward_start:
+            raise EwavitError(
+                f"--toward-start {recipe.toward_start} goes back to the first weights, and here they are "
+                "random: give --pretrained or --initial-checkpoint"
+            )
         name, kwargs = model_settings(recipe, data.inputs)
         limit = no_larger_than(checkpoint.model, str(checkpoint.path)) if checkpoint else nullcontext()
         with limit:
@@ -80,13 +92,15 @@ class TrainingState:
                 say=say if accelerator.is_main_process else None,
                 **kwargs,
             )
+        group_ffns(dense, recipe.ffn_groups)
         freeze(dense, recipe.freeze)
         card = ModelCard.of(name, settings, recipe.data, data, recipe.data_dir, recipe.task)
+        card = replace(card, ffn_groups=recipe.ffn_groups)
         if recipe.placement == "replicas":
             dense.to(accelerator.device)  # where the processes can send it to each other
-        model = expand_by_recipe(dense, recipe, data.inputs.sample()).to(accelerator.device)
         if recipe.grad_checkpointing:
-            set_grad_checkpointing(model)
+            set_grad_checkpointing(dense)  # copies of the whole model take it with them
+        model = expand_by_recipe(dense, recipe, data.inputs.sample()).to(accelerator.device)
         optimizer = build_optimizer(model, recipe)
         scheduler = build_scheduler(optimizer, recipe, updates_per_epoch)
         average = weight_average(recipe, model)
@@ -95,7 +109,7 @@ class TrainingState:
         if averaging is not None:
             averaging.attach(optimizer)
             # A router's experts differ by more than noise.
-            predictable = SpreadPrediction.supports(optimizer) and recipe.top_k is None
+            predictable = SpreadPrediction.supports(optimizer) and recipe.router == "random"
             if predictable and recipe.placement == "local":
                 prediction = SpreadPrediction(model, optimizer, averaging)
         state = cls(recipe, accelerator, card, model, optimizer, scheduler, averaging, prediction, average)

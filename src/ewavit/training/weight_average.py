@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
+from ewavit.core.moe import MoE
 from ewavit.data.batches import Batch
 from ewavit.training.recipe import Recipe
 
@@ -43,6 +44,8 @@ def weight_average(recipe: Recipe, model: nn.Module) -> WeightAverage | None:
         return StochasticWeightAverage(model, recipe.epochs, recipe.swa)
     if recipe.twa:
         return TrainableWeightAverage(model, recipe.twa)
+    if recipe.toward_start:
+        return TowardStart(model, recipe.toward_start)
     return None
 
 
@@ -249,6 +252,44 @@ class TrainableWeightAverage(WeightAverage):
             images += len(inputs)
         mean = _mean_over_processes(torch.stack(losses).mean())
         return float(mean), len(losses), images * _processes()
+
+
+class TowardStart(WeightAverage):
+    """WiSE-FT (arXiv 2109.01903): the last weights moved towards the first ones, `(1 - by) last + by first`.
+
+    Until `finish`, `module` holds the first weights. The head stays as trained: it may have been made new.
+
+    Args:
+        model: the trained model, with its first weights.
+        by: share of the way back.
+    """
+
+    def __init__(self, model: nn.Module, by: float) -> None:
+        self.by, self.done = by, False
+        super().__init__(model, copy.deepcopy(model))
+
+    @property
+    def ready(self) -> bool:
+        return self.done
+
+    @torch.no_grad()
+    def finish(self, batches: Batches, loss: Loss) -> int:
+        copies = self.model.experts.ffns() if isinstance(self.model, MoE) else [self.model]
+        heads = [cast(Any, each).get_classifier() for each in copies if hasattr(each, "get_classifier")]
+        kept = {parameter for head in heads for parameter in head.parameters()}
+        mine = self.module.state_dict()
+        for key, last in self.model.state_dict(keep_vars=True).items():
+            moves = last.is_floating_point() and last not in kept
+            mine[key].copy_(last.lerp(mine[key], self.by) if moves else last)
+        self.done = True
+        return 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"done": self.done}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.done = state["done"]
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:
