@@ -37,6 +37,7 @@ from ewavit.tasks.timm_models import (
     create_timm_model,
     fitting_patch,
     is_timm_folder,
+    timm_config,
 )
 
 DEFAULT_MODEL = "vit_tiny_patch16_224"
@@ -112,6 +113,15 @@ class Classification(Task):
             more = ", pretrained_cfg_overlay=data"
         create = f"timm.create_model({name!r}, checkpoint_path={str(file)!r}{more}, **settings)"
         return "\n".join([*lines, f"model = {create}.eval()"])
+
+    def timm_config(
+        self,
+        name: str,
+        settings: Mapping[str, Any],
+        classes: Sequence[str],
+        pretrained_cfg: Mapping[str, Any],
+    ) -> dict[str, Any] | None:
+        return timm_config(name, settings, classes, pretrained_cfg) if pretrained_cfg else None
 
     def input_text(self, inputs: Inputs) -> str:
         mode = "L" if inputs.in_chans == 1 else "RGB"

@@ -19,7 +19,7 @@ from ewavit.errors import EwavitError, first_line
 from ewavit.files import regular
 from ewavit.tasks.choice import task_for
 from ewavit.tasks.task import Task
-from ewavit.tasks.timm_models import timm_config, transform_code
+from ewavit.tasks.timm_models import transform_code
 from ewavit.training.card_check import build_for, check_fields, parse_card
 from ewavit.training.places import absolute_spec, portable_spec
 
@@ -221,9 +221,9 @@ class ModelCard:
 
         None where timm cannot: for clouds, a mixture, and a card of an old file.
         """
-        if self.mixture is not None or not self.pretrained_cfg:
+        if self.mixture is not None:
             return None
-        return timm_config(self.model, self.model_kwargs, self.classes, self.pretrained_cfg)
+        return self.task.timm_config(self.model, self.model_kwargs, self.classes, self.pretrained_cfg)
 
     def sample(self, batch: int) -> Tensor:
         """Random inputs in the shape that the model takes."""
