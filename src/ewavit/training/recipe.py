@@ -101,8 +101,8 @@ class Recipe:
     )
     data: str = _data(
         None,
-        "bundled set (fashion-mnist-mini, shapes, solids), image folder, CIFAR or Tiny-ImageNet folder, "
-        "folder of images and masks with --task segmentation, timm spec (torch/..., hfds/..., wds/...) or "
+        "bundled set (fashion-mnist-mini, shapes, solids, solid-parts), folder of images, of CIFAR or of "
+        "Tiny-ImageNet, folder of images and masks with --task segmentation, timm spec (torch/..., hfds/..., wds/...) or "
         "point clouds such as modelnet10:PATH (default: the bundled set of the task)",
     )
     limit: int | None = _data(None, "use only the first N training images", least=1)
