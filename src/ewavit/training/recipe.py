@@ -102,8 +102,8 @@ class Recipe:
     data: str = _data(
         None,
         "bundled set (fashion-mnist-mini, shapes, solids, solid-parts), folder of images, of CIFAR or of "
-        "Tiny-ImageNet, folder of images and masks with --task segmentation, timm spec (torch/..., hfds/..., wds/...) or "
-        "point clouds such as modelnet10:PATH (default: the bundled set of the task)",
+        "Tiny-ImageNet, folder of images and masks with --task segmentation, timm spec (torch/..., "
+        "hfds/..., wds/...) or point clouds such as modelnet10:PATH (default: the bundled set of the task)",
     )
     limit: int | None = _data(None, "use only the first N training images", least=1)
     img_size: int | None = _data(None, "image side in pixels (default: that of the data)", least=1, most=4096)
