@@ -1,7 +1,7 @@
 """`make_shapes`: generated images of shapes with exact masks, for segmentation without a download.
 
-Each image has one to three shapes on a background. Colours tell nothing about the class: a shape and its
-background have any two colours, and noise is added. Later shapes lie on earlier ones.
+Each image has one to three shapes on a background of any colour; later shapes lie on earlier ones. The colour
+of a shape is half that of its class, half random, and noise is added: colour alone does not tell the class.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ CLASSES = ("background", "disc", "square", "triangle", "ring")
 TRAIN, EVAL = 400, 200
 SIDE = 32  # pixels
 NOISE = 24.0  # standard deviation, of 255
+
+COLOURS = np.array([(0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)], float)  # of the classes
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -41,7 +43,7 @@ def _image(rng: np.random.Generator) -> tuple[Bytes, Bytes]:
         label = int(rng.integers(1, len(CLASSES)))
         inside = _shape(CLASSES[label], rng)
         mask[inside] = label
-        image[inside] = rng.uniform(0, 255, 3)
+        image[inside] = (COLOURS[label] + rng.uniform(0, 255, 3)) / 2
     noisy = image + rng.normal(0, NOISE, image.shape)
     return noisy.clip(0, 255).astype(np.uint8), mask
 
