@@ -84,3 +84,14 @@ def test_the_notebook_runs_and_has_no_outputs_committed(capsys, monkeypatch):
         exec("num_images, epochs = 100, 1" if is_size else source, namespace)
     assert "VisionTransformer accuracy" in capsys.readouterr().out
     assert namespace["num_images"] == 100
+
+
+def share(said, when):
+    return float(re.search(rf"{when}.*: (\d+) %", said)[1])
+
+
+@pytest.mark.parametrize(("example", "steps", "least"), [("detection.py", 80, 0), ("clip.py", 60, 50)])
+def test_detection_and_clip_train_as_mixtures_and_end_as_stock_models(example, steps, least, tmp_path):
+    said = run(example, steps, folder=tmp_path)
+    assert share(said, "after") > share(said, "before") + least
+    assert share(said, "stock model") == share(said, "after")

@@ -13,7 +13,7 @@ from ewavit.data.options import DataOptions
 from ewavit.points.augmentation import PointAugmentation
 from ewavit.points.files import checked, load_file
 from ewavit.points.metrics import part_ious
-from ewavit.points.solids import SOLIDS, make_solids
+from ewavit.points.solids import SOLIDS, make_solid_parts, make_solids
 from ewavit.points.sources import SCANOBJECTNN, PointSet, read_points, save_points
 from ewavit.training.opening import open_data
 from point_sets import CLASSES, POINTS, cloud
@@ -580,3 +580,20 @@ def test_part_ious_are_those_of_the_definition():
     found = part_ious(logits, labels, category, categories)
     torch.testing.assert_close(found, torch.tensor(expected))
     assert found[1] == 1
+
+
+def test_generated_parts_are_labelled_by_place_and_come_back_the_same():
+    names, categories, train, held = make_solid_parts(64)
+    again = make_solid_parts(64)[2]
+    assert np.array_equal(train.points, again.points)
+    assert np.array_equal(train.parts, again.parts)
+    assert sorted(part for parts in categories for part in parts) == list(range(len(names)))
+    for clouds in (train, held):
+        for category, parts in enumerate(categories):
+            mine = clouds.parts[clouds.category == category]
+            assert set(np.unique(mine)) == set(parts)
+    # Parts lie apart: a point's nearest neighbour in its cloud mostly has its part.
+    cloud, parts = train.points[:40], train.parts[:40]
+    distance = np.linalg.norm(cloud[:, :, None] - cloud[:, None], axis=-1) + 9 * np.eye(64)
+    nearest = np.take_along_axis(parts, distance.argmin(-1), 1)
+    assert (nearest == parts).mean() > 0.75

@@ -152,6 +152,24 @@ def test_parts_are_segmented_and_measured_by_their_ious(tmp_path):
     assert read.metric == instance
 
 
+def test_parts_of_generated_solids_train_resume_and_leave_their_ious_and_a_picture(tmp_path, monkeypatch):
+    settings = {"data": "solid-parts", "limit": 8, "batch_size": 4, "experts": 2}
+    whole = train(recipe(tmp_path, "whole", **settings))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)  # in the second epoch
+        with pytest.raises(Interrupted):
+            train(recipe(tmp_path, "parts", **settings))
+    resume(tmp_path / "parts")
+    assert_same_end(whole.run, tmp_path / "parts")
+    listed = list(csv.DictReader((whole.run / "predictions.csv").open()))
+    assert {row["category"] for row in listed} == {"bottle", "lamp", "mushroom", "pencil"}
+    mean = sum(float(row["iou"]) for row in listed) / len(listed)
+    assert mean == pytest.approx(whole.row["eval_instance_iou"], abs=1e-2)
+    with Image.open(whole.run / "predictions.png") as picture:
+        assert len(picture.convert("RGB").getcolors(2**20)) > 100
+    assert load_model(whole.run)[1].task_name == "segmentation"
+
+
 def test_solids_get_a_small_point_transformer_unless_told_otherwise(capsys):
     assert main(["plan", "--data", "solids", "--num-points", "64", "--json"]) == 0
     assert '"model": "point_transformer_s"' in (said := capsys.readouterr().out)

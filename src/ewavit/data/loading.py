@@ -46,7 +46,7 @@ PROBED = 64  # images inspected for their size and mode
 DARK = 2**14  # a set of 16-bit images with all values below this is worth a note
 
 BadImages = list[tuple[str, str]]  # (where, reason)
-Sample = tuple[Tensor | None, int, BadImages]  # no image: none was readable
+Sample = tuple[Tensor | None, Any, BadImages]  # no image: none was readable
 Key = tuple[int, int]  # (epoch, index)
 
 
@@ -104,13 +104,25 @@ class Samples(Dataset[Sample]):
         for step in range(len(self.indices) if self.replace_bad else 1):
             candidate = int(self.indices[(index + step) % len(self.indices)])
             try:
-                image, label = self.source.load(candidate, self.mode)
+                image, label = self.load(candidate)
             except UnreadableImage as error:
                 bad.append((error.where, error.reason))
                 continue
             seed_generators(self.seed, epoch, index)
-            return torch.as_tensor(self.transform(image)), label, bad
+            return *self.prepare(image, label), bad
         return None, -1, bad
+
+    def load(self, index: int) -> tuple[Any, Any]:
+        """Image and label of the source.
+
+        Raises:
+            UnreadableImage: they cannot be read.
+        """
+        return self.source.load(index, self.mode)
+
+    def prepare(self, image: Any, label: Any) -> tuple[Tensor, Any]:
+        """The transformed image and its label."""
+        return torch.as_tensor(self.transform(image)), label
 
 
 class BatchKeys(Sampler[list[Key]]):
@@ -126,11 +138,12 @@ class BatchKeys(Sampler[list[Key]]):
 
 
 def collate(samples: list[Sample]) -> tuple[Tensor, Tensor, BadImages]:
-    """Join samples into images (batch, channels, height, width), labels (batch,) and unreadable images."""
+    """Join samples: images (batch, channels, height, width), labels (batch, ...), unreadable images."""
     images = [image for image, _, _ in samples if image is not None]
-    labels = [label for image, label, _ in samples if image is not None]
+    labels = [torch.as_tensor(label) for image, label, _ in samples if image is not None]
     bad = [entry for _, _, entries in samples for entry in entries]
-    return torch.stack(images) if images else torch.empty(0), torch.tensor(labels, dtype=torch.int64), bad
+    stacked = [torch.stack(tensors) if tensors else torch.empty(0) for tensors in (images, labels)]
+    return stacked[0], stacked[1].long(), bad
 
 
 def common_size(sizes: set[tuple[int, int]]) -> int | None:
@@ -265,6 +278,8 @@ class LoaderData(Data):
         EwavitError: timm does not know the augmentation.
     """
 
+    resizing: Resizing
+
     def __init__(
         self,
         name: str,
@@ -298,23 +313,23 @@ class LoaderData(Data):
         self._val, self._eval_indices = val, eval_indices
         self._train, self._train_indices = train, indices
 
+        self._train_keys, self._eval_keys = BatchKeys(), BatchKeys()
+        to_train, to_eval = self._samples(options)
+        self._train_loader = loader_of(to_train, self._train_keys, options)
+        self._eval_loader = loader_of(to_eval, self._eval_keys, options)
+
+    def _samples(self, options: DataOptions) -> tuple[Samples, Samples]:
+        """The training and the evaluation images, with their transforms."""
         mode = "L" if self.in_chans == 1 else "RGB"
         to_train, to_eval = transforms(
             options.augmentation, self.img_size, self.resizing, (self.mean, self.std)
         )
-        self._train_keys, self._eval_keys = BatchKeys(), BatchKeys()
-        self._train_loader = loader_of(
-            Samples(train, indices, to_train, mode, options.seed, replace_bad=self._skip),
-            self._train_keys,
-            options,
-        )
-        self._eval_loader = loader_of(
-            Samples(val, eval_indices, to_eval, mode, options.seed, replace_bad=False),
-            self._eval_keys,
-            options,
+        return (
+            Samples(self._train, self._train_indices, to_train, mode, options.seed, replace_bad=self._skip),
+            Samples(self._val, self._eval_indices, to_eval, mode, options.seed, replace_bad=False),
         )
 
-    def class_counts(self) -> Ints:
+    def class_counts(self) -> Ints | None:
         return np.bincount(self._train.labels()[self._train_indices], minlength=self.num_classes)
 
     @classmethod

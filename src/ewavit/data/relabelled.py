@@ -89,4 +89,5 @@ class _Relabelled(Data):
 
     def _renamed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         for inputs, labels in batches:
-            yield inputs, self._labels.to(labels.device)[labels]
+            renamed = self._labels.to(labels.device)[labels.clamp(min=0)]
+            yield inputs, renamed.where(labels >= 0, labels)  # below 0: without a class

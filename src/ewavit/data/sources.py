@@ -8,7 +8,8 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
@@ -119,9 +120,15 @@ class ImageSource(ABC):
         Raises:
             UnreadableImage: the file is missing or damaged, or its values have no fixed range.
         """
-        try:
+        with self.readable(index):
             image, label = self.open(index)
             return decoded(image, mode), label
+
+    @contextmanager
+    def readable(self, index: int) -> Iterator[None]:
+        """A context manager that raises `UnreadableImage` for any error in reading image `index`."""
+        try:
+            yield
         except Exception as error:  # decoders raise many things on damaged bytes
             reason = (
                 "no image that PIL can read"

@@ -30,7 +30,7 @@ from ewavit.points.files import (
     read_npz,
     without_missing,
 )
-from ewavit.points.solids import make_solids
+from ewavit.points.solids import make_solid_parts, make_solids
 
 Ints = npt.NDArray[np.int64]
 Load = Callable[
@@ -49,8 +49,11 @@ _SCANOBJECTNN_FILES = {  # variant: folder, rest of the file names
     "obj_only": ("main_split_nobg", "objectdataset.h5"),
     "pb_t50_rs": ("main_split", "objectdataset_augmentedrot_scale75.h5"),
 }
-FORMATS = ("solids", "modelnet10:PATH", "modelnet40:PATH", *(f"{name}:PATH" for name in _SCANOBJECTNN_FILES),
-           "shapenetpart:PATH", "points:PATH")  # fmt: skip
+SOLID_PARTS = "solid-parts"
+FORMATS = (
+    "solids", SOLID_PARTS, "modelnet10:PATH", "modelnet40:PATH",
+    *(f"{name}:PATH" for name in _SCANOBJECTNN_FILES), "shapenetpart:PATH", "points:PATH",
+)  # fmt: skip
 SUFFIXES = (".ply", ".pcd", ".off", ".npy", ".npz", *TEXT_SUFFIXES)
 
 
@@ -106,8 +109,8 @@ def read_points(spec: str, num_points: int, skip_bad: bool = False, holdout: boo
     """Read a set of point clouds.
 
     Args:
-        spec: "solids" (generated); "modelnet10:PATH" or "modelnet40:PATH" (a folder of .off meshes, of the
-            resampled text files or of the h5 files, or an .npz file that `save_points` wrote);
+        spec: "solids" or "solid-parts" (generated); "modelnet10:PATH" or "modelnet40:PATH" (a folder of .off
+            meshes, of the resampled text files or of the h5 files, or an .npz file that `save_points` wrote);
             "obj_bg:PATH", "obj_only:PATH" or "pb_t50_rs:PATH" (ScanObjectNN's h5 files); "shapenetpart:PATH";
             or "points:PATH" (train/ and val/, validation/, valid/ or test/, each with a folder per class of
             .ply, .pcd, .off, .npy, .npz, .txt, .xyz, .csv or .pts files). Missing points, NaN, are left out.
@@ -122,6 +125,12 @@ def read_points(spec: str, num_points: int, skip_bad: bool = False, holdout: boo
     kind, _, place = spec.partition(":")
     if kind == "solids":
         return PointSet("solids", *make_solids(num_points))
+    if spec == SOLID_PARTS:
+        names, categories, train, held = make_solid_parts(num_points)
+        return PointSet(
+            spec, names, train.points, train.parts, held.points, held.parts, 0, categories, train.category,
+            held.category,
+        )  # fmt: skip
     path = Path(place).expanduser()
     if not place or not path.exists():
         raise EwavitError(f"no folder or file {place!r}: give {kind}:PATH with the path of the set")
@@ -487,9 +496,9 @@ POINT_PREFIXES = ("modelnet10", "modelnet40", "obj_bg", "obj_only", "pb_t50_rs",
 
 def is_points(spec: str) -> bool:
     """Whether a data spec names point clouds."""
-    return spec == "solids" or spec.partition(":")[0] in POINT_PREFIXES
+    return spec in ("solids", SOLID_PARTS) or spec.partition(":")[0] in POINT_PREFIXES
 
 
 def has_parts(spec: str) -> bool:
     """Whether a data spec names point clouds with a part for each point."""
-    return spec.partition(":")[0] == "shapenetpart"
+    return spec == SOLID_PARTS or spec.partition(":")[0] == "shapenetpart"

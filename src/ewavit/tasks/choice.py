@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ewavit.data.masks import SHAPES
 from ewavit.errors import EwavitError
 from ewavit.points.sources import has_parts, is_points
 from ewavit.tasks.classification import Classification
 from ewavit.tasks.clouds import CloudClassification
 from ewavit.tasks.part_segmentation import PartSegmentation
+from ewavit.tasks.segmentation import Segmentation
 from ewavit.tasks.task import Task
 
 # The tasks of each kind of data; the first one is the default.
 TASKS: Mapping[str, tuple[type[Task], ...]] = {
-    "images": (Classification,),
+    "images": (Classification, Segmentation),
+    "images with masks": (Segmentation,),
     "clouds": (CloudClassification,),
     "clouds with parts": (PartSegmentation,),
 }
@@ -29,7 +32,7 @@ def task_for(data: str, name: str | None = None) -> Task:
     Raises:
         EwavitError: the data are of another kind than the task needs.
     """
-    kind = "images"
+    kind = "images with masks" if data == SHAPES else "images"
     if is_points(data):
         kind = "clouds with parts" if has_parts(data) else "clouds"
     for task in TASKS[kind]:

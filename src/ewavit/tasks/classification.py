@@ -37,6 +37,7 @@ from ewavit.tasks.timm_models import (
     create_timm_model,
     fitting_patch,
     is_timm_folder,
+    timm_config,
     transform_code,
 )
 
@@ -116,6 +117,15 @@ class Classification(Task):
 
     def transform_code(self, pretrained_cfg: Mapping[str, Any]) -> str:
         return transform_code(pretrained_cfg) if pretrained_cfg else ""
+
+    def timm_config(
+        self,
+        name: str,
+        settings: Mapping[str, Any],
+        classes: Sequence[str],
+        pretrained_cfg: Mapping[str, Any],
+    ) -> dict[str, Any] | None:
+        return timm_config(name, settings, classes, pretrained_cfg) if pretrained_cfg else None
 
     def input_text(self, inputs: Inputs) -> str:
         mode = "L" if inputs.in_chans == 1 else "RGB"

@@ -21,7 +21,10 @@ from ewavit.tasks.classification import ClassMeter
 from ewavit.tasks.clouds import CloudClassification
 from ewavit.tasks.inference import Inference, InferenceOptions
 from ewavit.tasks.judge import INSTANCE_IOU
+from ewavit.tasks.sheet import draw_sheet
 from ewavit.tasks.task import Cell, Listed, Meter, Metrics, Table
+
+SHOWN = 4  # clouds in the picture of a run
 
 
 class PartSegmentation(CloudClassification):
@@ -61,7 +64,22 @@ class PartSegmentation(CloudClassification):
     def picture(
         self, data: Data, predictions: Sequence[Listed], predict: Callable[[Tensor], Tensor], path: Path
     ) -> None:
-        return None
+        for inputs, targets in data.eval_batches():
+            clouds, labelled = inputs[:SHOWN], targets[:SHOWN].cpu()
+            with torch.inference_mode():
+                found = predict(clouds).float()
+            break
+        else:
+            return
+        own = torch.tensor([[n in parts for n in range(data.num_classes)] for parts in data.categories])
+        of_category = own.to(clouds.device)[clouds[:, 0, 3:].argmax(-1)].unsqueeze(-1)
+        parts = found.masked_fill(~of_category, -torch.inf).argmax(1)
+        pictures, captions = [], []
+        for cloud, *both in zip(clouds[..., :3].cpu(), labelled, parts.cpu(), strict=True):
+            for words, labels in zip(("labels", "predicted"), both, strict=True):
+                pictures.append(torch.cat([cloud, labels.unsqueeze(1)], 1).numpy())
+                captions.append(words)
+        draw_sheet(pictures, captions, path, clouds=True)
 
 
 class CloudPrediction(NamedTuple):

@@ -34,7 +34,7 @@ def draw_sheet(
     """Draw a grid of inputs with captions.
 
     Args:
-        pictures: PIL images, or the points of clouds (points, 3).
+        pictures: PIL images, or the points of clouds (points, 3), a fourth column is the part of a point.
         captions: one for each.
         path: file of the picture.
         wrong: for each, whether its prediction is wrong: then the caption is red.
@@ -64,8 +64,9 @@ def _draw_image(axis: Any, image: Any) -> None:
 
 
 def _draw_cloud(axis: Any, points: Any) -> None:
-    x, y, z = points.T
-    axis.scatter(x, y, z, c=y, s=2, cmap="viridis", linewidths=0)
+    x, y, z, *parts = points.T  # without labels of parts the colour is y
+    colours = {"c": parts[0].astype(int) % 10, "cmap": "tab10", "vmin": 0, "vmax": 9} if parts else {"c": y}
+    axis.scatter(x, y, z, s=2, linewidths=0, **{"cmap": "viridis", **colours})
     axis.set_box_aspect((1, 1, 1), zoom=1.3)
     for limits in (axis.set_xlim, axis.set_ylim, axis.set_zlim):
         limits(-0.8, 0.8)

@@ -198,6 +198,16 @@ class Task(ABC):
         """Python code that makes `transform`, the preparation of an image; empty if the task has none."""
         return ""
 
+    def timm_config(
+        self,
+        name: str,
+        settings: Mapping[str, Any],
+        classes: Sequence[str],
+        pretrained_cfg: Mapping[str, Any],
+    ) -> dict[str, Any] | None:
+        """The `config.json` by which timm loads the folder of a plain model; None where timm cannot."""
+        return None
+
     @abstractmethod
     def input_text(self, inputs: Inputs) -> str:
         """A description of the model's inputs and their preparation, by the lines of `loading_code`."""

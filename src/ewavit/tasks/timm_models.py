@@ -55,18 +55,18 @@ def build_timm_model(
     """
     img_size = inputs.img_size
     check_timm_model(name, kwargs)
-    _check_patches(kwargs.get("patch_size"), img_size)
+    check_patches(kwargs.get("patch_size"), img_size)
     settings = {
         "num_classes": inputs.num_classes, "in_chans": inputs.in_chans, "img_size": img_size, **kwargs
     }  # fmt: skip
     if initial_checkpoint is not None:
-        model, report = _from_file(name, initial_checkpoint, settings)
+        model, report = from_file(name, initial_checkpoint, settings)
         if say is not None:
             say("\n".join(report.lines()))
     else:
-        model = _create(name, settings, pretrained=pretrained)
+        model = create(name, settings, pretrained=pretrained)
     patch_embed = getattr(model, "patch_embed", None)
-    _check_patches(getattr(patch_embed, "patch_size", None), img_size)
+    check_patches(getattr(patch_embed, "patch_size", None), img_size)
     try:
         with torch.no_grad():
             was_training = model.training
@@ -113,7 +113,7 @@ def create_timm_model(name: str, settings: Mapping[str, Any]) -> nn.Module:
         EwavitError: they are more than an architecture's, or do not work.
     """
     check_timm_model(name, settings)
-    return _create(name, dict(settings))
+    return create(name, dict(settings))
 
 
 def check_settings(settings: Mapping[str, Any], depth: int = 0) -> None:
@@ -146,7 +146,7 @@ def _is_plain(value: Any, depth: int) -> bool:
     return value is None or (isinstance(value, int | float) and abs(value) <= _LARGEST)
 
 
-def _create(name: str, settings: dict[str, Any], **more: Any) -> nn.Module:
+def create(name: str, settings: dict[str, Any], **more: Any) -> nn.Module:
     """Call `timm.create_model`; `img_size` is removed from `settings` if the model does not know it."""
     try:
         with warnings.catch_warnings():
@@ -164,14 +164,14 @@ def _create(name: str, settings: dict[str, Any], **more: Any) -> nn.Module:
         raise EwavitError(f"timm could not build {name} with {given}: {first_line(problem)}") from None
 
 
-def _from_file(name: str, file: str, settings: dict[str, Any]) -> tuple[nn.Module, LoadReport]:
+def from_file(name: str, file: str, settings: dict[str, Any]) -> tuple[nn.Module, LoadReport]:
     """Build a model with the weights of a file; heads are new where the file has none for the classes."""
     config = timm.get_pretrained_cfg(name.split(".")[0])
     classifier = getattr(config, "classifier", None) or ()
     heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     num_classes = settings["num_classes"]
     with torch.random.fork_rng(devices=[]):  # a fresh head is drawn for the model that is returned, not here
-        own = _create(name, settings).state_dict()
+        own = create(name, settings).state_dict()
     fitted = fit(file, own, heads, num_classes)
     check_finite(fitted.weights, own, file)
     overlay = {"state_dict": dict(fitted.weights), "num_classes": fitted.num_classes}
@@ -180,7 +180,7 @@ def _from_file(name: str, file: str, settings: dict[str, Any]) -> tuple[nn.Modul
         overlay["input_size"] = (stem.shape[1], *config.input_size[1:])
     try:
         stored = {**settings, "num_classes": fitted.num_classes}
-        model = _create(name, stored, pretrained=True, pretrained_cfg_overlay=overlay)
+        model = create(name, stored, pretrained=True, pretrained_cfg_overlay=overlay)
     except EwavitError:
         raise EwavitError(
             f"{file} does not hold the weights of {name} with these settings "
@@ -255,7 +255,7 @@ def fitting_patch(img_size: int) -> int:
     return min(divisors, key=lambda patch: abs(img_size / patch - 8))
 
 
-def _check_patches(patch_size: Any, img_size: int) -> None:
+def check_patches(patch_size: Any, img_size: int) -> None:
     patch = patch_size[0] if isinstance(patch_size, tuple | list) else patch_size
     if not isinstance(patch, int):
         return

@@ -23,7 +23,6 @@ from ewavit.files import regular
 from ewavit.tasks.block_diagonal import group_ffns
 from ewavit.tasks.choice import task_for
 from ewavit.tasks.task import Task
-from ewavit.tasks.timm_models import timm_config
 from ewavit.training.card_check import build_for, check_fields, parse_card
 from ewavit.training.places import absolute_spec, portable_spec
 
@@ -236,7 +235,7 @@ class ModelCard:
         """
         if self.mixture is not None or self.ffn_groups > 1 or not self.pretrained_cfg:
             return None
-        return timm_config(self.model, self.model_kwargs, self.classes, self.pretrained_cfg)
+        return self.task.timm_config(self.model, self.model_kwargs, self.classes, self.pretrained_cfg)
 
     def sample(self, batch: int) -> Tensor:
         """Random inputs in the shape that the model takes."""

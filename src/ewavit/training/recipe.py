@@ -55,7 +55,7 @@ _KWARGS: dict[str, Mapping[str, str]] = {
         "updates_per_epoch": "the data has a number of steps, leave it out",
     },
 }
-BUNDLED = {"classification": "fashion-mnist-mini"}  # the default data of each task
+BUNDLED = {"classification": "fashion-mnist-mini", "segmentation": "shapes"}  # the default data of each task
 GROUPS = (
     "data", "model", "experts", "optimisation", "augmentation", "precision and speed", "averages", "output",
 )  # fmt: skip
@@ -98,13 +98,13 @@ class Recipe:
     """
 
     task: Literal["classification", "segmentation"] | None = _data(
-        None, "what the model learns (default: follows from the data; classification of images or clouds)"
+        None, "what the model learns (default: follows from the data; a folder of images and masks needs it)"
     )
     data: str = _data(
         None,
-        "bundled set (fashion-mnist-mini, solids), image folder, CIFAR or Tiny-ImageNet folder, timm spec "
-        "(torch/..., hfds/..., wds/...) or point clouds such as modelnet10:PATH (default: the bundled set of "
-        "the task, fashion-mnist-mini without --task)",
+        "bundled set (fashion-mnist-mini, shapes, solids, solid-parts), folder of images, of CIFAR or of "
+        "Tiny-ImageNet, folder of images and masks with --task segmentation, timm spec (torch/..., "
+        "hfds/..., wds/...) or point clouds such as modelnet10:PATH (default: the bundled set of the task)",
     )
     limit: int | None = _data(None, "use only the first N training images", least=1)
     img_size: int | None = _data(None, "image side in pixels (default: that of the data)", least=1, most=4096)
@@ -358,7 +358,7 @@ class Recipe:
             _check_value(setting, value)
             object.__setattr__(self, setting.name, value)
         if self.data is None:
-            object.__setattr__(self, "data", BUNDLED.get(self.task or "", BUNDLED["classification"]))
+            object.__setattr__(self, "data", BUNDLED[self.task or "classification"])
         for name in ("scale", "ratio"):
             pair = getattr(self, name)
             if len(pair) != 2 or pair[0] > pair[1]:
