@@ -28,15 +28,9 @@ def finished(tmp_path_factory):
     """A finished run within a comparison that has results."""
     folder = tmp_path_factory.mktemp("comparison")
     found = train(recipe(folder / "runs", "ewa-42", share_rate=0.2))
-    verdict = {"arm": "ewa", "sentence": "Whether ewa helps cannot be told with 2 seeds."}
-    statistics = {
-        "verdicts": [verdict],
-        "setting": f"On {folder} with 2 seeds",
-        "claim": "it cannot be told.",
-    }
-    (folder / "results.json").write_text(
-        json.dumps({"statistics": statistics, "recipe": {"data": str(folder)}})
-    )
+    record = Path(__file__).parent.parent / "records" / "compare-mini.json"
+    results = record.read_text().replace("fashion-mnist-mini", str(folder))  # as if it had a path of data
+    (folder / "results.json").write_text(results)
     return found
 
 
@@ -108,7 +102,7 @@ def test_the_model_card_says_recipe_metrics_data_experts_licence_and_verdict(fin
     assert result["dataset"]["name"] == "fashion-mnist-mini"
     for words in (
         f"| top1 | {finished.row['eval_top1']} |", "| experts | 4 |", "| share_rate | 0.2 |", "hf-hub:me/vit",
-        "| crop_pct | ", "Whether ewa helps cannot be told", "it cannot be told.", "T-shirt/top",
+        "| crop_pct | ", "Whether ewa helps cannot be told with 5 seeds", "On the first 2,000", "T-shirt/top",
     ):  # fmt: skip
         assert words in text, words
     settings = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])

@@ -1,7 +1,10 @@
 """`EWACallback` in transformers' Trainer: exact to resume, a stock model at the end."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -207,3 +210,25 @@ def test_an_average_of_the_expanded_model_collapses_to_a_stock_model(tmp_path):
         torch.testing.assert_close(loaded.eval()(pixels).logits, expected)
     assert not report["missing_keys"] | report["unexpected_keys"]
     assert not torch.equal(plain.classifier.weight, run.model.classifier.weight)
+
+
+def test_torchrun_trains_one_stock_model(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from hf_trainer import trainer\n"
+        "run = trainer('run', ddp_backend='gloo', per_device_train_batch_size=4, max_steps=3)\n"
+        "assert run.args.world_size == 2\n"
+        "run.train()\n"
+        "run.save_model('vit')\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*torchrun, script], cwd=tmp_path, env=environment, capture_output=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    _, report = ViTForImageClassification.from_pretrained(tmp_path / "vit", output_loading_info=True)
+    assert not report["missing_keys"] | report["unexpected_keys"]
+    state = json.loads((tmp_path / "run/checkpoint-3/trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["EWACallback"]["args"]["num_experts"] == 4
