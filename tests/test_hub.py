@@ -151,6 +151,8 @@ def test_a_push_uploads_that_folder_and_writes_the_token_nowhere(
         (["--hub", "me/vit"], "no token"),
         (["--hub", "me/vit", "--to", "."], "new folder"),
         (["--hub", "me/vit", "--data", "x"], "--data"),
+        (["--hub", "me/vit", "--toward", "x"], "--toward"),
+        (["other", "--hub", "me/vit"], "takes one run"),
         (["--to", "x.onnx", "--license", "mit"], "--hub"),
         ([], "--to FILE or --hub"),
     ],

@@ -625,12 +625,16 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _publish(options: argparse.Namespace) -> int:
-    if options.data is not None:
-        raise EwavitError("--data does not go with --hub: leave it out")
+    for name in ("data", "toward", "by"):
+        if getattr(options, name) is not None:
+            raise EwavitError(f"--{name} does not go with --hub: leave it out")
+    source, *more = options.source
+    if more:
+        raise EwavitError(f"--hub takes one run, not {len(options.source)}: leave out {more[0]}")
 
     from ewavit.compare.results import verdict_of
     from ewavit.training.hub import publish
 
     words = {"mean_expert": options.collapse, "licence": options.license}
-    print(publish(options.source, options.hub, options.to, verdict=verdict_of(options.source), **words))
+    print(publish(source, options.hub, options.to, verdict=verdict_of(source), **words))
     return 0
