@@ -26,13 +26,16 @@ CHARACTERS, TRAINING = 40, 8
 def cut(source: Path, target: Path) -> None:
     """Write drawings as an image folder: white on black and 28 x 28, as fashion-mnist-mini is."""
     with zipfile.ZipFile(source) as archive:
-        drawings: dict[str, list[str]] = {}
+        drawings: dict[
+            str, dict[str, str]
+        ] = {}  # the two sets share characters, so a drawing may be there twice
         for name in sorted(archive.namelist()):
             if name.endswith(".png"):
-                drawings.setdefault("-".join(Path(name).parts[-3:-1]), []).append(name)
+                character = drawings.setdefault("-".join(Path(name).parts[-3:-1]), {})
+                character.setdefault(Path(name).name, name)
         step = len(drawings) // CHARACTERS
         for character in sorted(drawings)[::step][:CHARACTERS]:
-            for number, name in enumerate(drawings[character]):
+            for number, name in enumerate(drawings[character].values()):
                 image = Image.open(io.BytesIO(archive.read(name))).convert("L")
                 folder = target / ("train" if number < TRAINING else "val") / character
                 folder.mkdir(parents=True, exist_ok=True)
