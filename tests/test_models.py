@@ -898,16 +898,30 @@ def test_two_layers_beside_attention_in_a_list_are_an_ffn_without_a_name():
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_the_ffns_of_t5_are_found_in_encoder_and_decoder(gated: bool):
-    size = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "vocab_size": 20}
+    size = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 6, "num_heads": 2, "vocab_size": 20}
     config = transformers.T5Config(**size, feed_forward_proj="gated-gelu" if gated else "relu")
     model = ewa.expand(transformers.T5Model(config), 3, select="all")
     assert patterns(list(moe_layers(model))) == {
-        "encoder.block.*.layer.*.DenseReluDense": 2,
-        "decoder.block.*.layer.*.DenseReluDense": 2,
+        "encoder.block.*.layer.*.DenseReluDense": 6,
+        "decoder.block.*.layer.*.DenseReluDense": 6,
     }
     ids = torch.arange(6).view(2, 3)
     model(input_ids=ids, decoder_input_ids=ids).last_hidden_state.square().sum().backward()
     assert all(p.grad is not None for moe in moe_layers(model).values() for p in moe.parameters())
+
+
+def test_a_projection_within_an_ffn_is_not_taken_for_the_ffn():
+    class GEGLU(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = nn.Linear(DIM, 24)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden, gate = self.proj(x).chunk(2, -1)
+            return hidden * F.gelu(gate)
+
+    model = nn.ModuleDict({"ff": nn.Sequential(GEGLU(), nn.Dropout(0.1), nn.Linear(12, DIM))})
+    assert [(ffn.name, ffn.unit, ffn.stackable) for ffn in ewa.find_ffns(model)] == [("ff", "token", True)]
 
 
 def test_ffn_that_drops_whole_images_is_dealt_by_image_alone():

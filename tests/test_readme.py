@@ -93,6 +93,8 @@ def test_the_suite_tries_as_many_models_as_the_readme_says():
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "FAMILIES"
     ]
     assert f"small versions of {len(families.keys)} models" in README
+    counts = json.loads((ROOT / "records/families.json").read_text())["counts"]
+    assert f"{counts['token'] + counts['image']} of {sum(counts.values())} families" in README
 
 
 def test_the_table_of_frameworks_is_that_of_its_page_without_empty_rows():

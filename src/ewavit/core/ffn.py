@@ -157,6 +157,10 @@ def _candidates(modules: dict[str, nn.Module]) -> list[str]:
         and not name.startswith(mixtures)
         and (_looks_like_ffn(name, modules) or split.split_ffn(module))
     ]
+    for name in list(likely):  # GEGLU of diffusers is the first layer of an FFN and its activation
+        layers = [part for part in modules[name].modules() if isinstance(part, nn.Linear | nn.Conv2d)]
+        if len(layers) == 1 and any(name.startswith(f"{other}.") for other in likely):
+            likely.remove(name)
     return [
         name
         for name in likely
@@ -171,7 +175,7 @@ def _looks_like_ffn(name: str, modules: dict[str, nn.Module]) -> bool:
     if not named and isinstance(module, nn.Sequential) and isinstance(holder, nn.ModuleList):
         # vit-pytorch has lists of an attention and an FFN without a name or class.
         beside = any("attention" in type(other).__name__.lower() for other in holder)
-        named = beside and sum(isinstance(layer, nn.Linear) for layer in module) == 2
+        named = beside and sum(isinstance(layer, nn.Linear | nn.Conv2d) for layer in module) == 2
     return bool(named and module._modules and next(module.parameters(), None) is not None)
 
 

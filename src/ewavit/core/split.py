@@ -29,6 +29,7 @@ _PAIRS = (  # children of a block: the two layers of its FFN, and what is beside
     ("fc1", "fc2"),  # Whisper, BART, Mask2Former
     ("ffn", "ffn_output"),  # ALBERT
     ("pwconv1", "pwconv2", "dwconv"),  # ConvNeXt of its authors and of transformers
+    ("pointwise_conv1", "pointwise_conv2", "depthwise_conv"),  # ConvNeXt of DINOv3
     ("block.3", "block.5", "block.0"),  # ConvNeXt of torchvision
     ("in_proj", "mlp_drop"),  # timm's ParallelScalingBlock
 )
@@ -49,8 +50,10 @@ class Found(NamedTuple):
 def split_ffn(block: nn.Module) -> tuple[str, str] | None:
     """The names of the two parts of an FFN that a block computes itself, beside what mixes tokens."""
     for first, second, *beside in _PAIRS:
-        if all(_part(block, path) is not None for path in (first, second, *beside)):
-            return (first, second) if beside or attends(block) else None
+        parts = [_part(block, path) for path in (first, second, *beside)]
+        linear = all(isinstance(part, nn.Linear) for part in parts[:2])
+        if None not in parts and (linear if beside else attends(block)):
+            return first, second
     return None
 
 
