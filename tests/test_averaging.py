@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import ewavit as ewa
 from ewavit.core import MoE, SeparateExperts, StackedExperts, full_share_rate, moe_layers
 from ewavit.core.averaging import average_experts_reference_, check_share_rate
+from ewavit.core.draws import STEP
 from ewavit.core.steps import STEPS_KEY
 from small_models import MlpNet, ffn, separated, tokens
 
@@ -395,6 +396,27 @@ def test_weights_that_two_mixtures_share_are_averaged_once(kind):
     ewa.average_experts_(model, 0.3)
     for was, now in zip(before, families(model), strict=True):
         assert torch.allclose(now - now.mean(0), 0.55 * (was - was.mean(0)), atol=1e-6)
+
+
+def test_processes_are_compared_in_the_first_two_steps_and_then_every_hundredth(monkeypatch):
+    compared = []
+    monkeypatch.setattr(
+        "ewavit.core.averaging.check_peers", lambda model: compared.append(averaging.steps_done)
+    )
+    averaging = ewa.ExpertAveraging(expanded(), every=1000)
+    for _ in range(301):
+        averaging.step()
+    assert compared == [1, 2, 100, 200, 300]
+
+
+def test_a_loop_without_optimizer_hooks_draws_anew_at_every_step():
+    model = expanded()
+    averaging = ewa.ExpertAveraging(model)
+    for steps in (1, 2, 3):
+        averaging.step()
+        assert {int(moe.dispatcher.key[STEP]) for moe in moe_layers(model).values()} == {steps}
+    averaging.load_state_dict({"steps_done": 9})
+    assert {int(moe.dispatcher.key[STEP]) for moe in moe_layers(model).values()} == {9}
 
 
 def test_attaching_twice_is_refused():

@@ -8,10 +8,13 @@ import timm.optim
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import ewavit as ewa
 from ewavit.core import SeparateExperts, StackedExperts, moe_layers
 from ewavit.core.draws import LAYER
+from ewavit.distributed import expert_placement
 from small_models import DIM, MlpNet, images, perturbed, randomised, separated, tiny_vit, tokens
 
 KINDS = ["stacked", "separate"]
@@ -58,10 +61,13 @@ def test_layers_draw_by_numbers_that_rise_with_their_depth(select):
     assert numbers == list(range(len(numbers)))
 
 
-def test_one_expert_is_allowed_and_is_the_ffn():
+@both_kinds
+def test_one_expert_is_allowed_and_is_the_ffn(kind):
     model, x = MlpNet(), tokens()
     before = model(x)
-    assert torch.allclose(ewa.expand(model, 1)(x), before, atol=1e-6)
+    ewa.expand(model, 1, experts=kind)
+    assert torch.allclose(model(x), before, atol=1e-6)
+    assert torch.equal(model.eval()(x), before)
 
 
 @both_kinds
@@ -252,6 +258,49 @@ def test_ddp_after_expand_waits_for_no_parameter_and_saves_plain_keys(kind):
         optimizer.step()
     assert averaging.steps_done == 2
     assert list(ewa.dense_state_dict(wrapped)) == keys
+
+
+@pytest.mark.usefixtures("one_process_group")
+def test_one_process_with_replicas_has_one_expert_dealt_by_image():
+    model, x = MlpNet(), tokens()
+    before = model(x)
+    ewa.expand(model, placement="replicas")
+    layers = ewa.summary(model).layers
+    assert {(layer.experts, layer.num_experts, layer.unit) for layer in layers} == {("replica", 1, "image")}
+    assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"num_experts": 2}, "num_experts=2, but 1 processes"),
+        ({"experts": "separate"}, 'leave out experts="separate"'),
+        ({"router": ewa.TopK()}, "leave out router"),
+    ],
+)
+@pytest.mark.usefixtures("one_process_group")
+def test_what_replicas_cannot_have_is_named_and_the_model_stays_dense(options, named):
+    model = MlpNet()
+    with pytest.raises(ewa.EwavitError, match=re.escape(named)):
+        ewa.expand(model, placement="replicas", **options)
+    assert names(model) == []
+
+
+@both_kinds
+@pytest.mark.usefixtures("one_process_group")
+def test_a_sharded_model_has_the_dense_state_of_the_plain_one_and_does_not_collapse(kind):
+    model = separated(expanded(4, experts=kind))
+    expected = ewa.dense_state_dict(model)
+    mesh = init_device_mesh("cpu", (1,))
+    fully_shard(model, mesh=mesh, shard_placement_fn=expert_placement(model, mesh))
+    dense = ewa.dense_state_dict(model)
+    assert list(dense) == list(expected)
+    for name, value in dense.items():
+        assert type(value) is Tensor
+        torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=1e-6)
+    with pytest.raises(ewa.EwavitError, match=r"sharded: call ewavit\.dense_state_dict"):
+        ewa.collapse(model)
+    assert len(names(model)) == 2
 
 
 @both_kinds
