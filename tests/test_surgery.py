@@ -260,6 +260,15 @@ def test_ddp_after_expand_waits_for_no_parameter_and_saves_plain_keys(kind):
     assert list(ewa.dense_state_dict(wrapped)) == keys
 
 
+@both_kinds
+def test_a_router_fits_the_ffns_in_width_number_and_dtype(kind):
+    model = ewa.expand(MlpNet().double(), 3, router=ewa.TopK(), experts=kind)
+    routers = [moe.dispatcher for moe in moe_layers(model).values()]
+    assert [sorted(p.shape for p in router.parameters()) for router in routers] == [[(3, DIM)]] * 2
+    assert {p.dtype for router in routers for p in router.parameters()} == {torch.float64}
+    assert model(tokens().double()).isfinite().all()
+
+
 @pytest.mark.usefixtures("one_process_group")
 def test_one_process_with_replicas_has_one_expert_dealt_by_image():
     model, x = MlpNet(), tokens()
@@ -525,6 +534,14 @@ def test_the_vectors_of_experts_are_known_inside_a_larger_model():
     assert {name.replace("experts.ffn.", "") for name in bare} == vectors
 
 
+def test_the_parameters_of_a_model_that_is_wrapped_decay_as_those_within():
+    model = ewa.expand(tiny_vit())
+    expected = ewa.param_groups(model)
+    found = ewa.param_groups(torch.compile(nn.DataParallel(model)))
+    for one, other in zip(found, expected, strict=True):
+        assert list(map(id, one["params"])) == list(map(id, other["params"]))
+
+
 def test_names_without_decay_may_have_wildcards():
     model = expanded()
     model.no_weight_decay = lambda: {"blocks.0.*"}  # as timm's XCiT has
@@ -559,6 +576,11 @@ def test_summary_counts_layers_experts_and_parameters(kind):
     assert result.parameters == dense + 2 * 2 * each == sum(p.numel() for p in model.parameters())
     assert f"blocks.3.mlp: 3 x Mlp ({kind}, by token), {each:,} parameters each" in str(result)
     assert f"{dense:,} after collapse" in str(result)
+
+
+def test_a_summary_counts_one_mixture_in_the_singular():
+    assert str(ewa.summary(ewa.expand(MlpNet(1)))).startswith("1 mixture of experts\n")
+    assert str(ewa.summary(expanded())).startswith("2 mixtures of experts\n")
 
 
 def test_summary_of_a_dense_model_has_no_layers():

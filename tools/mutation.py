@@ -38,7 +38,7 @@ TESTS = {
     "core/partition.py": ("partition", "draws"),
     "core/experts.py": ("experts", "optimizers", "surgery", "attachments"),
     "core/averaging.py": ("averaging", "attachments"),
-    "core/surgery.py": ("surgery", "experts", "attachments"),
+    "core/surgery.py": ("surgery", "experts", "attachments", "split"),
     "core/routing.py": ("routing",),
     "core/draws.py": ("draws", "partition"),
     "core/steps.py": ("draws", "averaging"),
