@@ -41,7 +41,7 @@ TESTS = {
     "core/surgery.py": ("surgery", "experts", "attachments", "split"),
     "core/routing.py": ("routing",),
     "core/draws.py": ("draws", "partition"),
-    "core/steps.py": ("draws", "averaging"),
+    "core/steps.py": ("draws", "averaging", "split"),
     "training/checkpoint.py": ("checkpoint", "released"),
 }
 SETTINGS = """
