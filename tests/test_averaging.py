@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 import ewavit as ewa
 from ewavit.core import MoE, SeparateExperts, StackedExperts, full_share_rate, moe_layers
-from ewavit.core.averaging import average_experts_reference_, check_share_rate
+from ewavit.core.averaging import average_experts_reference_, check_share_rate, looks_at_whole_tensors
+from ewavit.core.draws import STEP
 from ewavit.core.steps import STEPS_KEY
 from small_models import MlpNet, ffn, separated, tokens
 
@@ -397,6 +399,27 @@ def test_weights_that_two_mixtures_share_are_averaged_once(kind):
         assert torch.allclose(now - now.mean(0), 0.55 * (was - was.mean(0)), atol=1e-6)
 
 
+def test_processes_are_compared_in_the_first_two_steps_and_then_every_hundredth(monkeypatch):
+    compared = []
+    monkeypatch.setattr(
+        "ewavit.core.averaging.check_peers", lambda model: compared.append(averaging.steps_done)
+    )
+    averaging = ewa.ExpertAveraging(expanded(), every=1000)
+    for _ in range(301):
+        averaging.step()
+    assert compared == [1, 2, 100, 200, 300]
+
+
+def test_a_loop_without_optimizer_hooks_draws_anew_at_every_step():
+    model = expanded()
+    averaging = ewa.ExpertAveraging(model)
+    for steps in (1, 2, 3):
+        averaging.step()
+        assert {int(moe.dispatcher.key[STEP]) for moe in moe_layers(model).values()} == {steps}
+    averaging.load_state_dict({"steps_done": 9})
+    assert {int(moe.dispatcher.key[STEP]) for moe in moe_layers(model).values()} == {9}
+
+
 def test_attaching_twice_is_refused():
     model = expanded()
     optimizer = sgd(model)
@@ -639,6 +662,40 @@ def test_the_step_at_learning_rate_zero_that_makes_an_optimizers_state_moves_not
     assert averaging.steps_done == 1
 
 
+class WithoutRate(torch.optim.Optimizer):
+    """Has no learning rate among its settings."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    @torch.no_grad()
+    def step(self):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.sub_(parameter.grad, alpha=0.01)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [WithoutRate, partial(torch.optim.SGD, lr=0.0)],  # a warm-up may begin at 0
+    ids=["no learning rate", "learning rate 0"],
+)
+def test_a_step_with_gradients_counts_whatever_the_learning_rate(make):
+    model = expanded()
+    optimizer = make(model.parameters())
+    averaging = ewa.ExpertAveraging(model, 0.75).attach(optimizer)
+    train_step(model, optimizer)
+    assert averaging.steps_done == 1
+    assert deviation(model) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_step_without_any_gradient_counts_where_the_learning_rate_is_not_zero():
+    model = expanded()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    averaging = ewa.ExpertAveraging(model, 0.75).attach(optimizer)
+    optimizer.step()
+    assert averaging.steps_done == 1
+
+
 def test_the_count_travels_with_the_optimizers_state_dict():
     model = expanded()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -679,6 +736,14 @@ def test_attach_names_the_true_cause(leave_out, why):
     parameters = others if leave_out == "experts" else MlpNet().parameters()
     with pytest.raises(ewa.EwavitError, match=why):
         ewa.ExpertAveraging(model).attach(torch.optim.SGD(parameters, lr=0.1))
+
+
+def test_optimizers_are_known_by_name_however_it_is_written():
+    for name in ("Lamb", "LAMB8bit", "Ada_Factor", "Ada-Mp", "SGD_P"):
+        assert looks_at_whole_tensors(name, {})
+    for name in ("AdamW", "SGD", "Lion", "Sgd_Adamw"):
+        assert not looks_at_whole_tensors(name, {"caution": False})
+    assert looks_at_whole_tensors("AdamW", {"caution": True})
 
 
 @pytest.mark.parametrize(

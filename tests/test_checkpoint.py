@@ -2,7 +2,10 @@
 
 import errno
 import json
+import math
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +16,11 @@ from safetensors import safe_open
 from ewavit import EwavitError
 from ewavit.training import checkpoint as room
 from ewavit.training.checkpoint import load_checkpoint, save_checkpoint, save_tensors
+from ewavit.training.seal import sealed
 from runs import facts
 
 plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+plain |= st.sampled_from([torch.float32, torch.bfloat16, torch.int64])
 leaf = plain | st.lists(st.floats(width=32, allow_nan=False), min_size=1).map(torch.tensor)
 trees = st.recursive(
     leaf,
@@ -167,3 +172,135 @@ def test_a_disk_that_fails_is_named_with_its_place(tmp_path, monkeypatch):
     monkeypatch.setattr(room, "sync", failing)
     with pytest.raises(EwavitError, match=re.escape(str(tmp_path / "checkpoint-new"))):
         save_checkpoint(tmp_path, {"w": torch.ones(2)}, {}, facts())
+
+
+def test_files_reach_the_disk_before_they_get_their_name(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    done = []
+    for module, name in ((room, "sync"), (room.os, "replace"), (room, "sync_names")):
+        original = getattr(module, name)
+
+        def noted(*paths, name=name, original=original):
+            done.append((name, *(Path(path).name for path in paths)))
+            original(*paths)
+
+        monkeypatch.setattr(module, name, noted)
+    save(tmp_path, 2)
+    assert done[-4:] == [
+        ("sync", "checkpoint-new"),
+        ("replace", "checkpoint", "checkpoint-previous"),
+        ("replace", "checkpoint-new", "checkpoint"),
+        ("sync_names", tmp_path.name),
+    ]
+
+
+def test_what_a_killed_save_left_behind_is_no_part_of_the_next_checkpoint(tmp_path):
+    run = tmp_path / "new" / "run"
+    (run / "checkpoint-new").mkdir(parents=True)
+    (run / "checkpoint-new" / "half.safetensors").touch()
+    save(run, 1)
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoint"]
+    assert sorted(path.name for path in (run / "checkpoint").iterdir()) == [
+        "model.safetensors", "state.json", "training.safetensors",
+    ]  # fmt: skip
+    save(tmp_path / "not" / "there", 1)
+    assert epoch(load_checkpoint(tmp_path / "not" / "there")) == 1
+
+
+# What a run does not write
+
+
+def progress(**changes):
+    return {"progress": {**facts()["progress"], **changes}}
+
+
+ROW = {"epoch": 0, "eval_loss": 1.0, "eval_top1": 50.0}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"processes": 1},
+        {"layers": ["blocks.1.mlp"]},
+        progress(epoch=9),
+        progress(update=2**53 - 1),
+        progress(loss_sum=-3.5, lr=0, rows=[]),
+        progress(pending={"epoch": 1}),
+        progress(rows=[ROW, {**ROW, "lr": 0.5}]),
+    ],
+)
+def test_facts_at_the_edge_of_what_a_run_writes_are_read(tmp_path, change):
+    save_checkpoint(tmp_path, {}, {}, {**facts(), **change})
+    assert load_checkpoint(tmp_path).facts == json.loads(json.dumps({**facts(), **change}))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"layers": "blocks.1.mlp"}, "layers are 'blocks.1.mlp'"),
+        ({"layers": [1]}, "layers are [1]"),
+        ({"processes": 0}, "processes is 0"),
+        ({"processes": 1.0}, "processes is 1.0"),
+        ({"processes": True}, "processes is True"),
+        (progress(epoch=10), "epoch is 10 of 9"),
+        (progress(epoch=-1), "epoch is -1"),
+        (progress(batch=2.5), "batch is 2.5"),
+        (progress(update=True), "update is True"),
+        (progress(update=2**53), "update is 9007199254740992"),
+        (progress(seconds="3"), "seconds is '3'"),
+        (progress(lr=math.nan), "lr is nan"),
+        (progress(loss_sum=-math.inf), "loss_sum is -inf"),
+        (progress(other=1), "progress has other fields"),
+        (progress(rows={}), "progress has other fields"),
+        (progress(rows=[{"epoch": 0, "eval_loss": 1.0}]), "a row of progress has no eval_top1"),
+        (progress(rows=[{**ROW, "lr": "0.5"}]), "lr in a row of progress is '0.5'"),
+        (progress(pending={"eval_loss": 1.0}), "a row of progress has no epoch"),
+    ],
+)
+def test_facts_that_no_run_writes_are_damage_and_named(tmp_path, change, said):
+    save_checkpoint(tmp_path, {}, {}, {**facts(), **change})
+    with pytest.raises(EwavitError, match=re.escape(f"{tmp_path / 'checkpoint'} is damaged ({said})")):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"format": 3}, "format 3, this version reads 1 and 2"),
+        ({"digests": {}}, "state.json lists other files"),
+        ({"training": {"dtype": "nn"}}, "nn is no dtype"),
+        ({"training": {"set": []}}, "unknown kind set in the training state"),
+        ({"training": {"tensor": "lost"}}, "no 'lost'"),
+    ],
+)
+def test_a_state_of_another_form_is_damage_and_named(tmp_path, change, said):
+    save(tmp_path, 1)
+    file = tmp_path / "checkpoint" / "state.json"
+    state = json.loads(file.read_text())
+    del state["digest"]
+    file.write_text(sealed(state | change))
+    with pytest.raises(EwavitError, match=re.escape(f"is damaged ({said})")):
+        load_checkpoint(tmp_path)
+
+
+def test_weights_that_are_not_finite_are_damage_and_named(tmp_path):
+    tensors = {"first": torch.ones(2), "second": torch.tensor([1.0, math.nan])}
+    save_checkpoint(tmp_path, tensors, {}, facts())
+    with pytest.raises(EwavitError, match=r"second in model\.safetensors is not finite"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_file_of_another_size_is_damage_where_there_are_no_digests(tmp_path):
+    old = Path(__file__).parent / "released" / "0.1.0" / "stopped"
+    run = Path(shutil.copytree(old, tmp_path / "run"))
+    newest, before = run / "checkpoint", run / "checkpoint-previous"
+    assert load_checkpoint(run).warning == (
+        f"{newest} is of version 0.1.0 and has no digests: damage within its files is not seen"
+    )
+    weights = (newest / "model.safetensors").read_bytes()
+    (newest / "model.safetensors").write_bytes(weights + b" ")
+    sizes = f"state.json: model.safetensors has {len(weights) + 1:,} of {len(weights):,} bytes"
+    assert load_checkpoint(run).warning == (
+        f"{newest} is damaged ({sizes}): used {before} instead; "
+        f"{before} is of version 0.1.0 and has no digests: damage within its files is not seen"
+    )

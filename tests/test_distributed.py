@@ -14,7 +14,6 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
-from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -303,14 +302,6 @@ def misuse():
 
 def test_misuse_of_sharding_is_told():
     in_processes(2, misuse)
-
-
-def test_the_parameters_of_a_model_that_is_wrapped_decay_as_those_within():
-    model = build()
-    expected = ewa.param_groups(model)
-    found = ewa.param_groups(torch.compile(nn.DataParallel(model)))
-    for one, other in zip(found, expected, strict=True):
-        assert list(map(id, one["params"])) == list(map(id, other["params"]))
 
 
 # --- docs/distributed.md ----------------------------------------------------------------------------------

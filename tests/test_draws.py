@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import ewavit as ewa
 from ewavit.core import moe_layers, set_step
+from ewavit.core.draws import permutation
 from small_models import perturbed, tiny_vit
 
 KINDS = {
@@ -172,6 +173,20 @@ def test_a_compiled_model_is_one_graph_that_draws_anew_at_every_step(kind):
             torch.testing.assert_close(outputs[-1], model(x))
     assert not torch.allclose(outputs[0], outputs[1])
     assert not torch.allclose(outputs[1], outputs[2])
+
+
+def test_every_seed_has_partitions_of_its_own_also_negative_ones():
+    drawn = [positions(expanded(seed=seed))[0] for seed in (0, 1, 2, 3, -1, -2)]
+    assert len({tuple(each) for each in drawn}) == 6
+    assert positions(expanded(seed=-2))[0] == drawn[5]
+
+
+def test_a_cuda_graph_that_would_repeat_one_partition_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    key = expanded().blocks[0].mlp.dispatcher.key
+    assert sorted(permutation(key, 0, 5, torch.device("cpu")).tolist()) == list(range(5))
+    with pytest.raises(ewa.EwavitError, match="CUDA graph would repeat one partition"):
+        permutation(key, 0, 5, torch.device("cuda"))
 
 
 def test_the_key_is_neither_saved_nor_moved():

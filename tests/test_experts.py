@@ -434,6 +434,12 @@ def test_arguments_that_an_ffn_does_not_take_are_refused_by_both_kinds():
 
 
 @both_kinds
+def test_another_number_of_inputs_than_experts_is_an_error(kind):
+    with pytest.raises((ValueError, RuntimeError)):
+        kind(ffn(), 2).train()(torch.randn(3, 5, DIM))
+
+
+@both_kinds
 @pytest.mark.parametrize("shape", [(0, DIM), (0, 5, DIM), (2, 0, DIM), (2, 0, 3, DIM)])
 def test_no_tokens_give_no_output_and_zero_gradients(shape, kind):
     moe = MoE(kind(ffn(), 3))

@@ -5,6 +5,7 @@ import csv
 import json
 import math
 import re
+import warnings
 
 import pytest
 import torch
@@ -399,6 +400,10 @@ def test_float16_without_a_known_scale_is_warned_of():
     model = routed_net()
     with torch.autocast("cpu", torch.float16), pytest.warns(UserWarning, match="scale_auxiliary_loss"):
         model(tokens())
+    with torch.autocast("cpu", torch.float16), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert model.eval()(tokens()).isfinite().all()  # evaluation has no loss to scale
+    model.train()
     ewa.scale_auxiliary_loss(model, lambda loss: loss * 1024)
     with torch.autocast("cpu", torch.float16):
         assert model(tokens()).isfinite().all()

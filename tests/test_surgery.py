@@ -8,10 +8,13 @@ import timm.optim
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import ewavit as ewa
 from ewavit.core import SeparateExperts, StackedExperts, moe_layers
 from ewavit.core.draws import LAYER
+from ewavit.distributed import expert_placement
 from small_models import DIM, MlpNet, images, perturbed, randomised, separated, tiny_vit, tokens
 
 KINDS = ["stacked", "separate"]
@@ -58,10 +61,13 @@ def test_layers_draw_by_numbers_that_rise_with_their_depth(select):
     assert numbers == list(range(len(numbers)))
 
 
-def test_one_expert_is_allowed_and_is_the_ffn():
+@both_kinds
+def test_one_expert_is_allowed_and_is_the_ffn(kind):
     model, x = MlpNet(), tokens()
     before = model(x)
-    assert torch.allclose(ewa.expand(model, 1)(x), before, atol=1e-6)
+    ewa.expand(model, 1, experts=kind)
+    assert torch.allclose(model(x), before, atol=1e-6)
+    assert torch.equal(model.eval()(x), before)
 
 
 @both_kinds
@@ -252,6 +258,58 @@ def test_ddp_after_expand_waits_for_no_parameter_and_saves_plain_keys(kind):
         optimizer.step()
     assert averaging.steps_done == 2
     assert list(ewa.dense_state_dict(wrapped)) == keys
+
+
+@both_kinds
+def test_a_router_fits_the_ffns_in_width_number_and_dtype(kind):
+    model = ewa.expand(MlpNet().double(), 3, router=ewa.TopK(), experts=kind)
+    routers = [moe.dispatcher for moe in moe_layers(model).values()]
+    assert [sorted(p.shape for p in router.parameters()) for router in routers] == [[(3, DIM)]] * 2
+    assert {p.dtype for router in routers for p in router.parameters()} == {torch.float64}
+    assert model(tokens().double()).isfinite().all()
+
+
+@pytest.mark.usefixtures("one_process_group")
+def test_one_process_with_replicas_has_one_expert_dealt_by_image():
+    model, x = MlpNet(), tokens()
+    before = model(x)
+    ewa.expand(model, placement="replicas")
+    layers = ewa.summary(model).layers
+    assert {(layer.experts, layer.num_experts, layer.unit) for layer in layers} == {("replica", 1, "image")}
+    assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"num_experts": 2}, "num_experts=2, but 1 processes"),
+        ({"experts": "separate"}, 'leave out experts="separate"'),
+        ({"router": ewa.TopK()}, "leave out router"),
+    ],
+)
+@pytest.mark.usefixtures("one_process_group")
+def test_what_replicas_cannot_have_is_named_and_the_model_stays_dense(options, named):
+    model = MlpNet()
+    with pytest.raises(ewa.EwavitError, match=re.escape(named)):
+        ewa.expand(model, placement="replicas", **options)
+    assert names(model) == []
+
+
+@both_kinds
+@pytest.mark.usefixtures("one_process_group")
+def test_a_sharded_model_has_the_dense_state_of_the_plain_one_and_does_not_collapse(kind):
+    model = separated(expanded(4, experts=kind))
+    expected = ewa.dense_state_dict(model)
+    mesh = init_device_mesh("cpu", (1,))
+    fully_shard(model, mesh=mesh, shard_placement_fn=expert_placement(model, mesh))
+    dense = ewa.dense_state_dict(model)
+    assert list(dense) == list(expected)
+    for name, value in dense.items():
+        assert type(value) is Tensor
+        torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=1e-6)
+    with pytest.raises(ewa.EwavitError, match=r"sharded: call ewavit\.dense_state_dict"):
+        ewa.collapse(model)
+    assert len(names(model)) == 2
 
 
 @both_kinds
@@ -476,6 +534,14 @@ def test_the_vectors_of_experts_are_known_inside_a_larger_model():
     assert {name.replace("experts.ffn.", "") for name in bare} == vectors
 
 
+def test_the_parameters_of_a_model_that_is_wrapped_decay_as_those_within():
+    model = ewa.expand(tiny_vit())
+    expected = ewa.param_groups(model)
+    found = ewa.param_groups(torch.compile(nn.DataParallel(model)))
+    for one, other in zip(found, expected, strict=True):
+        assert list(map(id, one["params"])) == list(map(id, other["params"]))
+
+
 def test_names_without_decay_may_have_wildcards():
     model = expanded()
     model.no_weight_decay = lambda: {"blocks.0.*"}  # as timm's XCiT has
@@ -510,6 +576,11 @@ def test_summary_counts_layers_experts_and_parameters(kind):
     assert result.parameters == dense + 2 * 2 * each == sum(p.numel() for p in model.parameters())
     assert f"blocks.3.mlp: 3 x Mlp ({kind}, by token), {each:,} parameters each" in str(result)
     assert f"{dense:,} after collapse" in str(result)
+
+
+def test_a_summary_counts_one_mixture_in_the_singular():
+    assert str(ewa.summary(ewa.expand(MlpNet(1)))).startswith("1 mixture of experts\n")
+    assert str(ewa.summary(expanded())).startswith("2 mixtures of experts\n")
 
 
 def test_summary_of_a_dense_model_has_no_layers():

@@ -18,10 +18,10 @@ from ewavit.errors import EwavitError
 LAYER, STEP = 1, 2  # places in a key; the seed is at 0
 
 
-def new_key(layer: int = 0) -> Tensor:
-    """The key of a layer at step 0: (3,) int64 on the CPU, with the seed of `torch.manual_seed`."""
+def new_key() -> Tensor:
+    """The key of layer 0 at step 0: (3,) int64 on the CPU, with the seed of `torch.manual_seed`."""
     seed = torch.initial_seed() % 2**63
-    return torch.tensor([seed, layer, 0], dtype=torch.int64, device="cpu")
+    return torch.tensor([seed, 0, 0], dtype=torch.int64, device="cpu")
 
 
 def _generator(key: Tensor, purpose: int, device: torch.device) -> torch.Generator:
