@@ -392,11 +392,6 @@ def test_bfloat16_autocast_and_layer_decay_train(tmp_path):
     assert result.row["train_loss"] < 2.5
 
 
-def test_tensorboard_events_are_written_when_asked(tmp_path):
-    result = train(recipe(tmp_path, "events", tensorboard=True, epochs=1))
-    assert list(result.run.rglob("events.out.tfevents*"))
-
-
 @pytest.mark.slow
 def test_compiled_run_trains(tmp_path):
     result = train(recipe(tmp_path, "compiled", compile=True, epochs=1, limit=128))

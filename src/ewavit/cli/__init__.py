@@ -33,7 +33,7 @@ from ewavit.files import regular
 try:
     import yaml
 
-    from ewavit.training.recipe import GROUPS, Recipe, choices, flag, kinds, kwargs_text, settings
+    from ewavit.training.recipe import GROUPS, Recipe, choices, flag, kinds, kwargs_text, renamed, settings
 except ModuleNotFoundError as missing:
     sys.exit(f"ewavit: the command line needs {missing.name}: pip install 'ewavit[train]'")
 
@@ -431,7 +431,7 @@ def _parsed(content: Mapping[str, Any], source: str, command: str) -> dict[str, 
     """Settings from YAML. They become command-line words, so that one parser checks both."""
     known = {setting.name for setting in settings()} | (_OF_COMPARISON if command == "compare" else set())
     words = []
-    for name, value in content.items():
+    for name, value in renamed(content).items():
         if name not in known:
             hint = did_you_mean(name, known) or f": see ewavit {command} --help"
             raise EwavitError(f"{source} has the unknown setting {name!r}{hint}")
@@ -458,7 +458,7 @@ def _train(options: argparse.Namespace) -> int:
     if options.resume is None:
         recipe, _ = _recipe(options)
     else:
-        harmless = {"data", "data_dir", "workers", "tensorboard"}
+        harmless = {"data", "data_dir", "workers", "log"}
         if options.config or (fixed := sorted(set(given) - harmless)):
             what = "--config" if options.config else f"--{flag(fixed[0])}"
             raise EwavitError(f"--resume takes all settings from the run: leave out {what}")

@@ -120,7 +120,7 @@ def _train_or_resume(recipe: Recipe, run: RunFolder) -> None:
         return
     run.model.unlink(missing_ok=True)  # written before the end was reached
     if run.has_checkpoint:
-        same = {name: getattr(recipe, name) for name in ("data_dir", "workers", "tensorboard")}
+        same = {name: getattr(recipe, name) for name in ("data_dir", "workers", "log")}
         resume(run.path, **same, **given_spec(recipe.data))
     else:
         shutil.rmtree(run.path, ignore_errors=True)

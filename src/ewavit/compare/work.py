@@ -39,7 +39,7 @@ TUNING_SEEDS = 2
 MOST_THREADS = 4096  # of a run, in the file of an earlier start
 TUNING_HOLDOUT = 0.2  # of the training data, unless the recipe holds out a share of its own
 # What may differ between two starts of a comparison: where things are, and how they are read and shown.
-_FREE = {"output", "name", "data_dir", "workers", "tensorboard"}
+_FREE = {"output", "name", "data_dir", "workers", "log"}
 
 
 @dataclass(frozen=True)

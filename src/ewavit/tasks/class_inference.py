@@ -45,8 +45,8 @@ class ClassInference(Inference):
         *_, classes, probabilities = row.values()
         assert isinstance(classes, list)
         assert isinstance(probabilities, list)
-        return ", ".join(
-            f"{shown(name)} {100 * probability:.1f} %"
+        return "; ".join(
+            f"{100 * probability:.1f} % {shown(name)}"
             for name, probability in zip(classes, probabilities, strict=True)
         )
 
@@ -55,7 +55,7 @@ class ClassInference(Inference):
         pictures = [self.files.show(number) for number, *_ in chosen]
         captions = [
             f"{short(Path(self.files.names[number]).name)}\n"
-            f"{short(self.options.classes[classes[0]])} {100 * probabilities[0]:.1f} %"
+            f"{100 * probabilities[0]:.1f} % {short(self.options.classes[classes[0]])}"
             for number, classes, probabilities in chosen
         ]
         draw_sheet(pictures, captions, path, clouds=self.files.kind == "clouds")

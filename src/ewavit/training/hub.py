@@ -26,7 +26,7 @@ from ewavit.training.recipe import Recipe
 from ewavit.training.run_folder import RunFolder
 
 # What a recipe says of the machine and of the folder, not of the model.
-_OF_THE_MACHINE = ("output", "name", "data_dir", "workers", "tensorboard")
+_OF_THE_MACHINE = ("output", "name", "data_dir", "workers", "log")
 _EWA = ("experts", "share_rate", "ramp", "ramp_shape", "select", "unit", "placement", "average_every")
 PAPER = "https://arxiv.org/abs/2308.06093"
 

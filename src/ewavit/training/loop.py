@@ -35,6 +35,7 @@ from ewavit.data.relabelled import with_classes
 from ewavit.errors import Diverged, EwavitError, Refused
 from ewavit.files import remove
 from ewavit.tasks.choice import task_for
+from ewavit.tasks.sheet import draw_images
 from ewavit.tasks.task import Metrics
 from ewavit.training import report
 from ewavit.training.building import check_recipe_with_data
@@ -57,6 +58,7 @@ from ewavit.training.recipe import Recipe
 from ewavit.training.retention import Retention
 from ewavit.training.run_folder import RunFolder
 from ewavit.training.state import TrainingState
+from ewavit.training.trackers import Trackers
 from ewavit.training.weight_average import WeightAverage
 
 OBSERVE_EVERY = 20  # optimizer steps between two measurements of the gradient noise
@@ -234,9 +236,8 @@ class TrainingRun:
             if progress.pending is not None:
                 resumed = f", resumed at the evaluation of epoch {progress.epoch}"
             report.say(f"{opening}, {self.accelerator.device}{resumed if progress.update else ''}")
-        if recipe.tensorboard:
-            self.accelerator.init_trackers("tensorboard")
-        with self._signals.collected(self.accelerator):
+        self.trackers = Trackers(recipe, self.files, progress.epoch, main)
+        with self._signals.collected(self.accelerator), self.trackers:
             while progress.pending is not None or not self._is_over():
                 if progress.pending is None:
                     row = self._train_epoch()
@@ -394,7 +395,7 @@ class TrainingRun:
         if main:
             report.say(report.epoch_line(row, self.recipe.epochs, self.task))
             report.write_summary(progress.rows, self.files.summary)
-        self.accelerator.log(row, step=progress.epoch)
+        self.trackers.log(row, progress.epoch)
         self.state.save(self.folder)
         if main and self.recipe.checkpoint_hist:
             self.files.keep_checkpoint(progress.epoch, self.recipe.checkpoint_hist)
@@ -486,6 +487,9 @@ class TrainingRun:
             report.write_predictions(self.task, found, file, classes, self.recipe.data)
             with self._deployed(counts):
                 self.task.picture(self.data, found, predict, self.files.picture)
+            if self.recipe.log and not self.files.picture.exists():
+                draw_images(self.data, found, self.files.picture)
+            self.trackers.picture(self.files.picture, self.progress.epoch)
             title = f"{self.folder.name}: {card.model} on {self.data.name}"
             judge = self.task.judge
             report.draw_curves(self.progress.rows, self.files.curves, title, judged_on, judge)

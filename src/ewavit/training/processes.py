@@ -19,6 +19,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from ewavit.errors import EwavitError, first_line
 from ewavit.training.recipe import Recipe
 from ewavit.training.run_folder import RunFolder
+from ewavit.training.trackers import check_trackers
 
 
 class ProcessLost(Exception):
@@ -59,7 +60,7 @@ def start_accelerator(recipe: Recipe, run: Path) -> Accelerator:
         EwavitError: the precision does not work here.
     """
     precision = {"bfloat16": "bf16", "float16": "fp16"}[recipe.amp_dtype] if recipe.amp else "no"
-    log_with = "tensorboard" if recipe.tensorboard else None
+    check_trackers(recipe)
     cpu = (
         not torch.accelerator.is_available()
     )  # said, or accelerate leaves launched CPU processes on their own
@@ -72,7 +73,6 @@ def start_accelerator(recipe: Recipe, run: Path) -> Accelerator:
         return Accelerator(
             cpu=cpu,
             mixed_precision=precision,
-            log_with=log_with,
             project_dir=str(run),
             kwargs_handlers=[steady],
         )

@@ -56,6 +56,7 @@ _KWARGS: dict[str, Mapping[str, str]] = {
     },
 }
 BUNDLED = {"classification": "fashion-mnist-mini", "segmentation": "shapes"}  # the default data of each task
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 GROUPS = (
     "data", "model", "experts", "optimisation", "augmentation", "precision and speed", "averages", "output",
 )  # fmt: skip
@@ -350,7 +351,11 @@ class Recipe:
         "needs --holdout; 0 never does",
         least=0,
     )
-    tensorboard: bool = _output(False, "write TensorBoard events into the run's folder")
+    log: str | None = _output(
+        None,
+        "also log to experiment trackers, one or several of tensorboard,wandb,trackio,mlflow; tensorboard "
+        "writes into the run's folder",
+    )
 
     def __post_init__(self) -> None:
         for setting in fields(self):
@@ -374,6 +379,10 @@ class Recipe:
         if self.branch:
             self._refuse(f"--branch {self.branch}", router=self.is_routed)
             self._refuse(f"--branch {self.branch}", select=self.select == "model" and self.experts > 1)
+        if unknown := [name for name in self.trackers if name not in TRACKERS]:
+            raise EwavitError(
+                f"--log {unknown[0]!r} is unknown: give one or several of {', '.join(TRACKERS)}, with commas"
+            )
         self._check_experts()
         self._check_averages()
         if self.pretrained and self.initial_checkpoint:
@@ -396,6 +405,11 @@ class Recipe:
                 raise EwavitError(
                     f"--freeze {self.freeze!r} is no regular expression ({problem}): repair it"
                 ) from None
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """The names in `log`, each once."""
+        return tuple(dict.fromkeys(name.strip() for name in self.log.split(","))) if self.log else ()
 
     @property
     def is_routed(self) -> bool:
@@ -498,7 +512,7 @@ class Recipe:
         Raises:
             EwavitError: a setting is unknown; `source` is named.
         """
-        known = {setting.name for setting in fields(cls)}
+        known, settings = {setting.name for setting in fields(cls)}, renamed(settings)
         if unknown := sorted(set(settings) - known):
             raise EwavitError(f"{source} has unknown settings {', '.join(unknown)}: remove them")
         return cls(**settings)
@@ -509,6 +523,14 @@ _EXAMPLES = {
     "opt_kwargs": "eps=1e-6,amsgrad=True",
     "sched_kwargs": "cycle_limit=2,cycle_decay=0.5",
 }
+
+
+def renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings from a file, where an earlier version may have written other names."""
+    found = dict(settings)
+    if found.pop("tensorboard", False):
+        found.setdefault("log", "tensorboard")
+    return found
 
 
 def kwargs_text(name: str, kwargs: Mapping[str, Any]) -> str:

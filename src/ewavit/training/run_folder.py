@@ -101,6 +101,11 @@ class RunFolder:
         return self.path / "curves.png"
 
     @property
+    def trackers(self) -> Path:
+        """The numbers of the run's logs in experiment trackers."""
+        return self.path / "trackers.json"
+
+    @property
     def digests(self) -> Path:
         """The digests of the files of a finished run."""
         return self.path / "digests.json"
