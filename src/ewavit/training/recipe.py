@@ -102,10 +102,10 @@ class Recipe:
         None, "what the model learns (default: follows from the data; a folder of images and masks needs it)"
     )
     data: str = _data(
-        None,
-        "bundled set (fashion-mnist-mini, shapes, solids, solid-parts), folder of images, of CIFAR or of "
-        "Tiny-ImageNet, folder of images and masks with --task segmentation, timm spec (torch/..., "
-        "hfds/..., wds/...) or point clouds such as modelnet10:PATH (default: the bundled set of the task)",
+        "bundled",
+        "bundled set (fashion-mnist-mini, shapes, solids, solid-parts; by default that of the task), folder "
+        "of images, of CIFAR or of Tiny-ImageNet, folder of images and masks with --task segmentation, timm "
+        "spec (torch/..., hfds/..., wds/...) or point clouds such as modelnet10:PATH",
     )
     limit: int | None = _data(None, "use only the first N training images", least=1)
     img_size: int | None = _data(None, "image side in pixels (default: that of the data)", least=1, most=4096)
@@ -362,7 +362,7 @@ class Recipe:
             value = _converted(setting, getattr(self, setting.name))
             _check_value(setting, value)
             object.__setattr__(self, setting.name, value)
-        if self.data is None:
+        if self.data == "bundled":
             object.__setattr__(self, "data", BUNDLED[self.task or "classification"])
         for name in ("scale", "ratio"):
             pair = getattr(self, name)
