@@ -453,7 +453,7 @@ class Recipe:
                 "--share-rate 0"
             )
         if self.router != "random" and self.experts > 1:
-            if self.top_k and self.k > self.experts:
+            if self.router == "topk" and self.k > self.experts:
                 raise EwavitError(
                     f"--k {self.k} is more than --experts {self.experts}: choose at most {self.experts}"
                 )
