@@ -19,6 +19,7 @@ from ewavit.data.batches import Data
 from ewavit.errors import EwavitError
 from ewavit.tasks.block_diagonal import group_ffns
 from ewavit.tasks.choice import task_for
+from ewavit.tasks.task import LossOptions
 from ewavit.training.building import (
     build_optimizer,
     build_scheduler,
@@ -54,6 +55,7 @@ class TrainingState:
     averaging: ExpertAveraging | None  # of the experts, attached to the optimizer
     prediction: SpreadPrediction | None
     average: WeightAverage | None
+    criterion: nn.Module | None  # the task's loss, if it has a state
     progress: Progress = field(default_factory=Progress)
 
     @classmethod
@@ -112,7 +114,13 @@ class TrainingState:
             predictable = SpreadPrediction.supports(optimizer) and recipe.router == "random"
             if predictable and recipe.placement == "local":
                 prediction = SpreadPrediction(model, optimizer, averaging)
-        state = cls(recipe, accelerator, card, model, optimizer, scheduler, averaging, prediction, average)
+        options = LossOptions(recipe.margin, recipe.koleo, recipe.memory)
+        criterion = task_for(recipe.data, recipe.task).criterion(options)
+        if criterion is not None:
+            criterion.to(accelerator.device)
+        state = cls(
+            recipe, accelerator, card, model, optimizer, scheduler, averaging, prediction, average, criterion
+        )
         if checkpoint is not None:
             state._restore(checkpoint)
         return state
@@ -143,6 +151,7 @@ class TrainingState:
             "averaging": self.averaging.state_dict() if self.averaging else None,
             "prediction": self.prediction.state_dict() if self.prediction else None,
             "average": average,
+            **({"criterion": self.criterion.state_dict()} if self.criterion is not None else {}),
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
         facts = {
@@ -196,5 +205,7 @@ class TrainingState:
             load_stacked_state_dict(self.average.module, {"model": training["average"]["module"]})
             mine = training["average"] | {"module": self.average.module.state_dict()}
             self.average.load_state_dict(mine)
+        if self.criterion is not None:
+            self.criterion.load_state_dict(training["criterion"])
         if training["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(training["scaler"])
