@@ -96,7 +96,8 @@ def rank(descriptors: Tensor, labels: Tensor, roles: Tensor) -> Ranking:
             recall[column] += int(right[:, :k].any(1).sum())
         places = torch.arange(1, deepest + 1, device=right.device)
         within = right & (places <= found[with_class][:, None])
-        average = (within.cumsum(1) / places * within).double().sum(1) / found[with_class]
+        precisions = within.cumsum(1).double() / places
+        average = (precisions * within).sum(1) / found[with_class]
         precision += float(average.sum())
         count += len(order)
     if not count:
