@@ -23,7 +23,7 @@ from ewavit.tasks.retrieval import Retrieval
 from ewavit.training.evaluation import evaluate_batches
 
 SIDE = 28
-MODEL = {"patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 4}  # of recipes/compare-retrieval.yaml
+MODEL = {"patch_size": 7, "embed_dim": 64, "depth": 4, "num_heads": 4}  # of recipes/compare-retrieval.yaml
 
 
 def prepare(archive: Path, folder: Path) -> None:

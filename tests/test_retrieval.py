@@ -365,7 +365,7 @@ def test_a_run_leaves_what_evaluation_comparison_and_export_need(finished, tmp_p
     assert (finished / "predictions.png").stat().st_size > 1000
     metrics = evaluate(finished)
     assert metrics["recall1"] == pytest.approx(float(last["eval_recall1"]), abs=0.2)
-    assert read_run(RunFolder(finished), 42, 2, Retrieval.judge).metric == pytest.approx(
+    assert read_run(RunFolder(finished), 42, Retrieval.judge).metric == pytest.approx(
         metrics["recall1"], abs=0.2
     )
     said = export(finished, tmp_path / "plain.safetensors")
@@ -432,6 +432,7 @@ def test_retrieval_compares_its_arms_by_recall_at_1(tmp_path, capsys):
         (["--task", "retrieval", "--bce-loss"], "--bce-loss is for classification"),
         (["--task", "retrieval", "--data", "nowhere"], "unknown data 'nowhere' for --task retrieval"),
         (["--task", "retrieval", "--holdout", "0.9"], "leaves fewer than two on a side"),
+        (["--task", "retrieval", "--memory", "8", "--twa", "1"], "changes the losses that --twa compares"),
         (["--koleo", "0.5"], "--koleo 0.5 is not for classification: leave it out"),
     ],
 )

@@ -100,7 +100,7 @@ class Recipe:
         EwavitError: a value is out of range, or two settings exclude each other.
     """
 
-    task: Literal["classification", "segmentation"] | None = _data(
+    task: Literal["classification", "segmentation", "retrieval"] | None = _data(
         None, "what the model learns (default: follows from the data; a folder of images and masks needs it)"
     )
     data: str = _data(
@@ -281,7 +281,7 @@ class Recipe:
     )
     koleo: float = _optimisation(0.7, "with --task retrieval: weight of the KoLeo regulariser", least=0)
     memory: int = _optimisation(
-        1024,
+        0,
         "with --task retrieval: descriptors of earlier batches in the loss; 0 for none",
         least=0,
         most=10**7,
@@ -487,6 +487,8 @@ class Recipe:
         warmup = min(self.warmup_epochs, self.epochs // 2)
         if self.swa and self.epochs - round(self.swa * self.epochs) < warmup:
             raise EwavitError(f"--swa {self.swa} begins within the {warmup} epochs of warm-up: choose less")
+        if self.twa and self.memory:
+            raise EwavitError(f"--memory {self.memory} changes the losses that --twa compares: leave out one")
         if self.model_ema_switch and not self.model_ema:
             raise EwavitError("--model-ema-switch copies the EMA into the model: also give --model-ema")
 
