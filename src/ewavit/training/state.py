@@ -55,8 +55,8 @@ class TrainingState:
     averaging: ExpertAveraging | None  # of the experts, attached to the optimizer
     prediction: SpreadPrediction | None
     average: WeightAverage | None
-    criterion: nn.Module | None  # the task's loss, if it has a state
     progress: Progress = field(default_factory=Progress)
+    criterion: nn.Module | None = None  # the task's loss, if it has a state
 
     @classmethod
     def build(
@@ -114,13 +114,8 @@ class TrainingState:
             predictable = SpreadPrediction.supports(optimizer) and recipe.router == "random"
             if predictable and recipe.placement == "local":
                 prediction = SpreadPrediction(model, optimizer, averaging)
-        options = LossOptions(recipe.margin, recipe.koleo, recipe.memory)
-        criterion = task_for(recipe.data, recipe.task).criterion(options)
-        if criterion is not None:
-            criterion.to(accelerator.device)
-        state = cls(
-            recipe, accelerator, card, model, optimizer, scheduler, averaging, prediction, average, criterion
-        )
+        state = cls(recipe, accelerator, card, model, optimizer, scheduler, averaging, prediction, average)
+        state.criterion = _criterion(recipe, accelerator.device)
         if checkpoint is not None:
             state._restore(checkpoint)
         return state
@@ -209,3 +204,10 @@ class TrainingState:
             self.criterion.load_state_dict(training["criterion"])
         if training["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(training["scaler"])
+
+
+def _criterion(recipe: Recipe, device: torch.device) -> nn.Module | None:
+    """The loss with a state of the recipe's task, if it has one."""
+    options = LossOptions(recipe.margin, recipe.koleo, recipe.memory)
+    criterion = task_for(recipe.data, recipe.task).criterion(options)
+    return None if criterion is None else criterion.to(device)
