@@ -74,6 +74,51 @@ class BatchPlan:
 
 
 @dataclass(frozen=True)
+class ClassPlan(BatchPlan):
+    """Batches with `per_class` images of each class in them, or of a class several times as many.
+
+    The images of a class are shuffled and cut into groups of `per_class`; what is left over waits for another
+    epoch, and a class with fewer images repeats them. An epoch is one permutation of all groups, drawn from
+    (seed, epoch). The ranks share it as in `BatchPlan`.
+
+    Args:
+        labels: classes of the training samples.
+        per_class: samples in a group; it divides `batch_size`.
+
+    Raises:
+        EwavitError: `per_class` does not divide `batch_size`.
+    """
+
+    labels: tuple[int, ...] = ()
+    per_class: int = 4
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.per_class:
+            raise EwavitError(
+                f"--batch-size {self.batch_size} is no multiple of --per-class {self.per_class}: change one"
+            )
+
+    @property
+    def batches_per_epoch(self) -> int:
+        sizes = np.unique(np.array(self.labels), return_counts=True)[1]
+        groups = int(np.maximum(sizes // self.per_class, 1).sum())
+        return groups * self.per_class // (self.batch_size * self.world_size)
+
+    def train_indices(self, epoch: int, start: int = 0) -> Iterator[Ints]:
+        """Yield the indices (batch,) of each training batch of this rank, from batch `start` on."""
+        generator = np.random.default_rng(entropy(self.seed, epoch))
+        labels, groups = np.array(self.labels), []
+        for label in np.unique(labels):
+            mine = generator.permutation(np.flatnonzero(labels == label))
+            mine = np.resize(mine, max(len(mine) // self.per_class, 1) * self.per_class)
+            groups.append(mine.reshape(-1, self.per_class))
+        of_rank = generator.permutation(np.concatenate(groups))[self.rank :: self.world_size]
+        size = self.batch_size // self.per_class
+        for batch in range(start, self.batches_per_epoch):
+            yield of_rank[batch * size : (batch + 1) * size].ravel()
+
+
+@dataclass(frozen=True)
 class Inputs(ABC):
     """Shape of a model's inputs, and the number of classes.
 
@@ -143,6 +188,7 @@ class Data(ABC):
         img_size: height and width in pixels; 0 for clouds.
         num_points: points per cloud; None for images.
         categories: the parts of each category, for clouds with labelled parts; else empty.
+        eval_classes: names of the evaluation classes, where they are others than `classes`; else empty.
         mean: mean of each channel, values in 0..1, subtracted from the images; empty for clouds.
         std: standard deviation of each channel, by which the images are divided; empty for clouds.
         resizing: how evaluation images are resized and cropped; None for clouds.
@@ -158,6 +204,7 @@ class Data(ABC):
     img_size: int
     num_points: int | None = None
     categories: tuple[tuple[int, ...], ...] = ()
+    eval_classes: tuple[str, ...] = ()
     mean: tuple[float, ...]
     std: tuple[float, ...]
     resizing: Resizing | None = None

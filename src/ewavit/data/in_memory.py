@@ -46,7 +46,8 @@ class TensorData(Data):
     """
 
     def __init__(self, arrays: Arrays, indices: Ints, options: DataOptions) -> None:
-        device, plan = options.device, options.plan(len(indices), len(arrays.eval_labels))
+        device, count = options.device, len(arrays.eval_labels)
+        plan = options.plan(len(indices), count, lambda: arrays.train_labels[indices])
         self._plan = plan
         self._train_images = _resized(arrays.train_images[indices], options.img_size, device)
         self._train_labels = torch.from_numpy(arrays.train_labels[indices]).to(device)

@@ -289,7 +289,7 @@ class LoaderData(Data):
         eval_indices: Ints,
         options: DataOptions,
     ) -> None:
-        plan = options.plan(len(indices), len(eval_indices))
+        plan = options.plan(len(indices), len(eval_indices), lambda: train.labels()[indices])
         native_size, self.in_chans, dark = look_at(train)
         self.name = name
         self.classes = train.classes

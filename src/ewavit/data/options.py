@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from ewavit.data.arrays import Ints
 from ewavit.data.augmentation import Augmentation
-from ewavit.data.batches import BatchPlan, Resizing, Statistics
+from ewavit.data.batches import BatchPlan, ClassPlan, Resizing, Statistics
 from ewavit.errors import EwavitError
 
 PREPARATION = ("mean", "std", "interpolation", "crop_pct", "crop_mode")  # of images, in timm's words
@@ -42,6 +44,7 @@ class DataOptions:
         val_split: name of the evaluation split of a timm set, or of the evaluation folder.
         num_points: points per cloud; None takes 1,024, or 2,048 for clouds with labelled parts.
         votes: evaluation passes over each cloud, averaged; all but the first are augmented.
+        per_class: images of a class that stand together in a training batch; None deals single images.
 
     Raises:
         EwavitError: an option is out of range.
@@ -68,6 +71,7 @@ class DataOptions:
     val_split: str = "validation"
     num_points: int | None = None
     votes: int = 1
+    per_class: int | None = None
 
     def __post_init__(self) -> None:
         lowest = {"batch_size": 1, "limit": 1, "img_size": 1, "workers": 0, "num_points": 1, "votes": 1}
@@ -98,9 +102,18 @@ class DataOptions:
         crop_pct = (1.0 if as_stored else 0.875) if self.crop_pct is None else self.crop_pct
         return Resizing(self.interpolation or "bicubic", crop_pct, self.crop_mode or "center")
 
-    def plan(self, num_train: int, num_eval: int) -> BatchPlan:
-        """The batches of so many training and evaluation samples for this rank."""
-        return BatchPlan(num_train, num_eval, self.batch_size, self.seed, self.rank, self.world_size)
+    def plan(self, num_train: int, num_eval: int, labels: Callable[[], Ints] | None = None) -> BatchPlan:
+        """The batches of so many training and evaluation samples for this rank.
+
+        Args:
+            num_train: training samples.
+            num_eval: evaluation samples.
+            labels: gives the classes of the training samples, (samples,); called with `per_class` only.
+        """
+        numbers = (num_train, num_eval, self.batch_size, self.seed, self.rank, self.world_size)
+        if self.per_class is None or labels is None:
+            return BatchPlan(*numbers)
+        return ClassPlan(*numbers, tuple(labels().tolist()), self.per_class)
 
 
 def _for_channels(name: str, values: tuple[float, ...], in_chans: int) -> tuple[float, ...]:

@@ -230,7 +230,12 @@ def _natural_key(name: str) -> list[int | str]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())]
 
 
-def _read_class_folders(folder: Path) -> FileImages:
+def read_class_folders(folder: Path) -> FileImages:
+    """The images in the class folders of a folder.
+
+    Raises:
+        EwavitError: there are fewer than two classes, or one without images.
+    """
     classes = tuple(sorted(class_folders(folder), key=_natural_key))
     if len(classes) < 2:
         has = f"one class only ({classes[0]})" if classes else "no class folders"
@@ -295,12 +300,12 @@ def read_folder(
     tiny = path / "tiny-imagenet-200"
     path = tiny if tiny.is_dir() else path
     train_folder, val_folder = split_folders(path, train_split, val_split, holdout, "images")
-    train = _read_class_folders(train_folder)
+    train = read_class_folders(train_folder)
     if val_folder is None:
         return train, None
     if (val_folder / "val_annotations.txt").is_file() and (val_folder / "images").is_dir():
         return train, _read_tiny_imagenet_val(val_folder, train.classes)
-    val = _read_class_folders(val_folder)
+    val = read_class_folders(val_folder)
     check_same_classes(train.classes, val.classes, str(path))
     return train, val
 

@@ -10,16 +10,18 @@ from ewavit.points.sources import has_parts, is_points
 from ewavit.tasks.classification import Classification
 from ewavit.tasks.clouds import CloudClassification
 from ewavit.tasks.part_segmentation import PartSegmentation
+from ewavit.tasks.retrieval import Retrieval
 from ewavit.tasks.segmentation import Segmentation
 from ewavit.tasks.task import Task
 
 # The tasks of each kind of data; the first one is the default.
 TASKS: Mapping[str, tuple[type[Task], ...]] = {
-    "images": (Classification, Segmentation),
+    "images": (Classification, Segmentation, Retrieval),
     "images with masks": (Segmentation,),
     "clouds": (CloudClassification,),
     "clouds with parts": (PartSegmentation,),
 }
+OWN_SETTINGS = {name for tasks in TASKS.values() for task in tasks for name in task.own_settings}
 
 
 def task_for(data: str, name: str | None = None) -> Task:

@@ -40,4 +40,5 @@ class Judge:
 
 TOP1 = Judge("top1", "top-1", bounds=(0, 100), share_of_samples=True)
 MIOU = Judge("miou", "mIoU", bounds=(0, 100))
+RECALL1 = Judge("recall1", "Recall@1", bounds=(0, 100))
 INSTANCE_IOU = Judge("instance_iou", "instance mIoU", bounds=(0, 100))

@@ -39,6 +39,7 @@ def draw_sheet(
     path: Path,
     wrong: Sequence[bool] = (),
     clouds: bool = False,
+    columns: int | None = None,
 ) -> None:
     """Draw a grid of inputs with captions.
 
@@ -48,13 +49,15 @@ def draw_sheet(
         path: file of the picture.
         wrong: for each, whether its prediction is wrong: then the caption is red.
         clouds: whether `pictures` are clouds.
+        columns: of the grid; None chooses them by the number of pictures.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    columns = min(6, len(pictures)) if len(pictures) < 12 else min(8, math.ceil(math.sqrt(len(pictures))))
+    usual = min(6, len(pictures)) if len(pictures) < 12 else min(8, math.ceil(math.sqrt(len(pictures))))
+    columns = columns or usual
     rows = math.ceil(len(pictures) / columns)
     figure = pyplot.figure(figsize=(2.2 * columns, 2.6 * rows), layout="constrained")
     for number, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):

@@ -25,6 +25,21 @@ Table = tuple[Sequence[str], Iterable[Sequence[Cell]]]  # header and rows
 
 
 @dataclass(frozen=True)
+class LossOptions:
+    """Settings of a loss with a state.
+
+    Attributes:
+        margin: similarity from which a pair of two classes counts.
+        koleo: weight of the KoLeo regulariser.
+        memory: descriptors of earlier batches that are kept.
+    """
+
+    margin: float
+    koleo: float
+    memory: int
+
+
+@dataclass(frozen=True)
 class Metrics:
     """The metrics of one evaluation.
 
@@ -92,6 +107,8 @@ class Task(ABC):
         kind: kind of the inputs in messages, "images" or "clouds".
         judge: the metric that judges and compares runs.
         names_classes: whether every input has one class, for a confusion matrix.
+        fixed_classes: whether the outputs are classes, so that data must have those of the training.
+        own_settings: settings of a recipe that this task alone uses.
         no_mixing: error message if mixup and CutMix do not apply; None if they do.
         fewest_per_batch: smallest training batch of the model, and the error message for smaller ones.
         suffixes: endings of the files that `open_files` takes from a folder, such as ".png".
@@ -101,6 +118,8 @@ class Task(ABC):
     kind: ClassVar[str]
     judge: ClassVar[Judge]
     names_classes: ClassVar[bool] = True
+    fixed_classes: ClassVar[bool] = True
+    own_settings: ClassVar[tuple[str, ...]] = ()
     no_mixing: ClassVar[str | None] = None
     fewest_per_batch: ClassVar[tuple[int, str]] = (1, "")
     suffixes: ClassVar[tuple[str, ...]]
@@ -223,6 +242,10 @@ class Task(ABC):
             targets: labels, or the mixed targets of `mixing`.
             smoothing: label smoothing, 0 to 1.
         """
+
+    def criterion(self, options: LossOptions) -> nn.Module | None:
+        """A loss of outputs and targets with a state, kept in checkpoints; None where `loss` is all."""
+        return None
 
     def mixing(self, mixup: float, cutmix: float, num_classes: int) -> Mixing | None:
         """A function that mixes a batch by Mixup and CutMix with these alphas; None if both are 0."""

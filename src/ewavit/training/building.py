@@ -26,8 +26,8 @@ from ewavit.core.moe import moe_layers
 from ewavit.core.surgery import expand
 from ewavit.data.batches import Data, Inputs
 from ewavit.errors import EwavitError, first_line
-from ewavit.tasks.choice import task_for
-from ewavit.training.recipe import Recipe
+from ewavit.tasks.choice import OWN_SETTINGS, task_for
+from ewavit.training.recipe import Recipe, flag, settings
 
 
 def model_inputs(recipe: Recipe, data: Data | None = None) -> Inputs:
@@ -138,6 +138,10 @@ def check_recipe_with_data(recipe: Recipe, data: Data, processes: int) -> None:
         raise EwavitError(task.no_mixing)
     if recipe.keep_best not in (None, "loss", task.judge.column):
         raise EwavitError(f"--keep-best {recipe.keep_best} is unknown: choose {task.judge.column} or loss")
+    defaults = {setting.name: setting.default for setting in settings() if setting.name in OWN_SETTINGS}
+    for name, default in defaults.items():
+        if name not in task.own_settings and (value := getattr(recipe, name)) != default:
+            raise EwavitError(f"--{flag(name)} {value} is not for {task.name}: leave it out")
     fewest, why = task.fewest_per_batch
     if recipe.batch_size < fewest:
         raise EwavitError(f"--batch-size {recipe.batch_size} {why}")

@@ -193,7 +193,9 @@ class TrainingRun:
         self.task = task_for(recipe.data, recipe.task)
         card = None if checkpoint is None else ModelCard.from_dict(checkpoint.facts["card"])
         self.data = open_recipe_data(recipe, device, accelerator.process_index, processes, card)
-        if card is not None:  # the data may have moved, and its folders may sort otherwise
+        if (
+            card is not None and self.task.fixed_classes
+        ):  # the data may have moved, and its folders may sort otherwise
             self.data = with_classes(self.data, card.classes)
         check_recipe_with_data(recipe, self.data, processes)
         self.updates_per_epoch = self.data.batches_per_epoch // recipe.grad_accum_steps
@@ -212,7 +214,7 @@ class TrainingRun:
         if recipe.top_k is not None:
             scale = self.loss_scale
             scale_auxiliary_loss(self.state.model, lambda loss: loss * scale)
-        self.criterion = training_loss(recipe, self.task, self.data, device)
+        self.criterion = training_loss(recipe, self.task, self.data, device, self.state.criterion)
         self.retention = None
         if recipe.retain is not None:
             self.retention = Retention(recipe, self.state.card, processes, device)

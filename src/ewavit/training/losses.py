@@ -24,7 +24,9 @@ from ewavit.training.recipe import Recipe
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # inputs, outputs and targets -> the mean loss
 
 
-def training_loss(recipe: Recipe, task: Task, data: Data, device: torch.device) -> Loss:
+def training_loss(
+    recipe: Recipe, task: Task, data: Data, device: torch.device, criterion: nn.Module | None = None
+) -> Loss:
     """The loss that a recipe asks for.
 
     Args:
@@ -32,6 +34,7 @@ def training_loss(recipe: Recipe, task: Task, data: Data, device: torch.device) 
         task: its loss is taken unless the recipe says otherwise.
         data: the training data.
         device: where the model is.
+        criterion: the task's loss with a state, if it has one.
 
     Returns:
         The mean loss of a batch, from its inputs, the model's outputs and labels or mixed targets.
@@ -45,6 +48,8 @@ def training_loss(recipe: Recipe, task: Task, data: Data, device: torch.device) 
         "--distill-from": recipe.distill_from is not None,
     }
     if not any(asked.values()):
+        if criterion is not None:
+            return lambda inputs, outputs, targets: criterion(outputs, targets)
         return lambda inputs, outputs, targets: task.loss(outputs, targets, recipe.smoothing)
     if not task.names_classes:
         name = next(name for name, given in asked.items() if given)

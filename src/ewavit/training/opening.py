@@ -95,6 +95,9 @@ def open_recipe_data(
         val_split=recipe.val_split,
         num_points=recipe.num_points,
         votes=recipe.votes,
+        per_class=recipe.per_class
+        if "per_class" in task_for(recipe.data, recipe.task).own_settings
+        else None,
         **{**preparation, **given},
     )
     return open_data(recipe.data, options, recipe.task)
@@ -121,7 +124,7 @@ def open_for(card: ModelCard, spec: str | None, options: DataOptions) -> Data:
             f"{data.name} has {data.in_chans} channels, the model {card.in_chans}: give the data that it was "
             "trained for"
         )
-    return with_classes(data, card.classes)
+    return with_classes(data, card.classes) if card.task.fixed_classes else data
 
 
 def _preparation(card: ModelCard) -> dict[str, Any]:

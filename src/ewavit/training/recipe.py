@@ -55,7 +55,10 @@ _KWARGS: dict[str, Mapping[str, str]] = {
         "updates_per_epoch": "the data has a number of steps, leave it out",
     },
 }
-BUNDLED = {"classification": "fashion-mnist-mini", "segmentation": "shapes"}  # the default data of each task
+# The default data of each task.
+BUNDLED = {
+    "classification": "fashion-mnist-mini", "segmentation": "shapes", "retrieval": "fashion-mnist-mini",
+}  # fmt: skip
 TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 GROUPS = (
     "data", "model", "experts", "optimisation", "augmentation", "precision and speed", "averages", "output",
@@ -98,7 +101,7 @@ class Recipe:
         EwavitError: a value is out of range, or two settings exclude each other.
     """
 
-    task: Literal["classification", "segmentation"] | None = _data(
+    task: Literal["classification", "segmentation", "retrieval"] | None = _data(
         None, "what the model learns (default: follows from the data; a folder of images and masks needs it)"
     )
     data: str = _data(
@@ -267,6 +270,22 @@ class Recipe:
     distillation_alpha: float = _optimisation(0.5, "share of the distillation in the loss", above=0, most=1)
     distillation_tau: float = _optimisation(
         1.0, "temperature of --distillation-type soft", above=0, most=1000
+    )
+    per_class: int = _optimisation(
+        4, "with --task retrieval: images of a class that stand together in a batch", least=2
+    )
+    margin: float = _optimisation(
+        0.5,
+        "with --task retrieval: similarity from which images of two classes count in the loss",
+        least=-1,
+        below=1,
+    )
+    koleo: float = _optimisation(0.7, "with --task retrieval: weight of the KoLeo regulariser", least=0)
+    memory: int = _optimisation(
+        0,
+        "with --task retrieval: descriptors of earlier batches in the loss; 0 for none",
+        least=0,
+        most=10**7,
     )
     seed: int = _optimisation(
         42, "seed of initial weights, data order, augmentation and partitions", least=0, most=2**63 - 1
@@ -482,6 +501,8 @@ class Recipe:
         warmup = min(self.warmup_epochs, self.epochs // 2)
         if self.swa and self.epochs - round(self.swa * self.epochs) < warmup:
             raise EwavitError(f"--swa {self.swa} begins within the {warmup} epochs of warm-up: choose less")
+        if self.twa and self.memory:
+            raise EwavitError(f"--memory {self.memory} changes the losses that --twa compares: leave out one")
         if self.model_ema_switch and not self.model_ema:
             raise EwavitError("--model-ema-switch copies the EMA into the model: also give --model-ema")
 

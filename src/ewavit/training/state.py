@@ -19,6 +19,7 @@ from ewavit.data.batches import Data
 from ewavit.errors import EwavitError
 from ewavit.tasks.block_diagonal import group_ffns
 from ewavit.tasks.choice import task_for
+from ewavit.tasks.task import LossOptions
 from ewavit.training.building import (
     build_optimizer,
     build_scheduler,
@@ -55,6 +56,7 @@ class TrainingState:
     prediction: SpreadPrediction | None
     average: WeightAverage | None
     progress: Progress = field(default_factory=Progress)
+    criterion: nn.Module | None = None  # the task's loss, if it has a state
 
     @classmethod
     def build(
@@ -113,6 +115,7 @@ class TrainingState:
             if predictable and recipe.placement == "local":
                 prediction = SpreadPrediction(model, optimizer, averaging)
         state = cls(recipe, accelerator, card, model, optimizer, scheduler, averaging, prediction, average)
+        state.criterion = _criterion(recipe, accelerator.device)
         if checkpoint is not None:
             state._restore(checkpoint)
         return state
@@ -143,6 +146,7 @@ class TrainingState:
             "averaging": self.averaging.state_dict() if self.averaging else None,
             "prediction": self.prediction.state_dict() if self.prediction else None,
             "average": average,
+            **({"criterion": self.criterion.state_dict()} if self.criterion is not None else {}),
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
         facts = {
@@ -196,5 +200,14 @@ class TrainingState:
             load_stacked_state_dict(self.average.module, {"model": training["average"]["module"]})
             mine = training["average"] | {"module": self.average.module.state_dict()}
             self.average.load_state_dict(mine)
+        if self.criterion is not None:
+            self.criterion.load_state_dict(training["criterion"])
         if training["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(training["scaler"])
+
+
+def _criterion(recipe: Recipe, device: torch.device) -> nn.Module | None:
+    """The loss with a state of the recipe's task, if it has one."""
+    options = LossOptions(recipe.margin, recipe.koleo, recipe.memory)
+    criterion = task_for(recipe.data, recipe.task).criterion(options)
+    return None if criterion is None else criterion.to(device)
