@@ -1,6 +1,7 @@
 """Runs that keep earlier checkpoints or their best model, and runs that end early."""
 
 import csv
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from ewavit.training.checkpoint import load_checkpoint
 from ewavit.training.export import evaluate, load_model
 from ewavit.training.loop import resume, train
 from ewavit.training.processes import Interrupted
-from runs import assert_same_end, recipe, stop_after
+from ewavit.training.run_folder import RunFolder
+from processes import in_processes
+from runs import assert_same_end, raise_after, recipe, stop_after
 
 KEEPING = {"epochs": 6, "holdout": 0.3, "keep_best": "loss", "checkpoint_hist": 2, "lr": 0.01}
 
@@ -28,6 +31,57 @@ def test_the_best_epoch_by_held_out_loss_is_kept_beside_the_last_model(tmp_path)
     assert evaluate(run, holdout=0.3, limit=256)["loss"] == pytest.approx(losses[-1], abs=1e-5)
     card = load_model(run / "model-best.safetensors")[1]
     assert card.metric == float(rows(run)[losses.index(min(losses))]["eval_top1"])
+
+
+def test_a_damaged_best_model_is_named_and_never_sealed_as_whole(tmp_path):
+    run = train(recipe(tmp_path, "best", **{**KEEPING, "epochs": 2}, experts=1)).run
+    best = run / "model-best.safetensors"
+    content = bytearray(best.read_bytes())
+    content[-5] ^= 1
+    best.write_bytes(content)
+    with pytest.raises(EwavitError, match=r"model-best\.safetensors is damaged"):
+        load_model(best)
+    with pytest.raises(EwavitError, match=r"model-best\.safetensors is damaged, and a finished run cannot"):
+        resume(run)
+    assert "model-best.safetensors" in RunFolder(run).damage()
+    best.unlink()
+    resume(run)
+    assert RunFolder(run).damage() is None
+
+
+def in_two(folder, name, stopped):
+    settings = {
+        "epochs": 5,
+        "early_stop": 1,
+        "lr": 0.02,
+        "class_weights": "balanced",
+        "freeze": "patch_embed",
+    }
+    made = recipe(folder, name, **{**KEEPING, **settings, "distill_from": f"{folder}/teacher"})
+    with pytest.MonkeyPatch.context() as patch:
+        if stopped:
+            raise_after(patch, 4, KeyError)
+        with pytest.raises(KeyError) if stopped else nullcontext():
+            train(made)
+
+
+def go_on(folder):
+    resume(folder / "parts")
+
+
+def test_two_processes_keep_stop_and_go_on_as_one_run(tmp_path):
+    train(recipe(tmp_path, "teacher", epochs=1, experts=1))
+    in_processes(2, in_two, tmp_path, "whole", False)
+    in_processes(2, in_two, tmp_path, "parts", True)
+    in_processes(2, go_on, tmp_path)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert_same_end(whole, parts)
+    first, second = (load_file(place / "model-best.safetensors") for place in (whole, parts))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert len(rows(parts)) == len(rows(whole))
+    names = [sorted(kept.name for kept in (run / "checkpoint-hist").iterdir()) for run in (whole, parts)]
+    assert names[0] == names[1]
+    assert len(names[0]) == 2
 
 
 def test_the_last_checkpoints_are_kept_whole(tmp_path):

@@ -7,16 +7,19 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ewavit import EwavitError
+from ewavit.core.experts import StackedExperts
+from ewavit.core.moe import moe_layers
 from ewavit.data.options import DataOptions
 from ewavit.tasks.choice import task_for
 from ewavit.tasks.part_segmentation import PartSegmentation
 from ewavit.training.building import build_optimizer, build_scheduler
-from ewavit.training.loop import resume, train
+from ewavit.training.loop import TrainingRun, resume, train
 from ewavit.training.losses import Teacher, balanced_weights, training_loss
 from ewavit.training.opening import open_data
 from ewavit.training.processes import Interrupted
@@ -130,6 +133,17 @@ def test_a_stopped_run_goes_on_to_the_same_bits(settings, taught, tmp_path, monk
     assert_same_end(whole, tmp_path / "parts")
 
 
+def test_a_run_with_a_teacher_goes_on_from_another_folder(taught, tmp_path, monkeypatch):
+    monkeypatch.chdir(taught.parent)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(Interrupted):
+            train(recipe(tmp_path, "moved", distill_from=taught.name))
+    monkeypatch.chdir(tmp_path)
+    resume(tmp_path / "moved")
+    assert_same_end(train(recipe(tmp_path, "whole", distill_from=str(taught))).run, tmp_path / "moved")
+
+
 def test_frozen_parameters_stay_and_the_others_learn(tmp_path, taught):
     start = load_file(taught / "model.safetensors")
     settings = {"initial_checkpoint": str(taught), "freeze": "patch_embed", "select": "all"}
@@ -143,8 +157,15 @@ def test_arguments_reach_the_optimizer_and_the_schedule():
     made = build_optimizer(model, Recipe(opt_kwargs="betas=(0.5,0.6),eps=1e-3"))
     assert (made.defaults["betas"], made.defaults["eps"]) == ((0.5, 0.6), 1e-3)
     assert Recipe(opt_kwargs={"eps": 0.5}).parsed("opt_kwargs") == {"eps": 0.5}
-    schedule = build_scheduler(made, Recipe(sched_kwargs="cycle_limit=3", epochs=9), 10)
-    assert schedule.cycle_limit == 3
+    schedule = build_scheduler(made, Recipe(sched_kwargs="k_decay=1.5", epochs=9), 10)
+    assert schedule.k_decay == 1.5
+
+
+@pytest.mark.parametrize("given", ["", "caution=True"])
+def test_experts_are_separate_where_an_argument_makes_the_optimizer_use_whole_tensors(given, tmp_path):
+    run = TrainingRun(recipe(tmp_path, "x", opt="nadamw", opt_kwargs=given), tmp_path, Accelerator())
+    (moe,) = moe_layers(run.state.model).values()
+    assert isinstance(moe.experts, StackedExperts) == (not given)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +174,14 @@ def test_arguments_reach_the_optimizer_and_the_schedule():
         ({"opt_kwargs": "lr=1"}, "--opt-kwargs lr=1 does not work: give --lr"),
         ({"opt_kwargs": "nonsense"}, "--opt-kwargs 'nonsense' is not key=value"),
         ({"opt_kwargs": "nonsense=1"}, "timm could not build the optimizer of --opt adamw"),
+        ({"opt": "lamb", "opt_kwargs": "max_grad_norm=x"}, "--opt lamb --opt-kwargs max_grad_norm=x"),
         ({"sched_kwargs": "nonsense=1"}, "timm could not build the schedule of --sched cosine"),
+        ({"sched_kwargs": "k_decay=x"}, "--sched cosine --sched-kwargs k_decay=x "),
+        ({"sched_kwargs": "noise=x"}, "--sched-kwargs noise=x "),
+        ({"sched_kwargs": "noise=0.1,noise_pct=0"}, "noise_pct 0 is too small for noise_std 1.0"),
+        ({"sched_kwargs": "noise=0.1,noise_pct=9,noise_std=3"}, "the learning rate becomes -"),
+        ({"sched_kwargs": "cycle_limit=2"}, "cycle_limit=2 does not work: a run is one cycle"),
+        ({"sched": "none", "sched_kwargs": "k_decay=2"}, "k_decay=2 has no schedule with --sched none"),
         ({"bce_loss": True, "class_weights": "balanced"}, "--bce-loss has no class weights"),
         ({"freeze": "("}, r"--freeze '\(' is no regular expression"),
         ({"freeze": "nonsense"}, "--freeze 'nonsense' fits none of the"),

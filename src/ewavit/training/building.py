@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import timm
@@ -90,9 +92,9 @@ def expand_by_recipe(model: nn.Module, recipe: Recipe, sample: Tensor | None = N
                     "--batch-size"
                 )
     # Optimizers that use a whole tensor train N matrices; replicas have one each already.
-    known = recipe.opt in list_optimizers()
-    settings = get_optimizer_info(recipe.opt).defaults if known else None
-    separate = looks_at_whole_tensors(recipe.opt, settings or {}) and not replicas
+    defaults = get_optimizer_info(recipe.opt).defaults if recipe.opt in list_optimizers() else None
+    settings = {**(defaults or {}), **recipe.parsed("opt_kwargs")}
+    separate = looks_at_whole_tensors(recipe.opt, settings) and not replicas
     expand(
         model,
         recipe.experts,
@@ -188,9 +190,10 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
             second derivatives.
     """
     fused = {"fused": True} if recipe.opt in ("adam", "adamw") else {}  # one pass over the weights
-    try:
-        optimizer: torch.optim.Optimizer = create_optimizer_v2(
-            model,
+
+    def made(of: nn.Module) -> torch.optim.Optimizer:
+        built: torch.optim.Optimizer = create_optimizer_v2(
+            of,
             opt=recipe.opt,
             lr=recipe.lr,
             weight_decay=recipe.weight_decay,
@@ -198,11 +201,18 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
             layer_decay=recipe.layer_decay,
             **{**fused, **recipe.parsed("opt_kwargs")},
         )
+        return built
+
+    try:
+        if recipe.opt_kwargs:
+            _try_step(made, next(model.parameters()).device)
+        optimizer = made(model)
     except Exception as problem:  # optimizers of several packages raise what they like
         close = difflib.get_close_matches(recipe.opt, list_optimizers(), 3)
         hint = f"did you mean {', '.join(close)}?" if recipe.opt not in close and close else "choose another"
+        given = f" --opt-kwargs {recipe.opt_kwargs}" if recipe.opt_kwargs else ""
         raise EwavitError(
-            f"timm could not build the optimizer of --opt {recipe.opt} ({first_line(problem)}): {hint}"
+            f"timm could not build the optimizer of --opt {recipe.opt}{given} ({first_line(problem)}): {hint}"
         ) from None
     if getattr(optimizer, "is_second_order", False):
         raise EwavitError(
@@ -225,9 +235,10 @@ def build_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, updates_pe
     """
     if recipe.sched == "none":
         return None
-    try:
-        scheduler, _ = create_scheduler_v2(
-            optimizer,
+
+    def made(of: torch.optim.Optimizer) -> Any:
+        return create_scheduler_v2(
+            of,
             sched=recipe.sched,
             num_epochs=recipe.epochs,
             warmup_epochs=min(recipe.warmup_epochs, recipe.epochs // 2),
@@ -238,13 +249,43 @@ def build_scheduler(optimizer: torch.optim.Optimizer, recipe: Recipe, updates_pe
             step_on_epochs=False,
             updates_per_epoch=updates_per_epoch,
             **recipe.parsed("sched_kwargs"),
-        )
+        )[0]
+
+    try:
+        if recipe.sched_kwargs:
+            _try_schedule(made, recipe, recipe.epochs * updates_per_epoch)
+        return made(optimizer)
     except Exception as problem:  # also a division by zero or an overflow
+        given = f" --sched-kwargs {recipe.sched_kwargs}" if recipe.sched_kwargs else ""
         raise EwavitError(
-            f"timm could not build the schedule of --sched {recipe.sched} ({first_line(problem)}): choose "
-            "other settings"
+            f"timm could not build the schedule of --sched {recipe.sched}{given} ({first_line(problem)}): "
+            "choose other settings"
         ) from None
-    return scheduler
+
+
+def _try_step(made: Callable[[nn.Module], torch.optim.Optimizer], device: torch.device) -> None:
+    """Let an optimizer of a small layer do a step: some arguments are read only then."""
+    layer = nn.Linear(2, 2, device=device)
+    layer(torch.ones(1, 2, device=device)).sum().backward()
+    made(layer).step()
+
+
+def _try_schedule(made: Callable[[torch.optim.Optimizer], Any], recipe: Recipe, updates: int) -> None:
+    """Ask a schedule for some of its learning rates: some arguments are read only then.
+
+    Raises:
+        ValueError: a learning rate is negative or not finite, or noise would be drawn for too long.
+    """
+    kwargs = recipe.parsed("sched_kwargs")
+    width, spread = kwargs.get("noise_pct", 0.67), kwargs.get("noise_std", 1.0)
+    if width <= 0 or width < 0.01 * abs(spread):  # timm draws again until the noise is below `noise_pct`
+        raise ValueError(f"noise_pct {width} is too small for noise_std {spread}")
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=recipe.lr)
+    schedule = made(optimizer)
+    for update in sorted({1, *(updates * part // 32 for part in range(1, 32))}):
+        schedule.step_update(update)
+        if not 0 <= (lr := optimizer.param_groups[0]["lr"]) < math.inf:
+            raise ValueError(f"the learning rate becomes {lr} at step {update}")
 
 
 def _scale_expert_lr(optimizer: torch.optim.Optimizer, model: nn.Module, factor: float) -> None:

@@ -61,7 +61,7 @@ def load_model(source: Path) -> tuple[nn.Module, ModelCard]:
         return _from_checkpoint(source)
     file = RunFolder(source).model if source.is_dir() else source
     run = RunFolder(file.parent)
-    if file in (run.model, run.average) and (damage := run.damage(file)):
+    if file in (run.model, run.average, run.best) and (damage := run.damage(file)):
         if file != run.model or not run.has_checkpoint:
             raise EwavitError(f"{file} is damaged ({damage}): use another copy of it")
         warnings.warn(f"{file} is damaged ({damage}): used the run's checkpoint instead", stacklevel=2)

@@ -85,6 +85,8 @@ def train(recipe: Recipe) -> Result:
 
     Started again by `torchrun --max-restarts`, it resumes the run of its name from the last checkpoint.
     """
+    if recipe.distill_from is not None and Path(recipe.distill_from).exists():  # found from anywhere later
+        recipe = replace(recipe, distill_from=str(Path(recipe.distill_from).absolute()))
     if recipe.name is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
         raise EwavitError("a run that torchrun may restart is found by its name: give --name")
     if recipe.name is not None and started_again():
@@ -128,6 +130,11 @@ def _resume(run: Path, changes: dict[str, Any], main: bool) -> Result:
         if not damage:
             done = checkpoint.facts["progress"]["epoch"]
             raise EwavitError(f"{run} is finished after {done} epochs: there is nothing to resume")
+        best_is_named = (files.damage(files.best) or "").startswith(files.best.name)
+        if recipe.keep_best and files.best.exists() and best_is_named:
+            raise EwavitError(
+                f"{files.best} is damaged, and a finished run cannot write it again: remove it, then resume"
+            )
         if main:
             report.say(f"warning: {run} is damaged ({damage}): its files are written again")
     accelerator = start_accelerator(recipe, run)

@@ -51,6 +51,9 @@ _KWARGS: dict[str, Mapping[str, str]] = {
             for name in ("sched", "warmup_epochs", "warmup_lr", "min_lr", "decay_epochs", "decay_rate")
         },
         "num_epochs": "give --epochs",
+        **dict.fromkeys(("cycle_mul", "cycle_decay", "cycle_limit"), "a run is one cycle, leave it out"),
+        "cooldown_epochs": "a run ends after --epochs, leave it out",
+        **dict.fromkeys(("patience_epochs", "plateau_mode"), "no schedule waits for a plateau, leave it out"),
         "step_on_epochs": "the schedule goes by steps, leave it out",
         "updates_per_epoch": "the data has a number of steps, leave it out",
     },
@@ -252,7 +255,7 @@ class Recipe:
         "", "further arguments of the optimizer: key=value,key=value, e.g. betas=(0.9,0.95)"
     )
     sched_kwargs: str | Mapping[str, Any] = _optimisation(
-        "", "further arguments of timm's schedule: key=value,key=value, e.g. cycle_limit=2"
+        "", "further arguments of timm's schedule: key=value,key=value, e.g. k_decay=1.5"
     )
     bce_loss: bool = _optimisation(False, "binary cross-entropy for each class instead of cross-entropy")
     class_weights: Literal["none", "balanced"] = _optimisation(
@@ -408,6 +411,10 @@ class Recipe:
             raise EwavitError("--pretrained and --initial-checkpoint both give the first weights: choose one")
         for name in _KWARGS:
             self.parsed(name)
+        if self.sched == "none" and self.sched_kwargs:
+            raise EwavitError(
+                f"--sched-kwargs {self.sched_kwargs} has no schedule with --sched none: leave it out"
+            )
         for name in ("keep_best", "early_stop"):
             if getattr(self, name) and not self.holdout:
                 given = f"--{flag(name)} {getattr(self, name)}"
@@ -542,7 +549,7 @@ class Recipe:
 _EXAMPLES = {
     "model_kwargs": "patch_size=4,depth=6",
     "opt_kwargs": "eps=1e-6,amsgrad=True",
-    "sched_kwargs": "cycle_limit=2,cycle_decay=0.5",
+    "sched_kwargs": "k_decay=1.5,warmup_prefix=True",
 }
 
 
