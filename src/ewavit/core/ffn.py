@@ -225,8 +225,7 @@ def _examine(name: str, module: nn.Module) -> FFN:
             return refused("its parameters are on the meta device: give them memory first")
         if not parameter.is_floating_point():
             return refused(f"its weights are {parameter.dtype}: averaging needs floating point")
-    first = first_layer(module)
-    if first is None:
+    if (first := first_layer(module)) is None:
         return refused("no Linear or Conv2d inside")
     spatial = next((m for m in module.modules() if isinstance(m, nn.Conv2d) and max(m.kernel_size) > 1), None)
     if spatial is not None:

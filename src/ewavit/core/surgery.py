@@ -81,11 +81,9 @@ def expand(
         EwavitError: an argument is wrong, no FFN can be expanded this way (with the table of candidates and
             reasons), or the model is already expanded, wrapped or compiled.
     """
-    _check_choices(unit, experts, placement)
-    if whole := is_whole(model, select):
-        unit = "image"
-        if placement == "replicas":
-            raise EwavitError('select="model" makes copies in one process: leave out placement="replicas"')
+    whole = is_whole(model, select)
+    _check_choices(unit, experts, placement, whole)
+    unit = "image" if whole else unit
     peers = Peers(process_group) if placement == "replicas" else None
     num_experts = _checked_number(num_experts, unit, experts, router, peers)
     _refuse_wrapped(model)
@@ -93,9 +91,28 @@ def expand(
         raise EwavitError("the model is expanded already: call ewavit.collapse(model) first")
     chosen = select_ffns(model, select, unit if peers is None else "image")
     _check_split(chosen, unit, router)
-    _check_chosen(
-        model, [part for ffn in chosen for part in ffn.layers], experts if peers is None else placement
-    )
+    parts = [part for ffn in chosen for part in ffn.layers]
+    _check_chosen(model, parts, experts if peers is None else placement)
+    layers = _mixtures(chosen, num_experts, unit, router, experts, peers)
+    layers[0].whole = whole  # then there is one
+    listed = _listed_without_decay(model)
+    _insert(model, parts, layers)
+    _exempt_from_decay(model, listed)
+    guard_save_pretrained(model)
+    if peers is not None:
+        keep_from_ddp(model)
+    return model
+
+
+def _mixtures(
+    chosen: list[FFN],
+    num_experts: int,
+    unit: Unit,
+    router: Router | None,
+    experts: str,
+    peers: Peers | None,
+) -> list[MoE]:
+    """A mixture for each layer of the chosen FFNs, numbered for their draws."""
     layers: list[MoE] = []
     for number, ffn in enumerate(chosen):
         dispatcher: Dispatcher[Any] = RandomPartition(num_experts)  # one draw for both layers of a split FFN
@@ -111,14 +128,7 @@ def expand(
                 dispatcher = _router(router, made, ffn)
             dispatcher.key[LAYER] = number
             layers.append(MoE(made, unit, ffn.channels_first, dispatcher))
-            layers[-1].whole = whole
-    listed = _listed_without_decay(model)
-    _insert(model, [layer for ffn in chosen for layer in ffn.layers], layers)
-    _exempt_from_decay(model, listed)
-    guard_save_pretrained(model)
-    if peers is not None:
-        keep_from_ddp(model)
-    return model
+    return layers
 
 
 def _check_split(chosen: list[FFN], unit: Unit, router: Router | None) -> None:
@@ -187,7 +197,7 @@ def _refuse_tied(model: nn.Module, chosen: list[FFN], experts: str) -> None:
         waiting += [child for child in children if child[1] not in seen]
 
 
-def _check_choices(unit: str, experts: str, placement: str) -> None:
+def _check_choices(unit: str, experts: str, placement: str, whole: bool) -> None:
     for option, value, choices in (
         ("unit", unit, ("token", "image")),
         ("experts", experts, ("auto", "stacked", "separate")),
@@ -195,6 +205,8 @@ def _check_choices(unit: str, experts: str, placement: str) -> None:
     ):
         if value not in choices:
             raise EwavitError(f"{option}={value!r} is unknown: choose one of {', '.join(choices)}")
+    if whole and placement == "replicas":
+        raise EwavitError('select="model" makes copies in one process: leave out placement="replicas"')
 
 
 def _checked_number(

@@ -331,27 +331,8 @@ def export(
     to_run = data is not None or mean_expert or toward is not None
     if is_checkpoint_file(source) and to.suffix in (".safetensors", "") and not to_run:
         return f"{collapse_checkpoint(source, to)}; no logits or accuracy compared: nothing was run"
-    if to.suffix not in (".safetensors", *GRAPHS, ""):
-        raise EwavitError(
-            f"{to} ends in {to.suffix}: choose a name ending in .safetensors, .onnx or .pt2, or a new folder"
-        )
-    if not to.suffix and to.exists():
-        raise EwavitError(f"{to} exists already: choose a new folder")
-    if to.exists() and to.suffix and not to.is_file():
-        raise EwavitError(f"{to} is there already, and is no file: choose another name")
-    if not to.parent.is_dir():
-        raise EwavitError(f"no folder {to.parent}: make it first")
-    model, card = load_model(source)
-    routed, of_file = bool(moe_layers(model)), card
-    if routed:
-        if not mean_expert:
-            raise EwavitError(
-                f"{source} keeps the experts of its router, which no plain model equals: use "
-                f"ewavit.load({str(source)!r}), or --collapse to export the mean expert, another model"
-            )
-        collapse(model)
-        of_file = replace(of_file, metric=None, mixture=None)
-    before = "with its router and all experts the run had" if routed else ""
+    _check_target(to)
+    model, card, of_file, before = _plain(source, mean_expert)
     moved = ""
     if toward is not None and by is not None:
         moved = "; " + _move_towards(model, (source, *more), toward, by)
@@ -369,6 +350,35 @@ def export(
     if to.suffix in GRAPHS:
         return said
     return f"{said}\nload it with\n\n{of_file.loading_code(file)}\n\nand give it {of_file.input_text()}"
+
+
+def _check_target(to: Path) -> None:
+    """Refuse a place where no file can be written."""
+    if to.suffix not in (".safetensors", *GRAPHS, ""):
+        raise EwavitError(
+            f"{to} ends in {to.suffix}: choose a name ending in .safetensors, .onnx or .pt2, or a new folder"
+        )
+    if not to.suffix and to.exists():
+        raise EwavitError(f"{to} exists already: choose a new folder")
+    if to.exists() and to.suffix and not to.is_file():
+        raise EwavitError(f"{to} is there already, and is no file: choose another name")
+    if not to.parent.is_dir():
+        raise EwavitError(f"no folder {to.parent}: make it first")
+
+
+def _plain(source: Path, mean_expert: bool) -> tuple[nn.Module, ModelCard, ModelCard, str]:
+    """The plain model of a source, its card, the card of its file, and what the run had before."""
+    model, card = load_model(source)
+    if not moe_layers(model):
+        return model, card, card, ""
+    if not mean_expert:
+        raise EwavitError(
+            f"{source} keeps the experts of its router, which no plain model equals: use "
+            f"ewavit.load({str(source)!r}), or --collapse to export the mean expert, another model"
+        )
+    collapse(model)
+    of_file = replace(card, metric=None, mixture=None)
+    return model, card, of_file, "with its router and all experts the run had"
 
 
 def _write(model: nn.Module, card: ModelCard, to: Path) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from ewavit.data.batches import Data
 from ewavit.data.input_files import find_inputs
 from ewavit.data.options import DataOptions
 from ewavit.errors import EwavitError
@@ -97,10 +96,6 @@ def predict(
         skip_bad_images=skip_bad_images, **card.preparation,
     )  # fmt: skip
     files = task.open_files(names, card.inputs, options)
-
-    def of_training() -> Data:
-        return open_for(card, None, options)
-
     with ExitStack() as stack:  # all files are written before the first one gets its name
         csv, sheet, folder = (
             None if path is None else stack.enter_context(replacing(path))
@@ -109,7 +104,7 @@ def predict(
         if folder is not None:
             folder.mkdir()
         of_task = InferenceOptions(
-            classes=card.classes, predict=predict, data=of_training, topk=topk,
+            classes=card.classes, predict=predict, data=lambda: open_for(card, None, options), topk=topk,
             sheet=sheet is not None, folder=folder,
         )  # fmt: skip
         found = task.inference(files, of_task)
