@@ -17,7 +17,10 @@ SHORT = [
 ]
 
 
-def test_a_machine_that_trains_these_tests_is_well(capsys, tmp_path):
+def test_a_machine_that_trains_these_tests_is_well(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "LEAST_FREE", 0)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
     assert main(["doctor", "--output", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     assert said.endswith("all is well\n")
@@ -54,6 +57,12 @@ def test_what_is_wrong_is_named_with_what_to_do(kind, monkeypatch, tmp_path, cap
     assert main(["doctor", "--output", str(tmp_path / "runs")]) == 1
     wrong = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WRONG")]
     assert any(said in line for line in wrong)
+
+
+@pytest.mark.parametrize("folder", ["x" * 300, "a\nb"])
+def test_an_odd_folder_is_one_line_and_no_end(folder, capsys):
+    assert main(["doctor", "--json", "--output", folder]) in (0, 1)
+    assert json.loads(capsys.readouterr().out)["checks"][-2]["name"] == f"folder {folder}"
 
 
 def without_timm(name):

@@ -99,8 +99,8 @@ def _threads() -> Check:
 
 def _writable(folder: Path) -> Check:
     """Whether a file can be written in a folder, or in the nearest one above that is there, and the room."""
-    place = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
     try:
+        place = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
         with tempfile.NamedTemporaryFile(dir=place):
             free = shutil.disk_usage(place).free / 1e9
     except OSError as problem:
