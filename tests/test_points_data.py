@@ -394,7 +394,7 @@ def test_solids_are_the_same_everywhere_and_balanced():
 def test_points_of_a_solid_lie_on_its_surface_in_proportion_to_area():
     from ewavit.points import solids
 
-    points = solids._sample(solids._triangles(*SOLIDS["box"]), 20_000, np.random.default_rng(0))
+    points, _ = solids._sample(solids._triangles(*SOLIDS["box"]), 20_000, np.random.default_rng(0))
     lid = np.abs(np.abs(points[:, 2]) - 1) < 1e-9
     side = np.abs(np.abs(points[:, :2]).sum(1) - 1) < 1e-9  # the base is a square on its corner, of area 2
     assert (lid | side).all()

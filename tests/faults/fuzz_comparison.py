@@ -111,7 +111,7 @@ def _check_run(found: Any, run: RunFolder) -> None:
 
 
 def _work(folder: Path, recipe: Recipe) -> Work:
-    return Work(recipe, make_arms(["dense", "ewa"], recipe), (0, 1), (), 1, False, "ewavit compare")
+    return Work(recipe, make_arms(["dense", "ewa"], recipe), (0, 1), (), 1, "ewavit compare")
 
 
 def _comparison(folder: Path) -> tuple[Path, Recipe, dict[str, Any]]:

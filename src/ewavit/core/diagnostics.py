@@ -42,7 +42,7 @@ def expert_spread(model: nn.Module) -> dict[str, float]:
             (deviations,) = peers.sum([deviations])
         both = torch.stack([deviations, torch.stack(norm).sum()])
         variance, square = summed(both, like=next(moe.experts.parameters())).tolist()
-        spread[layer or "model"] = (variance / square) ** 0.5 if square else 0.0
+        spread["model" if moe.whole else layer] = (variance / square) ** 0.5 if square else 0.0
     return spread
 
 

@@ -541,11 +541,10 @@ class StreamData(Data):
             num_workers=self._workers,
             drop_last=dataset is self._train,
             pin_memory=device.type == "cuda",
-            worker_init_fn=outlive_first_signal,
             generator=generator,
         )
         try:
-            for images, labels in started(loader):
+            for images, labels in loader:
                 images = images.to(device, non_blocking=True)
                 yield normalize(images, (self.mean, self.std)), labels.to(device, non_blocking=True)
         except EwavitError as problem:  # torch puts the worker's traceback before the message
