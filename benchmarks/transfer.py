@@ -73,7 +73,7 @@ def main() -> None:
     start = ["--initial-checkpoint", weights, "--output", args.output]
     for name, data in (("transfer-cifar", few), ("transfer-cifar10", args.cifar10)):
         ewavit("compare", "--config", RECIPES / f"{name}.yaml", "--data", data, *start)
-        keep = Path(__file__).parent / "keep.py"
+        keep = Path(__file__).parent / "records.py"
         subprocess.run([sys.executable, str(keep), str(args.output / name)], check=True)
 
 

@@ -30,7 +30,7 @@ from ewavit.tasks.neighbours import (
 )
 from ewavit.tasks.sheet import draw_sheet, short
 from ewavit.tasks.task import Cell, Listed, LossOptions, Meter, Mixing, Table
-from ewavit.tasks.timm_models import as_arguments, check_patches, check_timm_model, create, from_file
+from ewavit.tasks.timm_models import as_arguments, check_timm_model, create, start
 
 POOLS = {"token": "token", "mean": "avg", "gem": ""}  # what `pool` takes -> timm's global_pool
 SHOWN, NEIGHBOURS = 8, 5  # queries in a run's picture, and neighbours of each
@@ -87,15 +87,8 @@ class Retrieval(Classification):
         side = inputs.img_size
         settings = {"in_chans": inputs.in_chans, "img_size": side, "pool": "token", "dim": 0, **kwargs}
         check_timm_model(name, kwargs)
-        check_patches(kwargs.get("patch_size"), side)
         of_timm, pool, dim = _of_timm(settings)
-        if initial_checkpoint is not None:
-            model, report = from_file(name, initial_checkpoint, of_timm)
-            if say is not None:
-                say("\n".join(report.lines()))
-        else:
-            model = create(name, of_timm, pretrained=pretrained)
-        check_patches(getattr(getattr(model, "patch_embed", None), "patch_size", None), side)
+        model = start(name, of_timm, side, pretrained, initial_checkpoint, say)
         return _with_descriptor(model, name, pool, dim, inputs.sample(2)), settings
 
     def create_model(self, name: str, settings: Mapping[str, Any]) -> nn.Module:

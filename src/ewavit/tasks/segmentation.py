@@ -26,7 +26,7 @@ from ewavit.tasks.judge import MIOU
 from ewavit.tasks.segmenters import backbone_settings, check_segmenter, create_segmenter, with_head
 from ewavit.tasks.sheet import MOST_DRAWN, draw_sheet, short
 from ewavit.tasks.task import Cell, Listed, Meter, Metrics, Mixing, Table
-from ewavit.tasks.timm_models import as_arguments, check_patches, check_timm_model, create, from_file
+from ewavit.tasks.timm_models import as_arguments, check_timm_model, start
 
 SHOWN = 6  # images in the picture of a run
 OPACITY = 0.55  # of the classes' colours over an image
@@ -56,16 +56,9 @@ class Segmentation(Classification):
         assert isinstance(inputs, ImageInputs)
         side, chans, classes = inputs.img_size, inputs.in_chans, inputs.num_classes
         check_timm_model(name, kwargs)
-        check_patches(kwargs.get("patch_size"), side)
         head = kwargs.get("head")
         settings = backbone_settings(chans, side, {k: v for k, v in kwargs.items() if k != "head"})
-        if initial_checkpoint is not None:
-            backbone, report = from_file(name, initial_checkpoint, settings)
-            if say is not None:
-                say("\n".join(report.lines()))
-        else:
-            backbone = create(name, settings, pretrained=pretrained)
-        check_patches(getattr(getattr(backbone, "patch_embed", None), "patch_size", None), side)
+        backbone = start(name, settings, side, pretrained, initial_checkpoint, say)
         model = with_head(backbone, classes, head, chans, side)
         kept = {**kwargs, "num_classes": classes, "in_chans": chans, "img_size": side}
         return model.train(), kept

@@ -55,18 +55,10 @@ def build_timm_model(
     """
     img_size = inputs.img_size
     check_timm_model(name, kwargs)
-    check_patches(kwargs.get("patch_size"), img_size)
     settings = {
         "num_classes": inputs.num_classes, "in_chans": inputs.in_chans, "img_size": img_size, **kwargs
     }  # fmt: skip
-    if initial_checkpoint is not None:
-        model, report = from_file(name, initial_checkpoint, settings)
-        if say is not None:
-            say("\n".join(report.lines()))
-    else:
-        model = create(name, settings, pretrained=pretrained)
-    patch_embed = getattr(model, "patch_embed", None)
-    check_patches(getattr(patch_embed, "patch_size", None), img_size)
+    model = start(name, settings, img_size, pretrained, initial_checkpoint, say)
     try:
         with torch.no_grad():
             was_training = model.training
@@ -83,6 +75,30 @@ def build_timm_model(
             "--model-kwargs"
         )
     return model, settings
+
+
+def start(
+    name: str,
+    settings: dict[str, Any],
+    img_size: int,
+    pretrained: bool,
+    initial_checkpoint: str | None,
+    say: Callable[[str], None] | None,
+) -> nn.Module:
+    """A timm model with its first weights, whose patches fit images of this size.
+
+    Raises:
+        EwavitError: the patches do not fit, the settings do not work, or the weights are of another model.
+    """
+    check_patches(settings.get("patch_size"), img_size)
+    if initial_checkpoint is not None:
+        model, report = from_file(name, initial_checkpoint, settings)
+        if say is not None:
+            say("\n".join(report.lines()))
+    else:
+        model = create(name, settings, pretrained=pretrained)
+    check_patches(getattr(getattr(model, "patch_embed", None), "patch_size", None), img_size)
+    return model
 
 
 def check_timm_model(name: str, settings: Mapping[str, Any]) -> None:
@@ -256,6 +272,11 @@ def fitting_patch(img_size: int) -> int:
 
 
 def check_patches(patch_size: Any, img_size: int) -> None:
+    """Refuse a patch size that does not divide the image's side, or gives too few or too many patches.
+
+    Raises:
+        EwavitError: with the sizes that fit.
+    """
     patch = patch_size[0] if isinstance(patch_size, tuple | list) else patch_size
     if not isinstance(patch, int):
         return
