@@ -276,12 +276,13 @@ def test_full_disk_is_said_in_one_line(tmp_path):
 
 
 def test_command_line_over_yaml_over_defaults(tmp_path):
-    from ewavit.cli import _recipe, build_parser
+    from ewavit.cli import build_parser
+    from ewavit.cli.settings import recipe_of
 
     file = tmp_path / "recipe.yaml"
     file.write_text("epochs: 7\nlr: 5e-4\nmodel-kwargs: {patch_size: 7, depth: 2}\namp: true\nhflip: 0\n")
     options = build_parser().parse_args(["train", "--config", str(file), "--epochs", "3", "--no-amp"])
-    recipe, given = _recipe(options)
+    recipe, given = recipe_of(options)
     assert given == {"epochs", "lr", "model_kwargs", "amp", "hflip"}
     assert (recipe.epochs, recipe.lr, recipe.amp) == (3, 5e-4, False)
     assert (recipe.hflip, recipe.batch_size) == (0.0, 128)
@@ -351,7 +352,7 @@ def test_evaluate_and_export_refuse_what_is_not_theirs(capsys, tmp_path):
         assert said in refused(capsys, tmp_path, *arguments)
 
 
-@pytest.mark.parametrize("command", COMMANDS[:4])
+@pytest.mark.parametrize("command", list(COMMANDS)[:4])
 def test_help_names_every_setting_under_its_heading(capsys, monkeypatch, command):
     monkeypatch.setenv("COLUMNS", "80")
     assert main([command, "--help"]) == 0

@@ -356,12 +356,12 @@ def test_every_built_in_arm_fits_the_recipe_and_has_its_role():
 
 
 def test_presets_are_whole_comparisons():
-    from ewavit.cli import _OF_COMPARISON, _comparison_yaml, _presets
+    from ewavit.cli.compare import OWN, comparison_yaml, presets
 
-    for file in _presets().values():
+    for file in presets().values():
         own = {}
-        given = _comparison_yaml(file, "--preset", own)
-        recipe = Recipe(**{name: given[name] for name in given.keys() - _OF_COMPARISON})
+        given = comparison_yaml(file, "--preset", own)
+        recipe = Recipe(**{name: given[name] for name in given.keys() - OWN})
         assert len(make_arms(given["arms"], recipe, own)) > 1
         assert given["seeds"] >= 3
 

@@ -135,7 +135,7 @@ def test_the_script_for_slurm_is_that_of_the_page_and_its_command_is_understood(
     assert words[0] == "ewavit"
     options = build_parser().parse_args(words[1:])
     assert (options.ray, options.arms, options.seeds) == ("$address", ["dense", "ema", "ewa"], 5)
-    assert options.command.__name__ == "_compare"
+    assert options.command.__module__ == "ewavit.cli.compare"
 
 
 def test_the_measures_of_the_house_are_counted_from_the_source(tmp_path):

@@ -113,7 +113,7 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("command", COMMANDS[:4])
+@pytest.mark.parametrize("command", list(COMMANDS)[:4])
 @pytest.mark.parametrize(("words", "said"), SETTINGS, ids=[words[:40] for words, _ in SETTINGS])
 def test_a_setting_out_of_range_is_refused_by_every_command(capsys, place, command, words, said):
     before = files_below(place)

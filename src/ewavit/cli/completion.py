@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 
 from ewavit.errors import EwavitError
 
+SUMMARY = "print a script that completes commands and flags in a shell"
+DESCRIPTION = (
+    "Print a script that completes commands and flags. For bash, write this into ~/.bashrc: "
+    'eval "$(ewavit completion bash)". It needs shtab: pip install shtab.'
+)
 SHELLS = ("bash", "zsh", "fish")
 
 
-def add_flags(parser: argparse.ArgumentParser, build: Callable[[], argparse.ArgumentParser]) -> None:
-    """Add the argument of `ewavit completion`; `build` makes the parser that is completed."""
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the argument of `ewavit completion`."""
     parser.add_argument("shell", choices=SHELLS, help="the shell")
-    parser.set_defaults(build=build)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the script."""
+    """Print the script for the parser that `options.build` makes."""
     try:
         import shtab
     except ImportError:

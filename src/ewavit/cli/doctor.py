@@ -18,6 +18,11 @@ from typing import Any
 from ewavit import __version__
 from ewavit.errors import first_line
 
+SUMMARY = "say whether this machine can train"
+DESCRIPTION = (
+    "Check packages, devices, threads and folders. Exit status 1: something is wrong; its line says what "
+    "to do."
+)
 NEEDED = (
     "torch",
     "torchvision",

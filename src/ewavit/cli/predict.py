@@ -9,6 +9,13 @@ from pathlib import Path
 
 from ewavit.cli.parser import nonempty, nonempty_path, typed
 
+SUMMARY = "predict for files without labels"
+DESCRIPTION = (
+    "Predict with the model of a run, a checkpoint or an exported file. Files are prepared as in the "
+    "run's evaluation. Predictions are printed in the order of the inputs, or written with --csv and "
+    "--sheet."
+)
+
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `ewavit predict`."""

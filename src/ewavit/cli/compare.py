@@ -1,0 +1,154 @@
+"""`ewavit compare`: several arms at the same seeds, and their differences."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from ewavit.cli import output, settings
+from ewavit.cli.parser import number, whole_number
+from ewavit.errors import EwavitError
+from ewavit.training.recipe import Recipe
+
+SUMMARY = "train several arms at the same seeds and test their differences"
+DESCRIPTION = (
+    "Train the recipe in several arms, each at the same seeds, and test their differences. The folder "
+    "OUTPUT/NAME gets report.html, results.csv, results.json and the runs. Start the same command again "
+    "to continue; it may then name more seeds or other arms. No run is trained twice or deleted. Exit "
+    "status 1: some runs failed. The results name them, and the next start repeats them."
+)
+# What the YAML of a comparison holds beside a recipe.
+OWN = {"arms", "seeds", "lrs", "jobs", "against", "contrasts", "primary"}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `ewavit compare`."""
+    _add_own_flags(parser)
+    settings.add_flags(parser)
+    output.add_flags(parser)
+
+
+def _add_own_flags(parser: argparse.ArgumentParser) -> None:
+    """What a comparison has beside its recipe; absent flags stay absent."""
+    from ewavit.compare.arms import BUILT_IN
+
+    def names(text: str) -> list[str]:
+        return [word.strip() for word in text.split(",") if word.strip()]
+
+    def numbers(text: str) -> list[float]:
+        return [number(word) for word in names(text)]
+
+    group = parser.add_argument_group("comparison")
+    for name, kind, metavar, help_text in (
+        (
+            "arms",
+            names,
+            "A,B,...",
+            f"arms to train: {', '.join(BUILT_IN)} or arms of the YAML file; NAME-lr also tunes the learning "
+            "rate of NAME (default: dense,ewa)",
+        ),
+        ("seeds", whole_number, "N", "seeds of each arm: --seed, --seed + 1, ... (default: 5)"),
+        ("lrs", numbers, "X,X,...", "learning rates that NAME-lr arms choose from, on held-out data"),
+        ("jobs", whole_number, "N", "runs at the same time (default: one per GPU, or one per CPU core)"),
+        ("against", str, "ARM", "judge all arms against this one (default: dense and the best control)"),
+        ("contrasts", names, "A:B,...", "judge arm A against arm B, and no others; Holm corrects over these"),
+        (
+            "primary",
+            str,
+            "A:B",
+            "the contrast that decides, named before the first run: judged alone, without a correction",
+        ),
+    ):
+        group.add_argument(f"--{name}", type=kind, metavar=metavar, help=help_text, default=argparse.SUPPRESS)
+    group.add_argument(
+        "--preset", metavar="NAME", help=f"a comparison that comes with ewavit: {', '.join(presets())}"
+    )
+    group.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        nargs="?",
+        const="",
+        help="run on the Ray cluster at this address; without an address, on a new local one",
+    )
+
+
+def presets() -> dict[str, Path]:
+    """The comparisons that come with ewavit, by name."""
+    return {
+        file.stem: file
+        for file in sorted((Path(__file__).parent.parent / "compare" / "presets").glob("*.yaml"))
+    }
+
+
+def run(options: argparse.Namespace) -> int:
+    """Compare arms; 1 if a run failed."""
+    from ewavit.compare.arms import make_arms
+
+    given: dict[str, Any] = {"arms": ["dense", "ewa"], "seeds": 5, "lrs": [], "jobs": None}
+    given |= {"against": None, "contrasts": [], "primary": None}
+    own: dict[str, dict[str, Any] | None] = {}
+    if options.preset is not None:
+        if options.preset not in presets():
+            raise EwavitError(f"unknown --preset {options.preset}: choose from {', '.join(presets())}")
+        given |= {"name": options.preset} | comparison_yaml(presets()[options.preset], "--preset", own)
+    if options.config is not None:
+        given |= comparison_yaml(options.config, "--config", own)
+    typed = settings.given(options, OWN)
+    given |= typed
+    special = {name: given.pop(name) for name in OWN}
+    recipe = Recipe(**given)
+    arms = make_arms(special["arms"], recipe, own)
+
+    from ewavit.compare.contrasts import Contrasts
+
+    contrasts = Contrasts.parse(special["against"], special["contrasts"], special["primary"])
+    contrasts.check(arm.name for arm in arms)
+
+    from ewavit.compare.compare import Stopped, compare
+    from ewavit.compare.statistics import summarise
+    from ewavit.compare.terminal import as_text
+
+    try:
+        with output.reporting(options):
+            comparison = compare(
+                recipe,
+                arms,
+                special["seeds"],
+                lrs=special["lrs"],
+                jobs=special["jobs"],
+                ray=options.ray,
+                contrasts=contrasts,
+                command=f"ewavit {shlex.join(options.words)}",
+            )
+    except Stopped as stopped:
+        print(f"ewavit: {stopped}", file=sys.stderr)
+        return stopped.exit_status
+    if options.json:
+        print(json.dumps(summarise(comparison).as_dict(), indent=2))
+    elif not options.quiet:
+        print(as_text(comparison, Path(recipe.output) / comparison.name))
+    return int(any(run.error for arm in comparison.arms for run in arm.runs))
+
+
+def comparison_yaml(path: str | Path, what: str, own: dict[str, dict[str, Any] | None]) -> dict[str, Any]:
+    """The settings of a comparison's YAML; the overrides of its own arms go into `own`."""
+    from ewavit.compare.arms import check_overrides
+
+    content, source = settings.read_yaml(path), f"{what} {path}"
+    if isinstance(arms := content.get("arms"), dict):
+        content["arms"] = list(arms)
+        for name, overrides in arms.items():
+            if overrides and not isinstance(overrides, dict):
+                raise EwavitError(
+                    f"{source}: arm {name!r} is {overrides!r}: write {{share_rate: 0.1}} or nothing"
+                )
+            overrides = {str(key).replace("-", "_"): value for key, value in (overrides or {}).items()}
+            check_overrides(str(name), overrides)
+            own[str(name)] = settings.from_yaml(
+                overrides, f"{source}: arm {name}", "train", settings.add_flags
+            )
+    return settings.from_yaml(content, source, "compare", add_flags, OWN)
