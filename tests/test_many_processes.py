@@ -1,6 +1,8 @@
 """`ewavit train` in several processes: replicas, a killed process, the restart by torchrun."""
 
 import csv
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +15,11 @@ import ewavit as ewa
 from ewavit.training import loop
 from ewavit.training.checkpoint import load_checkpoint
 from ewavit.training.export import evaluate, export
+from ewavit.training.processes import Interrupted
 from ewavit.training.recipe import Recipe
 from processes import in_processes
-from runs import TINY, assert_same_end, raise_after
+from runs import TINY, assert_same_end, raise_after, stop_after
+from stripes import write_folder
 
 SETTINGS = {**TINY, "placement": "replicas", "recovery_interval": 2, "share_rate": 0.2, "clip_grad": 0.5}
 
@@ -34,6 +38,29 @@ def stopped_after(updates, folder, name, settings):
         raise_after(patch, updates, KeyError)
         with pytest.raises(KeyError):
             train(folder, name, settings)
+
+
+def interrupted(rank, at, folder, name):
+    """Train with a signal to one process, after an optimizer step or at the first batch of an evaluation."""
+    with pytest.MonkeyPatch.context() as patch:
+        if at == "evaluation" and int(os.environ["RANK"]) == rank:
+            signal_at_first_batch(patch)
+        elif int(os.environ["RANK"]) == rank:
+            stop_after(patch, at)
+        with pytest.raises(Interrupted) as stopped:
+            train(folder, name)
+    assert stopped.value.exit_status == 143
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def signal_at_first_batch(patch):
+    original = loop.evaluate_batches
+
+    def evaluate_batches(predict, batches, meter):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(predict, batches, meter)
+
+    patch.setattr(loop, "evaluate_batches", evaluate_batches)
 
 
 def resume(folder, name):
@@ -76,11 +103,22 @@ def test_a_run_of_replicas_resumes_exactly_with_a_moving_average(tmp_path):
     assert all(torch.equal(averages[0][key], averages[1][key]) for key in averages[0])
 
 
-def torchrun(restarts, folder, name):
-    words = {**SETTINGS, "output": str(folder), "name": name}
+@pytest.mark.parametrize(("rank", "at", "stops_after"), [(1, 5, 6), (1, "evaluation", 4), (0, 4, 4)])
+def test_a_signal_to_one_process_stops_all_after_the_same_step_and_the_run_goes_on_exactly(
+    whole, tmp_path, rank, at, stops_after
+):
+    in_processes(2, interrupted, rank, at, str(tmp_path), "stopped")
+    assert load_checkpoint(tmp_path / "stopped").facts["progress"]["update"] == stops_after
+    assert not (tmp_path / "stopped/model.safetensors").exists()
+    in_processes(2, resume, str(tmp_path), "stopped")
+    assert_same_end(whole, tmp_path / "stopped")
+
+
+def torchrun(restarts, folder, name, script="killed_process.py", settings=SETTINGS):
+    words = {**settings, "output": str(folder), "name": name}
     flags = [word for key, value in words.items() for word in (f"--{key.replace('_', '-')}", str(value))]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["--max-restarts", str(restarts), str(Path(__file__).parent / "killed_process.py"), "train"]
+    command += ["--max-restarts", str(restarts), str(Path(__file__).parent / script), "train"]
     return subprocess.run([*command, *flags], capture_output=True, text=True, timeout=300)
 
 
@@ -103,6 +141,23 @@ def test_torchrun_restarts_a_killed_run_which_goes_on_exactly(whole, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "resumed at epoch 2, batch 0" in done.stdout
     assert_same_end(whole, tmp_path / "restarted")
+
+
+@pytest.mark.slow
+def test_a_signal_to_torchrun_stops_the_processes_and_spares_workers_by_forkserver(tmp_path):
+    images = write_folder(tmp_path / "images", "L", ((32, 32),), train_images=48, val_images=12)
+    settings = {**SETTINGS, "data": str(images), "img_size": 32, "batch_size": 8, "workers": 1}
+    settings |= {"model_kwargs": "patch_size=8,embed_dim=32,depth=2,num_heads=2", "limit": 48}
+    done = torchrun(0, tmp_path, "stopped", "signalled_launcher.py", settings)
+    assert done.returncode == 1  # torchrun's own
+    assert "got signal: 15" in done.stderr
+    for rank in range(2):
+        assert f"process {rank} ends with 143" in done.stdout
+    assert "DataLoader" not in done.stderr
+    assert load_checkpoint(tmp_path / "stopped").facts["progress"]["pending"]["epoch"] == 0
+    in_processes(2, train, str(tmp_path), "whole", {**settings, "workers": 0})
+    in_processes(2, resume, str(tmp_path), "stopped")
+    assert_same_end(tmp_path / "whole", tmp_path / "stopped")
 
 
 def test_a_restart_takes_no_run_of_other_settings_and_leaves_a_finished_one(whole, monkeypatch):

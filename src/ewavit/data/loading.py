@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -412,6 +413,9 @@ _STOPS = {signal.SIGINT, signal.SIGTERM}
 
 def started(loader: DataLoader[Any]) -> Iterator[Any]:
     """Start a pass. Signals to its new workers wait until `outlive_first_signal` has prepared them."""
+    # With forkserver, the server must not end by a signal to all processes either: its workers would follow.
+    # It inherits the mask, unless the resource tracker starts with it: before Python 3.13 that unblocks both.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
     try:
         return iter(loader)

@@ -226,7 +226,7 @@ class TrainingRun:
         if recipe.retain is not None:
             self.retention = Retention(recipe, self.state.card, processes, device)
         self.mixing = self.task.mixing(recipe.mixup, recipe.cutmix, self.data.num_classes)
-        self._signals = StopSignals(run)
+        self._signals = StopSignals(run, accelerator)
         self._losses: deque[tuple[int, Tensor]] = deque()  # not counted yet, with the step of each
         at_a_time = recipe.batch_size * processes
         self.shown = RunProgress(recipe, self._batches_per_epoch, at_a_time, self.task.kind)
@@ -246,7 +246,7 @@ class TrainingRun:
                 resumed = f", resumed at the evaluation of epoch {progress.epoch}"
             report.say(f"{opening}, {self.accelerator.device}{resumed if progress.update else ''}")
         self.trackers = Trackers(recipe, self.files, progress.epoch, main)
-        with self._signals.collected(self.accelerator), self.trackers:
+        with self._signals.collected(), self.trackers:
             while progress.pending is not None or not self._is_over():
                 if progress.pending is None:
                     row = self._train_epoch()
@@ -263,10 +263,12 @@ class TrainingRun:
     def after_step(self) -> None:
         """Follow an optimizer step: write the recovery checkpoint, stop at a signal. Tests observe here."""
         due = self.recipe.recovery_interval and self.progress.update % self.recipe.recovery_interval == 0
-        if self._signals.received or (due and self.progress.batch < self._batches_per_epoch):
+        stop = self._signals.after_step()
+        if stop or (due and self.progress.batch < self._batches_per_epoch):
             self._settle()
             self.state.save(self.folder)
-        self._signals.check()
+        if stop:
+            raise Interrupted(self.folder, stop)
 
     @property
     def _batches_per_epoch(self) -> int:
@@ -431,7 +433,8 @@ class TrainingRun:
                 broadcast(buffer)
             with self.accelerator.autocast(), self._deployed(model):
                 meter = self.task.meter(self.data, self.accelerator.device)
-                return evaluate_batches(self.data.voting(model.eval()), self.data.eval_batches(), meter)
+                batches = self._signals.until(self.data.eval_batches())
+                return evaluate_batches(self.data.voting(model.eval()), batches, meter)
 
         metrics = measure(self.state.model)
         row = metrics.row()

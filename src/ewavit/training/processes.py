@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -15,7 +15,9 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from torch import Tensor
 
+from ewavit.data.batches import Batch
 from ewavit.errors import EwavitError, first_line
 from ewavit.training.recipe import Recipe
 from ewavit.training.run_folder import RunFolder
@@ -116,52 +118,95 @@ def told_of_lost_processes(accelerator: Accelerator, run: Path) -> Iterator[None
         ) from None
 
 
+_Sent = tuple[Tensor, "dist.Work"]  # the largest signal number of all processes, once the work is done
+
+
 class StopSignals:
     """SIGINT and SIGTERM in a run: collected while it steps, so that a step ends and is saved.
 
+    All processes of a group stop after the same step, whichever of them received the signal.
+
     Args:
         run: the run's folder, for the message.
-
-    Attributes:
-        received: the signals so far.
+        accelerator: of the processes that train.
     """
 
-    def __init__(self, run: Path) -> None:
-        self.received: list[int] = []
-        self._run, self._at_once = run, False
+    def __init__(self, run: Path, accelerator: Accelerator) -> None:
+        self._run, self._device = run, accelerator.device
+        self._alone = accelerator.num_processes == 1
+        self._at_once = False
+        self._received: list[int] = []
+        self._sent: _Sent | None = None
 
     @contextmanager
-    def collected(self, accelerator: Accelerator) -> Iterator[None]:
-        """A context manager in which signals are collected; processes of a group just end."""
-        if accelerator.num_processes > 1:
-            yield
-            return
-        with collected_signals(self._note) as self.received:
+    def collected(self) -> Iterator[None]:
+        """A context manager in which signals are collected."""
+        with collected_signals(self._note) as self._received:
             yield
 
     @contextmanager
     def raised(self) -> Iterator[None]:
         """A context manager in which a signal raises at once, for work that can be done again.
 
+        In a group it raises only at the beginning and where `until` or `check` is called: an exception in one
+        process would leave the others waiting in a collective.
+
         Raises:
             Interrupted: a signal came, here or before.
         """
         try:
-            self._at_once = True
+            self._at_once = self._alone
             self.check()
             yield
         finally:
             self._at_once = False
-        self.check()  # an exception raised by a handler may be lost, in a destructor for one
+        if self._alone:
+            self.check()  # an exception raised by a handler may be lost, in a destructor for one
+
+    def after_step(self) -> int:
+        """The signal that ends the run after this step, or 0.
+
+        Each process of a group sends what it received and reads what was sent after the step before. So no
+        step waits, and all processes read the same.
+        """
+        if self._alone:
+            return self._first()
+        sent, self._sent = self._sent, self._send()
+        return 0 if sent is None else _read(sent)
+
+    def until(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Batches up to a signal to this process. All processes of a group must take all that it gives.
+
+        Raises:
+            Interrupted: a signal came to one of the processes.
+        """
+        for batch in batches:
+            yield batch
+            if self._received:
+                break
+        self.check()
 
     def check(self) -> None:
-        """Raise `Interrupted` if a signal came."""
-        if self.received:
-            raise Interrupted(self._run, self.received[0])
+        """Raise `Interrupted` if a signal came. In a group this is a collective."""
+        if number := self._first() if self._alone else _read(self._send()):
+            raise Interrupted(self._run, number)
+
+    def _first(self) -> int:
+        return self._received[0] if self._received else 0
+
+    def _send(self) -> _Sent:
+        number = torch.tensor(self._first(), device=self._device)
+        return number, dist.all_reduce(number, dist.ReduceOp.MAX, async_op=True)
 
     def _note(self, received: list[int]) -> None:
         if self._at_once:
             raise Interrupted(self._run, received[0])
+
+
+def _read(sent: _Sent) -> int:
+    number, work = sent
+    work.wait()
+    return int(number)
 
 
 @contextmanager
