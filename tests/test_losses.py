@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import timm
@@ -24,6 +25,7 @@ from ewavit.training.losses import Teacher, balanced_weights, training_loss
 from ewavit.training.opening import open_data
 from ewavit.training.processes import Interrupted
 from ewavit.training.recipe import Recipe
+from ewavit.training.run_folder import RunFolder
 from runs import TINY, assert_same_end, recipe, stop_after
 
 BUNDLED = "fashion-mnist-mini"
@@ -142,6 +144,23 @@ def test_a_run_with_a_teacher_goes_on_from_another_folder(taught, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     resume(tmp_path / "moved")
     assert_same_end(train(recipe(tmp_path, "whole", distill_from=str(taught))).run, tmp_path / "moved")
+
+
+def test_a_teacher_that_changed_is_refused_when_its_run_is_resumed(taught, tmp_path, monkeypatch):
+    teacher = tmp_path / "teacher.safetensors"
+    shutil.copy(RunFolder(taught).model, teacher)
+    run = tmp_path / "student"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(Interrupted):
+            train(recipe(tmp_path, run.name, distill_from=str(teacher)))
+    with safe_open(teacher, "pt") as handle:
+        metadata = handle.metadata()
+    save_file({name: value * 2 for name, value in load_file(teacher).items()}, teacher, metadata)
+    with pytest.raises(EwavitError, match=r"teacher\.safetensors is another model than the run learned from"):
+        resume(run)
+    shutil.copy(RunFolder(taught).model, teacher)
+    assert resume(run).model_file.exists()
 
 
 def test_frozen_parameters_stay_and_the_others_learn(tmp_path, taught):

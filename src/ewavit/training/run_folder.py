@@ -203,3 +203,13 @@ class RunFolder:
         with suppress(OSError, ValueError, csv.Error), regular(self.summary).open(newline="") as handle:
             return next(iter(deque(csv.DictReader(handle), maxlen=1)), None)
         return None
+
+
+def weights_of(source: Path) -> Path:
+    """The file with the weights of a run, of a checkpoint folder, or of a file itself; it need not exist."""
+    if not source.is_dir():
+        return source
+    run = RunFolder(source)
+    if (source / "state.json").exists() or run.model.exists():
+        return run.model
+    return run.checkpoint / run.model.name

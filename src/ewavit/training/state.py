@@ -35,7 +35,8 @@ from ewavit.training.checkpoint import DAMAGE, Checkpoint, Progress, save_checkp
 from ewavit.training.prediction import SpreadPrediction
 from ewavit.training.recipe import Recipe
 from ewavit.training.report import say
-from ewavit.training.seal import said
+from ewavit.training.run_folder import weights_of
+from ewavit.training.seal import digest, said
 from ewavit.training.weight_average import WeightAverage, weight_average
 
 
@@ -57,6 +58,7 @@ class TrainingState:
     average: WeightAverage | None
     progress: Progress = field(default_factory=Progress)
     criterion: nn.Module | None = None  # the task's loss, if it has a state
+    teacher: str | None = None  # digest of the teacher's file, if it is a file
 
     @classmethod
     def build(
@@ -116,6 +118,8 @@ class TrainingState:
                 prediction = SpreadPrediction(model, optimizer, averaging)
         state = cls(recipe, accelerator, card, model, optimizer, scheduler, averaging, prediction, average)
         state.criterion = _criterion(recipe, accelerator.device)
+        if recipe.distill_from is not None and (file := weights_of(Path(recipe.distill_from))).is_file():
+            state.teacher = digest(file)
         if checkpoint is not None:
             state._restore(checkpoint)
         return state
@@ -155,6 +159,7 @@ class TrainingState:
             "progress": asdict(self.progress),
             "layers": list(moe_layers(self.model)),
             "processes": self.accelerator.num_processes,
+            **({"teacher": self.teacher} if self.teacher else {}),
         }
         metadata = self.card.metadata() | expert_metadata(self.model)
         save_checkpoint(run, state["model"], training, facts, metadata)
@@ -172,6 +177,11 @@ class TrainingState:
             raise EwavitError(
                 f"{checkpoint.path} is the checkpoint of another model: its mixtures are {theirs}, this "
                 f"model's are {mine}"
+            )
+        if self.teacher and checkpoint.facts.get("teacher", self.teacher) != self.teacher:
+            raise EwavitError(
+                f"--distill-from {self.recipe.distill_from} is another model than the run learned from: put "
+                "that one back, or start a new run"
             )
         try:
             self._restore_parts(checkpoint.model, checkpoint.training)
