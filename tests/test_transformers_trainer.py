@@ -111,6 +111,15 @@ def test_a_model_without_ffns_is_refused_when_the_trainer_is_made(tmp_path):
         Trainer(nn.Linear(3, 3), args, callbacks=[EWACallback()])
 
 
+def check_sharding(folder):
+    with pytest.raises(ewa.EwavitError, match="a sharded model cannot be: leave out fsdp"):
+        trainer(folder, ddp_backend="gloo", fsdp=True)
+
+
+def test_a_trainer_that_shards_the_model_is_refused_before_training(tmp_path):
+    in_processes(2, check_sharding, tmp_path)
+
+
 def check_two_processes(folder):
     run = trainer(folder, ddp_backend="gloo", save_strategy="epoch", per_device_train_batch_size=4)
     assert run.args.world_size == 2

@@ -12,6 +12,7 @@ from ewavit.core.averaging import ExpertAveraging, Schedule
 from ewavit.core.diagnostics import expert_spread
 from ewavit.core.moe import moe_layers
 from ewavit.core.surgery import collapse, expand
+from ewavit.errors import EwavitError
 
 
 class EWACallback(TrainerCallback, ExportableState):  # type: ignore[misc]
@@ -30,8 +31,8 @@ class EWACallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         options: further arguments of `ewavit.expand`, such as `select` or `unit`.
 
     Raises:
-        EwavitError: from `expand` or `ExpertAveraging`, for example if the model has no FFN that can be
-            expanded.
+        EwavitError: the Trainer shards the model (FSDP); or from `expand` or `ExpertAveraging`, for example
+            if the model has no FFN that can be expanded.
 
     Examples:
         >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[EWACallback(ramp_steps=1000)])
@@ -53,6 +54,11 @@ class EWACallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Expand the model, before the Trainer builds its optimizer."""
+        if args.fsdp:
+            raise EwavitError(
+                "EWACallback collapses the model in place, and a sharded model cannot be: leave out fsdp, or "
+                "shard the model in your own loop (docs/distributed.md)"
+            )
         model: nn.Module = kwargs["model"]
         if not moe_layers(model):
             expand(model, self.num_experts, **self.options)
