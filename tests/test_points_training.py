@@ -168,6 +168,7 @@ def test_parts_of_generated_solids_train_resume_and_leave_their_ious_and_a_pictu
     with Image.open(whole.run / "predictions.png") as picture:
         assert len(picture.convert("RGB").getcolors(2**20)) > 100
     assert load_model(whole.run)[1].task_name == "segmentation"
+    assert "logits equal the model's" in export(whole.run, tmp_path / "parts.onnx")
 
 
 def test_solids_get_a_small_point_transformer_unless_told_otherwise(capsys):

@@ -122,7 +122,8 @@ def interpolate(queries: Tensor, points: Tensor, features: Tensor, k: int = 3) -
         Features at the queries, (B, M, C).
     """
     distances, index = knn(queries, points, min(k, points.shape[1]))
-    weights = 1 / (distances + 1e-8)
+    # Not one number: the ONNX exporter takes a sum with 1e-8 for one with 0, and leaves it out.
+    weights = 1 / (distances + distances.new_full(distances.shape[-1:], 1e-8))
     weights = weights / weights.sum(-1, keepdim=True)
     return (gather_points(features, index) * weights.unsqueeze(-1)).sum(2)
 
