@@ -43,6 +43,7 @@ class DataOptions:
         train_split: name of the training split of a timm set, or of the training folder.
         val_split: name of the evaluation split of a timm set, or of the evaluation folder.
         num_points: points per cloud; None takes 1,024, or 2,048 for clouds with labelled parts.
+        point_features: "normals", "colours" or "normals,colours" of each point, after its coordinates.
         votes: evaluation passes over each cloud, averaged; all but the first are augmented.
         per_class: images of a class that stand together in a training batch; None deals single images.
 
@@ -70,6 +71,7 @@ class DataOptions:
     train_split: str = "train"
     val_split: str = "validation"
     num_points: int | None = None
+    point_features: str | None = None
     votes: int = 1
     per_class: int | None = None
 

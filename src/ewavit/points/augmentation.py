@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, fields
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ewavit.errors import EwavitError
@@ -66,18 +67,30 @@ class PointAugmentation:
                 values[match[1]] = float(match[2])
         return cls(**values)
 
-    def __call__(self, points: Tensor) -> Tensor:
-        """Augment clouds (B, N, 3); returns the same shape."""
+    def __call__(self, points: Tensor, normals: bool = False) -> Tensor:
+        """Augment clouds (B, N, 3 or more); returns the same shape.
+
+        Args:
+            points: x, y, z, then features, which move with their point.
+            normals: whether the first feature is the normal: it is rotated with the cloud, and kept
+                perpendicular to the surface when the axes are scaled.
+        """
+        points, normal, rest = points.tensor_split([3, 3 + 3 * normals], -1)
         for axis, degrees in enumerate((self.rotx, self.roty, self.rotz)):
             if degrees:
-                points = points @ _rotations(axis, math.radians(degrees) * _uniform(points, 1)[:, 0, 0])
+                turn = _rotations(axis, math.radians(degrees) * _uniform(points, 1)[:, 0, 0])
+                points = points @ turn
+                normal = normal @ turn if normals else normal
         if self.scale > 1:
             low, high = 1 / self.scale, self.scale
-            points = points * ((high - low) / 2 * _uniform(points, 3) + (high + low) / 2)
+            factors = (high - low) / 2 * _uniform(points, 3) + (high + low) / 2
+            points = points * factors
+            normal = F.normalize(normal / factors, dim=-1) if normals else normal
         if self.shift:
             points = points + self.shift * _uniform(points, 3)
         if self.jitter:
             points = points + self.jitter * torch.randn_like(points).clamp_(-5, 5)
+        points = torch.cat([points, normal, rest], -1)
         if self.drop:
             share = self.drop * torch.rand(len(points), 1, 1, device=points.device)
             dropped = torch.rand(*points.shape[:2], 1, device=points.device) < share

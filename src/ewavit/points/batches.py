@@ -24,7 +24,10 @@ from ewavit.points.transformer import NUM_CATEGORIES
 
 @dataclass(frozen=True)
 class CloudInputs(Inputs):
-    """Clouds (batch, num_points, in_chans); with `parts` the model classifies points, not clouds."""
+    """Clouds (batch, num_points, in_chans); with `parts` the model classifies points, not clouds.
+
+    The channels are x, y, z, the features of a point and, with `parts`, the category of the cloud.
+    """
 
     num_points: int
     parts: bool = False
@@ -35,6 +38,11 @@ class CloudInputs(Inputs):
     def size(self) -> str:
         return f"{self.num_points}x{self.in_chans}"
 
+    @property
+    def features(self) -> int:
+        """Channels of the features of a point."""
+        return self.in_chans - 3 - (NUM_CATEGORIES if self.parts else 0)
+
     def sample(self, batch: int = 1) -> Tensor:
         return torch.zeros(batch, self.num_points, self.in_chans)
 
@@ -42,8 +50,8 @@ class CloudInputs(Inputs):
 class PointData(Data):
     """Clouds on the device, augmented there; draws come from torch's global generators.
 
-    Inputs are (batch, num_points, 3), labels (batch,). For part segmentation the category follows the
-    coordinates of each point as a one-hot vector, and labels are (batch, num_points).
+    Inputs are (batch, num_points, 3), labels (batch,); features follow x, y, z. For part segmentation the
+    category follows them as a one-hot vector, and labels are (batch, num_points).
 
     Args:
         points: the clouds.
@@ -78,7 +86,9 @@ class PointData(Data):
         self.num_train, self.num_eval = plan.num_train, plan.num_eval
         self.batches_per_epoch = plan.batches_per_epoch
         self.num_points = self._size = num_points
-        self.in_chans = 3 + NUM_CATEGORIES if points.categories else 3
+        self._channels = points.train_points.shape[-1]
+        self._normals = (options.point_features or "").startswith("normals")
+        self.in_chans = self._channels + (NUM_CATEGORIES if points.categories else 0)
         self.img_size, self.mean, self.std = 0, (), ()
         self._bad = points.bad
         if points.others:
@@ -103,7 +113,8 @@ class PointData(Data):
         if given := [name for name, value in of_images.items() if value]:
             raise EwavitError(f"{given[0]} is for images: leave it out for the point clouds of {spec}")
         num_points = options.num_points or (2048 if has_parts(spec) else 1024)
-        points = read_points(spec, num_points, options.skip_bad_images, options.holdout > 0)
+        skip, holding, features = options.skip_bad_images, options.holdout > 0, options.point_features
+        points = read_points(spec, num_points, skip, holding, features)
         by = points.train_labels if points.train_category is None else points.train_category
         indices, held = hold_out(take_first(by, options.limit), options.holdout)
         if options.holdout:
@@ -127,7 +138,8 @@ class PointData(Data):
                 some = draws.topk(self._size, sorted=False)[1]
                 points = gather_points(points, some)
                 labels = labels.gather(1, some) if labels.ndim == 2 else labels
-            yield self._with_category(self._augment(points), self._categories[0], chosen), labels
+            points = self._augment(points, self._normals)
+            yield self._with_category(points, self._categories[0], chosen), labels
 
     def eval_batches(self) -> Iterator[Batch]:
         for indices in self._plan.eval_indices():
@@ -151,7 +163,7 @@ class PointData(Data):
             for number in range(1, self._votes):
                 with torch.random.fork_rng(devices):
                     torch.manual_seed(number)
-                    view = torch.cat([self._augment(points[..., :3]), points[..., 3:]], -1)
+                    view = self._augment(points, self._normals)
                 total = total + predict(view).float()
             return total / self._votes
 
@@ -159,5 +171,5 @@ class PointData(Data):
 
     def evaluation_clouds(self, indices: Sequence[int]) -> npt.NDArray[np.float32]:
         """The evaluation clouds of these indices, (clouds, num_points, 3), on the CPU."""
-        clouds: npt.NDArray[np.float32] = self._eval_points[list(indices)].cpu().numpy()
+        clouds: npt.NDArray[np.float32] = self._eval_points[list(indices), :, :3].cpu().numpy()
         return clouds

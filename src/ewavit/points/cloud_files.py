@@ -37,7 +37,7 @@ class CloudFiles(InputFiles):
             clouds: dict[int, Floats] = {}
             for number in range(first, min(first + self._options.batch_size, len(self.names))):
                 try:
-                    clouds[number] = self.show(number)
+                    clouds[number] = self._read(number)
                 except EwavitError as problem:
                     if not self._options.skip_bad_images:
                         raise
@@ -49,4 +49,7 @@ class CloudFiles(InputFiles):
             raise EwavitError(f"none of the {len(self.names):,} clouds can be read: {self.skipped[0]}")
 
     def show(self, number: int) -> Floats:
-        return read_cloud(Path(self.names[number]), self._num_points)
+        return self._read(number)[:, :3]
+
+    def _read(self, number: int) -> Floats:
+        return read_cloud(Path(self.names[number]), self._num_points, self._options.point_features)

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from ewavit.errors import EwavitError
 from ewavit.files import regular
+from ewavit.points.features import named_columns
 
 Floats = npt.NDArray[np.float32]
 TEXT_SUFFIXES = (".txt", ".xyz", ".csv", ".pts")
@@ -89,7 +90,9 @@ def without_missing(points: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return points[measured] if measured.any() else points
 
 
-def load_file(path: Path, wanted: int, rng: np.random.Generator) -> npt.NDArray[Any]:
+def load_file(
+    path: Path, wanted: int, rng: np.random.Generator, features: str | None = None
+) -> npt.NDArray[Any]:
     """Read the points of a file.
 
     Args:
@@ -97,6 +100,8 @@ def load_file(path: Path, wanted: int, rng: np.random.Generator) -> npt.NDArray[
             that trimesh reads, such as .ply and .off.
         wanted: number of points to sample from a mesh, uniformly by area.
         rng: random numbers for the sampling.
+        features: what follows x, y, z, see `ewavit.points.features`. Arrays, and text without a header, have
+            these columns in this order; a mesh has normals.
 
     Returns:
         Points (points, 3 or more); of an organised .npy or .npz file (rows, columns, 3 or more).
@@ -117,20 +122,34 @@ def load_file(path: Path, wanted: int, rng: np.random.Generator) -> npt.NDArray[
             raise ValueError(f"it holds {', '.join(stored)} and no array called points")
         return next(iter(stored.values()))
     if suffix == ".pcd":
-        return read_pcd(path)
+        return read_pcd(path, features)
     if suffix in TEXT_SUFFIXES:
-        return read_text(path)
+        return read_text(path, features)
     trimesh = library("trimesh")
     content = io.BytesIO(path.read_bytes())  # so trimesh finds no other file, whatever this one names
     shape = trimesh.load(content, suffix[1:], process=False, skip_materials=True)
     vertices, faces = getattr(shape, "vertices", np.empty((0, 3))), getattr(shape, "faces", ())
     if not len(faces):
-        return np.asarray(vertices)
+        return _of_ply(shape, features) if features else np.asarray(vertices)
     if not np.isfinite(vertices).all():
         raise ValueError("a corner of its faces is not finite")
     if np.min(faces) < 0 or np.max(faces) >= len(vertices):
         raise ValueError(f"a face names a corner beyond its {len(vertices):,} vertices")
-    return np.asarray(trimesh.sample.sample_surface(shape, wanted, seed=rng)[0])
+    if features not in (None, "normals"):
+        raise ValueError("colours of a mesh are not read")
+    points, chosen = trimesh.sample.sample_surface(shape, wanted, seed=rng)
+    return np.concatenate([points, shape.face_normals[chosen]], 1) if features else np.asarray(points)
+
+
+def _of_ply(shape: Any, features: str) -> npt.NDArray[Any]:
+    """Points with features of a .ply file without faces, as trimesh keeps its vertices."""
+    try:
+        stored = shape.metadata["_ply_raw"]["vertex"]["data"]
+    except (AttributeError, KeyError):
+        raise ValueError(f"no {features} are read from its points") from None
+    names = list(stored if isinstance(stored, dict) else stored.dtype.names)
+    chosen = named_columns(names, features)
+    return np.stack([np.asarray(stored[names[index]], np.float64).reshape(-1) for index in chosen], 1)
 
 
 def read_array(stream: IO[bytes], size: int) -> npt.NDArray[Any]:
@@ -197,15 +216,19 @@ def check_inflation(size: int, path: Path) -> None:
         )
 
 
-def read_text(path: Path) -> npt.NDArray[np.float64]:
+def read_text(path: Path, features: str | None = None) -> npt.NDArray[np.float64]:
     """Read a text file with one point per line.
 
     Numbers are separated by blanks, commas or semicolons. Lines that begin with # or // are comments. A
     header with x, y and z gives their columns; without one they are the first three. A line with one number
     before the points is their count.
 
+    Args:
+        path: the file.
+        features: what a header also has to name, see `ewavit.points.features`.
+
     Returns:
-        Points (points, columns), x, y, z first.
+        Points (points, columns), x, y, z and the named features first.
 
     Raises:
         ValueError: the header names no x, y and z, lines differ in length, or a number cannot be read.
@@ -225,7 +248,7 @@ def read_text(path: Path) -> npt.NDArray[np.float64]:
     for line in lines[:start]:
         names = [name.strip(" \t\"'").lower() for name in line.lstrip("#/ ").split(delimiter)]
         if {"x", "y", "z"} <= set(names) and len(names) == table.shape[1]:
-            first = [names.index(axis) for axis in "xyz"]
+            first = named_columns(names, features)
             return table[:, first + [number for number in range(len(names)) if number not in first]]
         if not line.startswith(("#", "//")) and len(names) > 1:
             raise ValueError(f"its header {line[:40]!r} does not name x, y, z and every other column")
@@ -248,8 +271,10 @@ def _numbers(line: str) -> bool:
 _PCD_TYPES = {"F": "f", "I": "i", "U": "u"}
 
 
-def read_pcd(path: Path) -> npt.NDArray[np.float64]:
-    """Read x, y, z (points, 3) of a .pcd file, ascii or binary; missing points, NaN by convention, stay NaN.
+def read_pcd(path: Path, features: str | None = None) -> npt.NDArray[np.float64]:
+    """Read x, y, z and features (points, 3 or more) of a .pcd file, ascii or binary.
+
+    Missing points, NaN by convention, stay NaN. Colours that are packed into one number are not read.
 
     Raises:
         ValueError: the data is neither ascii nor binary. Damaged files raise other errors as well.
@@ -268,7 +293,7 @@ def read_pcd(path: Path) -> npt.NDArray[np.float64]:
     if min(count, *repeats) < 0:
         raise ValueError(f"its header says POINTS {count} and COUNT {repeats}")
     if kind == "ascii":
-        columns = np.cumsum([0, *repeats])[[names.index(axis) for axis in "xyz"]]
+        columns = np.cumsum([0, *repeats])[named_columns(names, features)]
         table = np.array([text.split() for text in body.decode("ascii").splitlines()[:count]], np.float64)
         return table.reshape(count, sum(repeats))[:, columns]
     if kind != "binary":
@@ -276,7 +301,8 @@ def read_pcd(path: Path) -> npt.NDArray[np.float64]:
     types = [f"<{_PCD_TYPES[t]}{size}" for t, size in zip(header["TYPE"], header["SIZE"], strict=True)]
     fields = [(f"{i}", t, (r,)) for i, (t, r) in enumerate(zip(types, repeats, strict=True))]
     rows = np.frombuffer(body, np.dtype(fields), count)
-    return np.stack([rows[f"{names.index(axis)}"][:, 0] for axis in "xyz"], 1).astype(np.float64)
+    chosen = named_columns(names, features)
+    return np.stack([rows[f"{index}"][:, 0] for index in chosen], 1).astype(np.float64)
 
 
 def library(name: str) -> Any:

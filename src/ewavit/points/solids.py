@@ -63,21 +63,25 @@ Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 
-def make_solids(num_points: int, seed: int = 0) -> tuple[tuple[str, ...], Floats, Ints, Floats, Ints]:
+def make_solids(
+    num_points: int, seed: int = 0, normals: bool = False
+) -> tuple[tuple[str, ...], Floats, Ints, Floats, Ints]:
     """Generate the set.
 
     Args:
         num_points: points per cloud.
         seed: seed of all random draws.
+        normals: let the outward normal of the surface follow each point, without noise.
 
     Returns:
-        Class names; training points (clouds, num_points, 3), in the unit sphere except for noise, and labels
-        (clouds,); evaluation points and labels. Classes alternate.
+        Class names; training points (clouds, num_points, 3 or 6), in the unit sphere except for noise, and
+        labels (clouds,); evaluation points and labels. Classes alternate.
     """
     rng = np.random.default_rng(seed)
     surfaces = [_triangles(*solid) for solid in SOLIDS.values()]
     labels = np.tile(np.arange(len(surfaces)), TRAIN + EVAL)
-    clouds = np.stack([_cloud(surfaces[label], num_points, rng)[0] for label in labels])
+    channels = 6 if normals else 3
+    clouds = np.stack([_cloud(surfaces[label], num_points, rng)[0][:, :channels] for label in labels])
     first = TRAIN * len(surfaces)
     return tuple(SOLIDS), clouds[:first], labels[:first], clouds[first:], labels[first:]
 
@@ -87,7 +91,7 @@ class Clouds:
     """Clouds with labelled parts.
 
     Attributes:
-        points: (clouds, points, 3).
+        points: (clouds, points, 3 or 6).
         parts: the part of each point, (clouds, points).
         category: (clouds,).
     """
@@ -98,13 +102,14 @@ class Clouds:
 
 
 def make_solid_parts(
-    num_points: int, seed: int = 0
+    num_points: int, seed: int = 0, normals: bool = False
 ) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...], Clouds, Clouds]:
     """Generate the set of solids with labelled parts.
 
     Args:
         num_points: points per cloud.
         seed: seed of all random draws.
+        normals: let the outward normal of the surface follow each point, without noise.
 
     Returns:
         Names of the parts, "category part"; the parts of each category; training and evaluation clouds.
@@ -128,7 +133,7 @@ def make_solid_parts(
     for category in order:
         triangles, parts_of = surfaces[category]
         cloud, chosen = _cloud(triangles, num_points, rng)
-        points.append(cloud)
+        points.append(cloud[:, : 6 if normals else 3])
         labels.append(parts_of[chosen])
     clouds, parts_of_clouds = np.stack(points), np.stack(labels)
     first = PART_TRAIN * len(surfaces)
@@ -153,7 +158,7 @@ def _triangles(segments: int, profile: list[tuple[float, float]]) -> npt.NDArray
 
 
 def _cloud(triangles: npt.NDArray[np.float64], count: int, rng: np.random.Generator) -> tuple[Floats, Ints]:
-    """Points (count, 3) of one solid: random proportions, samples by area, a cut, a pose and noise.
+    """Points and normals (count, 6) of one solid: random proportions, samples by area, cut, pose and noise.
 
     Also the triangle of each point, (count,).
     """
@@ -164,11 +169,15 @@ def _cloud(triangles: npt.NDArray[np.float64], count: int, rng: np.random.Genera
     lost = rng.uniform(0, 0.25)  # the share of the surface beyond a plane is cut off
     kept = height <= np.quantile(height, 1 - lost)
     points, chosen = points[kept][:count], chosen[kept][:count]
-    points = points @ _pose(rng)
+    pose = _pose(rng)
+    corner, second, third = triangles[chosen].swapaxes(0, 1)
+    normals = np.cross(third - corner, second - corner)  # profiles go up on the outside
+    normals /= np.linalg.norm(normals, axis=1, keepdims=True)
+    points = points @ pose
     points -= points.mean(0)
     points /= np.linalg.norm(points, axis=1).max()
     points += rng.uniform(0, NOISE) * rng.normal(size=points.shape)
-    return np.asarray(points, np.float32), chosen
+    return np.asarray(np.concatenate([points, normals @ pose], 1), np.float32), chosen
 
 
 def _sample(

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from ewavit.data.folders import class_folders, files_below, split_folders
 from ewavit.errors import EwavitError, first_line
 from ewavit.files import regular
+from ewavit.points.features import checked_features
 from ewavit.points.files import (
     TEXT_SUFFIXES,
     Floats,
@@ -33,9 +34,8 @@ from ewavit.points.files import (
 from ewavit.points.solids import make_solid_parts, make_solids
 
 Ints = npt.NDArray[np.int64]
-Load = Callable[
-    [int, np.random.Generator], npt.NDArray[Any]
-]  # wanted points, for meshes -> (points, 3 or more)
+# wanted points and generator, for meshes, and features -> (points, 3 or more)
+Load = Callable[[int, np.random.Generator, str | None], npt.NDArray[Any]]
 
 MODELNET10 = (
     "bathtub", "bed", "chair", "desk", "dresser", "monitor", "night_stand", "sofa", "table", "toilet",
@@ -64,7 +64,7 @@ class PointSet:
     Attributes:
         name: short name for logs.
         classes: names of the classes, or of the parts.
-        train_points: (clouds, points, 3), each cloud in the unit sphere.
+        train_points: (clouds, points, 3), each cloud in the unit sphere; features follow x, y, z.
         train_labels: classes (clouds,), or parts (clouds, points).
         eval_points: as `train_points`.
         eval_labels: as `train_labels`.
@@ -105,7 +105,9 @@ class _Cloud:
     label: int
 
 
-def read_points(spec: str, num_points: int, skip_bad: bool = False, holdout: bool = False) -> PointSet:
+def read_points(
+    spec: str, num_points: int, skip_bad: bool = False, holdout: bool = False, features: str | None = None
+) -> PointSet:
     """Read a set of point clouds.
 
     Args:
@@ -118,15 +120,19 @@ def read_points(spec: str, num_points: int, skip_bad: bool = False, holdout: boo
             may have fewer and are filled up by repetition.
         skip_bad: skip and count bad clouds instead of raising an error.
         holdout: whether evaluation takes training clouds; a folder of clouds needs no val/ then.
+        features: what follows the coordinates of each point, see `ewavit.points.features`.
 
     Raises:
         EwavitError: the format is unknown, files are missing, or a cloud is bad.
     """
     kind, _, place = spec.partition(":")
+    if spec in ("solids", SOLID_PARTS) and features not in (None, "normals"):
+        raise EwavitError(f"{spec} has no colours: give --point-features normals, or leave it out")
+    normals = features is not None
     if kind == "solids":
-        return PointSet("solids", *make_solids(num_points))
+        return PointSet("solids", *make_solids(num_points, normals=normals))
     if spec == SOLID_PARTS:
-        names, categories, train, held = make_solid_parts(num_points)
+        names, categories, train, held = make_solid_parts(num_points, normals=normals)
         return PointSet(
             spec, names, train.points, train.parts, held.points, held.parts, 0, categories, train.category,
             held.category,
@@ -134,7 +140,7 @@ def read_points(spec: str, num_points: int, skip_bad: bool = False, holdout: boo
     path = Path(place).expanduser()
     if not place or not path.exists():
         raise EwavitError(f"no folder or file {place!r}: give {kind}:PATH with the path of the set")
-    reader = _Reader(num_points, skip_bad)
+    reader = _Reader(num_points, skip_bad, features)
     if kind in ("modelnet10", "modelnet40"):
         return _read_modelnet(reader, kind, path)
     if kind in _SCANOBJECTNN_FILES:
@@ -146,17 +152,18 @@ def read_points(spec: str, num_points: int, skip_bad: bool = False, holdout: boo
     raise EwavitError(f"unknown point data {spec!r}: give {', '.join(FORMATS)}")
 
 
-def read_cloud(file: Path, num_points: int) -> Floats:
-    """Read one cloud (num_points, 3) from a file, the same points as evaluation takes from it.
+def read_cloud(file: Path, num_points: int, features: str | None = None) -> Floats:
+    """Read one cloud (num_points, 3 or more) from a file, the same points as evaluation takes from it.
 
     Args:
         file: of a format that `points:PATH` takes, see `read_points`.
         num_points: points to take.
+        features: what follows the coordinates, see `ewavit.points.features`.
 
     Raises:
         EwavitError: the cloud is bad.
     """
-    points = _Reader(num_points, skip_bad=False).load(_of_file(file, 0))
+    points = _Reader(num_points, False, features).load(_of_file(file, 0))
     assert points is not None
     return points[:num_points]
 
@@ -180,8 +187,9 @@ def save_points(points: PointSet, file: Path) -> None:
 class _Reader:
     """Loads and checks clouds and cuts them to one size."""
 
-    def __init__(self, num_points: int, skip_bad: bool) -> None:
+    def __init__(self, num_points: int, skip_bad: bool, features: str | None) -> None:
         self.num_points, self.skip_bad, self.bad = num_points, skip_bad, 0
+        self.features = features
 
     def read(self, clouds: Iterable[_Cloud]) -> tuple[Floats, Ints]:
         """Points (clouds, points, 3), cut to the smallest cloud and at most 2 num_points, and labels."""
@@ -198,10 +206,12 @@ class _Reader:
         return stacked, np.array(labels, np.int64)
 
     def load(self, cloud: _Cloud) -> Floats | None:
-        """One cloud (points, 3), normalised, in a fixed random order; None if it is bad and skipped."""
+        """One cloud (points, 3 or more), normalised, in a fixed random order; None if bad and skipped."""
         try:
             rng = np.random.default_rng(0)
-            points = checked(_loaded(cloud, 2 * self.num_points, rng), cloud.where, self.num_points)
+            rows = self.rows(cloud, 2 * self.num_points, rng)
+            points = checked(rows, cloud.where, self.num_points)
+            points = np.concatenate([points, checked_features(rows, cloud.where, self.features)], 1)
         except EwavitError:
             if not self.skip_bad:
                 raise
@@ -209,20 +219,20 @@ class _Reader:
             return None
         return points[rng.permutation(len(points))[: 2 * self.num_points]]
 
-
-def _loaded(cloud: _Cloud, wanted: int, rng: np.random.Generator) -> npt.NDArray[Any]:
-    try:
-        return without_missing(cloud.load(wanted, rng))
-    except EwavitError:
-        raise
-    except Exception as problem:  # readers raise many things on damaged files
-        raise EwavitError(
-            f"{cloud.where} cannot be read as a point cloud ({first_line(problem)}): replace or remove it"
-        ) from None
+    def rows(self, cloud: _Cloud, wanted: int, rng: np.random.Generator) -> npt.NDArray[Any]:
+        """What is stored of a cloud, without missing points."""
+        try:
+            return without_missing(cloud.load(wanted, rng, self.features))
+        except EwavitError:
+            raise
+        except Exception as problem:  # readers raise many things on damaged files
+            raise EwavitError(
+                f"{cloud.where} cannot be read as a point cloud ({first_line(problem)}): replace or remove it"
+            ) from None
 
 
 def _of_file(path: Path, label: int) -> _Cloud:
-    return _Cloud(str(path), lambda wanted, rng: load_file(path, wanted, rng), label)
+    return _Cloud(str(path), lambda *wanted: load_file(path, *wanted), label)
 
 
 def _of_array(array: Any, labels: Any, where: str) -> list[_Cloud]:
@@ -237,7 +247,7 @@ def _of_array(array: Any, labels: Any, where: str) -> list[_Cloud]:
         raise EwavitError(f"{where} has {len(array)} clouds and {len(labels)} labels: download it again")
 
     def load(index: int) -> Load:
-        return lambda wanted, rng: np.asarray(array[index])
+        return lambda *_: np.asarray(array[index])
 
     return [
         _Cloud(f"cloud {index} of {where}", load(index), int(label)) for index, label in enumerate(labels)
@@ -471,8 +481,9 @@ def _read_parts(
     for cloud in clouds:
         rng = np.random.default_rng(0)
         try:
-            rows = _loaded(cloud, reader.num_points, rng)
+            rows = reader.rows(cloud, reader.num_points, rng)
             coordinates, parts = checked(rows, cloud.where, 1), rows[:, -1].astype(np.int64)
+            features = checked_features(rows[:, :-1], cloud.where, reader.features)
             if not np.isin(parts, categories[cloud.label]).all():
                 raise EwavitError(f"{cloud.where} has parts of another category: download the set again")
         except EwavitError:
@@ -482,7 +493,7 @@ def _read_parts(
             continue
         order = rng.permutation(len(parts))
         chosen = np.resize(order, reader.num_points)
-        points.append(coordinates[chosen])
+        points.append(np.concatenate([coordinates, features], 1)[chosen])
         labels.append(parts[chosen])
         category.append(cloud.label)
     if not points:

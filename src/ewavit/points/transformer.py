@@ -41,12 +41,13 @@ class Encoder(nn.Module):
     Args:
         channels: channels of the result.
         width: channels of the first layer; the next two have twice and four times as many.
+        in_chans: channels of a point.
     """
 
-    def __init__(self, channels: int, width: int = 128) -> None:
+    def __init__(self, channels: int, width: int = 128, in_chans: int = 3) -> None:
         super().__init__()
         self.first_conv = nn.Sequential(
-            nn.Conv1d(3, width, 1), nn.BatchNorm1d(width), nn.ReLU(), nn.Conv1d(width, 2 * width, 1)
+            nn.Conv1d(in_chans, width, 1), nn.BatchNorm1d(width), nn.ReLU(), nn.Conv1d(width, 2 * width, 1)
         )
         self.second_conv = nn.Sequential(
             nn.Conv1d(4 * width, 4 * width, 1), nn.BatchNorm1d(4 * width), nn.ReLU(),
@@ -54,12 +55,12 @@ class Encoder(nn.Module):
         )  # fmt: skip
 
     def forward(self, groups: Tensor) -> Tensor:
-        """Map groups (B, G, k, 3), relative to their centres, to vectors (B, G, channels)."""
-        batch, count, size, _ = groups.shape
+        """Map groups (B, G, k, in_chans), relative to their centres, to vectors (B, G, channels)."""
+        batch, count, size, in_chans = groups.shape
         first: Any = self.first_conv
         second: Any = self.second_conv
         narrow, norm, act, wide = first
-        local = _pointwise(wide, act(norm(_pointwise(narrow, groups.reshape(-1, 3)))))
+        local = _pointwise(wide, act(norm(_pointwise(narrow, groups.reshape(-1, in_chans)))))
         whole = local.view(batch * count, size, -1).max(1)[0]  # (groups, 2 width)
         # The next layer takes [group, point]; its two halves are applied separately, per group and per point.
         narrow, norm, act, wide = second
@@ -169,6 +170,7 @@ class _Backbone(nn.Module):
         encoder_width: channels of the mini-PointNet's first layer.
         encoder_dims: channels of the mini-PointNet, followed by a linear layer to `dim` (Point-BERT); None
             makes them `dim`.
+        features: channels of a point beside x, y, z, such as its normal; only the mini-PointNet takes them.
     """
 
     def __init__(
@@ -182,35 +184,40 @@ class _Backbone(nn.Module):
         drop_path_rate: float = 0.1,
         encoder_width: int = 128,
         encoder_dims: int | None = None,
+        features: int = 0,
     ) -> None:
         super().__init__()
         if dim % num_heads:
             raise EwavitError(f"dim={dim} is not a multiple of num_heads={num_heads}: choose a multiple")
-        self.num_group, self.group_size = num_group, group_size
-        self.encoder = Encoder(encoder_dims or dim, encoder_width)
+        self.num_group, self.group_size, self.features = num_group, group_size, features
+        self.encoder = Encoder(encoder_dims or dim, encoder_width, 3 + features)
         self.reduce_dim = nn.Identity() if encoder_dims is None else nn.Linear(encoder_dims, dim)
         self.pos_embed = nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, dim))
         self.blocks = TransformerEncoder(dim, depth, num_heads, drop_path_rate)
         self.norm = nn.LayerNorm(dim)
 
     def tokens(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Map points (B, N, 3) to tokens and positions (B, G, dim) and centres (B, G, 3)."""
-        if points.ndim != 3 or points.shape[-1] != 3:
-            raise EwavitError(f"points have the shape {tuple(points.shape)}: give (clouds, points, 3)")
+        """Map points (B, N, 3 + features) to tokens and positions (B, G, dim) and centres (B, G, 3)."""
+        if points.ndim != 3 or points.shape[-1] != 3 + self.features:
+            raise EwavitError(
+                f"points have the shape {tuple(points.shape)}: give (clouds, points, {3 + self.features})"
+            )
         needed = max(self.num_group, self.group_size)
         if points.shape[1] < needed:
             raise EwavitError(
                 f"{points.shape[1]} points per cloud are too few for {self.num_group} groups of "
                 f"{self.group_size} ({needed} needed): give more points, or a smaller num_group or group_size"
             )
-        centres = gather_points(points, farthest_point_sample(points, self.num_group))
-        groups = gather_points(points, knn(centres, points, self.group_size)[1])
-        tokens = self.reduce_dim(self.encoder(groups - centres.unsqueeze(2)))
+        places = points[..., :3].contiguous() if self.features else points
+        centres = gather_points(places, farthest_point_sample(places, self.num_group))
+        groups = gather_points(points, knn(centres, places, self.group_size)[1])
+        origin = F.pad(centres, (0, self.features)) if self.features else centres
+        tokens = self.reduce_dim(self.encoder(groups - origin.unsqueeze(2)))
         return tokens, self.pos_embed(centres), centres
 
 
 class PointTransformer(_Backbone):
-    """Classifies point clouds (B, N, 3) -> logits (B, classes).
+    """Classifies point clouds (B, N, 3 + features) -> logits (B, classes).
 
     Args:
         num_classes: number of classes.
@@ -270,9 +277,9 @@ class PointNetFeaturePropagation(nn.Module):
 
 
 class PointTransformerSeg(_Backbone):
-    """Segments clouds of known category into parts: points (B, N, 3 + 16) -> logits (B, parts, N).
+    """Segments clouds of known category into parts: points (B, N, 3 + features + 16) -> logits (B, parts, N).
 
-    The category of the cloud, one of 16, follows the coordinates of each point as a one-hot vector.
+    The category of the cloud, one of 16, follows the coordinates and features as a one-hot vector.
 
     Args:
         num_classes: number of parts in all categories together.
@@ -305,18 +312,19 @@ class PointTransformerSeg(_Backbone):
         self.apply(_init_weights)
 
     def forward(self, points: Tensor) -> Tensor:
-        if points.ndim != 3 or points.shape[-1] != 3 + NUM_CATEGORIES:
+        wanted = 3 + self.features + NUM_CATEGORIES
+        if points.ndim != 3 or points.shape[-1] != wanted:
             raise EwavitError(
-                f"points have the shape {tuple(points.shape)}: give (clouds, points, {3 + NUM_CATEGORIES}), "
+                f"points have the shape {tuple(points.shape)}: give (clouds, points, {wanted}), "
                 "coordinates followed by the category as a one-hot vector"
             )
-        points, category = points[..., :3].contiguous(), points[:, 0, 3:]
+        points, category = points[..., :-NUM_CATEGORIES].contiguous(), points[:, 0, -NUM_CATEGORIES:]
         tokens, pos, centres = self.tokens(points)
         outputs = self.blocks(tokens, pos)
         features = torch.cat([self.norm(outputs[block]) for block in self.fetch], -1)  # (B, G, features)
         label = self.label_conv(category.unsqueeze(-1)).squeeze(-1)
         whole = torch.cat([features.max(1)[0], features.mean(1), label], -1)
-        local = self.propagation_0(points, centres, features)
+        local = self.propagation_0(points[..., :3], centres, features)
         # One layer on [point, whole cloud]; its two halves are applied separately.
         of_point, of_whole = self.convs1.weight[:, :, 0].tensor_split([local.shape[-1]], 1)
         x = F.linear(local, of_point) + F.linear(whole, of_whole, self.convs1.bias).unsqueeze(1)

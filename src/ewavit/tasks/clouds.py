@@ -36,6 +36,7 @@ class CloudClassification(Classification):
     fewest_per_batch = (2, "is too small for the point transformer's BatchNorm: choose 2 or more")
     model = "point_transformer_s"
     suffixes = SUFFIXES
+    own_settings = ("point_features",)
 
     def open_data(self, spec: str, options: DataOptions) -> Data:
         return PointData.open(spec, options)
@@ -64,7 +65,10 @@ class CloudClassification(Classification):
             raise EwavitError(
                 "--pretrained loads timm's weights: use --initial-checkpoint FILE for a point model"
             )
+        assert isinstance(inputs, CloudInputs)
         settings = {"num_classes": inputs.num_classes, **kwargs}
+        if inputs.features:
+            settings["features"] = inputs.features
         model = self.create_model(name, settings)
         if initial_checkpoint is not None:
             weights = read_weights(Path(initial_checkpoint))
@@ -107,7 +111,8 @@ class CloudClassification(Classification):
     def input_text(self, inputs: Inputs) -> str:
         assert isinstance(inputs, CloudInputs)
         shape = f"(batch, {inputs.num_points}, {inputs.in_chans})"
-        return f"clouds {shape}, centred and scaled into the unit sphere"
+        features = "; x, y, z, then the --point-features of the training" if inputs.features else ""
+        return f"clouds {shape}, centred and scaled into the unit sphere{features}"
 
     def mixing(self, mixup: float, cutmix: float, num_classes: int) -> Mixing | None:
         return None

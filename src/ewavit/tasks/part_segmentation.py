@@ -17,6 +17,7 @@ from ewavit.data.input_files import InputFiles
 from ewavit.errors import EwavitError
 from ewavit.points.batches import CloudInputs
 from ewavit.points.metrics import Categories, part_ious
+from ewavit.points.transformer import NUM_CATEGORIES
 from ewavit.tasks.classification import ClassMeter
 from ewavit.tasks.clouds import CloudClassification
 from ewavit.tasks.inference import Inference, InferenceOptions
@@ -28,7 +29,7 @@ SHOWN = 4  # clouds in the picture of a run
 
 
 class PartSegmentation(CloudClassification):
-    """One part for each point. The category of a cloud follows x, y, z as a one-hot vector."""
+    """One part for each point. The category of a cloud follows x, y, z and features as a one-hot vector."""
 
     name = "segmentation"
     judge = INSTANCE_IOU
@@ -49,7 +50,7 @@ class PartSegmentation(CloudClassification):
         return PartMeter(self.kind, data.num_classes, data.categories, device)
 
     def predictions(self, data: Data, inputs: Tensor, outputs: Tensor, targets: Tensor) -> list[Listed]:
-        category = inputs[:, 0, 3:].argmax(-1)
+        category = inputs[:, 0, -NUM_CATEGORIES:].argmax(-1)
         ious = 100 * part_ious(outputs, targets, category, data.categories)
         of_parts = [data.classes[parts[0]].rpartition(" ")[0] for parts in data.categories]
         return [
@@ -72,7 +73,7 @@ class PartSegmentation(CloudClassification):
         else:
             return
         own = torch.tensor([[n in parts for n in range(data.num_classes)] for parts in data.categories])
-        of_category = own.to(clouds.device)[clouds[:, 0, 3:].argmax(-1)].unsqueeze(-1)
+        of_category = own.to(clouds.device)[clouds[:, 0, -NUM_CATEGORIES:].argmax(-1)].unsqueeze(-1)
         parts = found.masked_fill(~of_category, -torch.inf).argmax(1)
         pictures, captions = [], []
         for cloud, *both in zip(clouds[..., :3].cpu(), labelled, parts.cpu(), strict=True):
@@ -116,7 +117,7 @@ class PartMeter(ClassMeter):
 
     def update(self, inputs: Tensor, outputs: Tensor, targets: Tensor) -> None:
         super().update(inputs, outputs, targets)
-        category = inputs[:, 0, 3:].argmax(-1)
+        category = inputs[:, 0, -NUM_CATEGORIES:].argmax(-1)
         ious = part_ious(outputs, targets, category, self.categories)
         self.iou[0].update(ious)
         for number, metric in enumerate(self.iou[1:]):

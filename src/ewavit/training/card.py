@@ -57,7 +57,8 @@ class ModelCard:
     `model_kwargs` is all that `timm.create_model` takes beside the name. `interpolation`, `crop_pct` and
     `crop_mode` say in timm's words how evaluation images are resized; None for clouds and in old files.
     `task_name` is None in old files, whose task follows from `data`.
-    `ffn_groups` is above 1 for block-diagonal FFNs, which stock timm does not have.
+    `ffn_groups` is above 1 for block-diagonal FFNs, which stock timm does not have. `point_features` is None
+    for clouds of coordinates alone.
     `metric` is the task's judging metric on `data`, None within the first epoch. `mixture` is None for a
     plain model. `absolute_data` and `data_dir` are where the run read its data, as absolute paths. They
     are in `state.json` of a checkpoint, never in the metadata of a file.
@@ -81,6 +82,7 @@ class ModelCard:
     crop_mode: str | None = None
     task_name: str | None = None
     ffn_groups: int = 1
+    point_features: str | None = None
 
     @classmethod
     def of(
@@ -157,6 +159,8 @@ class ModelCard:
         del card["absolute_data"], card["data_dir"]
         if self.ffn_groups == 1:
             del card["ffn_groups"]
+        if self.point_features is None:
+            del card["point_features"]
         pretrained_cfg = self.pretrained_cfg
         more = {"pretrained_cfg": json.dumps(pretrained_cfg)} if pretrained_cfg else {}
         return {"ewavit": json.dumps(card), **more}
@@ -164,7 +168,7 @@ class ModelCard:
     @property
     def preparation(self) -> dict[str, Any]:
         """The fields of `DataOptions` that prepare inputs as in the training."""
-        fields = {name: getattr(self, name) for name in (*PREPARATION, "num_points")}
+        fields = {name: getattr(self, name) for name in (*PREPARATION, "num_points", "point_features")}
         return {**fields, "img_size": self.img_size or None}
 
     @property

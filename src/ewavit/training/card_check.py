@@ -98,6 +98,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "crop_mode": _optional(_one_of(CROP_MODES)),
     "task_name": _optional(_one_of(choices("task"))),
     "ffn_groups": _whole(1, 2**16),
+    "point_features": _optional(_one_of(choices("point_features"))),
 }
 _MIXTURE: dict[str, tuple[Callable[[Any], bool], str]] = {
     "num_experts": _whole(2, MOST_EXPERTS),

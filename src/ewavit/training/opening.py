@@ -94,6 +94,7 @@ def open_recipe_data(
         train_split=recipe.train_split,
         val_split=recipe.val_split,
         num_points=recipe.num_points,
+        point_features=recipe.point_features,
         votes=recipe.votes,
         per_class=recipe.per_class
         if "per_class" in task_for(recipe.data, recipe.task).own_settings

@@ -33,6 +33,7 @@ LARGEST_COUNT, LARGEST = 10**9, 1e30  # without a closer limit: larger ones over
 _NOT_MODEL_KWARGS = {
     "num_classes": "the data has a number of classes, leave it out",
     "in_chans": "the data has a number of channels, leave it out",
+    "features": "give --point-features",
     "img_size": "give --img-size",
     "pretrained": "give --pretrained",
     "checkpoint_path": "give --initial-checkpoint",
@@ -148,6 +149,9 @@ class Recipe:
     skip_bad_images: bool = _data(False, "skip images that cannot be read, and count them")
     num_points: int | None = _data(
         None, "points per cloud (default: 1024, or 2048 for part segmentation)", least=1, most=100_000
+    )
+    point_features: Literal["normals", "colours", "normals,colours"] | None = _data(
+        None, "what the model gets of each point beside its place"
     )
     retain: str | None = _data(
         None,

@@ -99,7 +99,7 @@ class TrainingState:
         group_ffns(dense, recipe.ffn_groups)
         freeze(dense, recipe.freeze)
         card = ModelCard.of(name, settings, recipe.data, data, recipe.data_dir, recipe.task)
-        card = replace(card, ffn_groups=recipe.ffn_groups)
+        card = replace(card, ffn_groups=recipe.ffn_groups, point_features=recipe.point_features)
         if recipe.placement == "replicas":
             dense.to(accelerator.device)  # where the processes can send it to each other
         if recipe.grad_checkpointing:
