@@ -50,8 +50,8 @@ BUILT_IN: dict[str, Callable[[Recipe], dict[str, Any]]] = {
 }
 # No difference between two arms may come from other data, other seeds or other folders.
 _SHARED = {
-    "task", "data", "data_dir", "train_split", "val_split", "img_size", "limit", "holdout", "skip_bad_images",
-    "num_points", "point_features", "votes", "retain",
+    "task", "data", "data_dir", "train_split", "val_split", "img_size", "limit", "shots", "resample",
+    "test_on_rest", "holdout", "fold", "skip_bad_images", "num_points", "point_features", "votes", "retain",
     "seed", "output", "name",
 }  # fmt: skip
 _AVERAGES = ("model_ema", "swa", "twa", "toward_start")

@@ -191,7 +191,7 @@ def evaluated_epochs(recipe: Recipe) -> tuple[int, ...]:
     return tuple(e for e in range(recipe.epochs) if (e + 1) % recipe.val_interval == 0 or e == last)
 
 
-def without_other_data(runs: Mapping[RunFolder, Run]) -> dict[RunFolder, Run]:
+def without_other_data(runs: Mapping[RunFolder, Run], by_seed: bool = False) -> dict[RunFolder, Run]:
     """Turn runs with other labels than most runs into failed runs.
 
     All runs of a comparison are evaluated on the same samples. If two sets of labels are equally frequent,
@@ -199,10 +199,17 @@ def without_other_data(runs: Mapping[RunFolder, Run]) -> dict[RunFolder, Run]:
 
     Args:
         runs: the ended runs by their folders.
+        by_seed: whether each seed has evaluation samples of its own.
 
     Returns:
         The same runs, the ones with other labels as failed runs with an error.
     """
+    if by_seed:
+        groups = [
+            {r: f for r, f in runs.items() if f.seed == seed} for seed in {f.seed for f in runs.values()}
+        ]
+        checked = {run: found for group in groups for run, found in without_other_data(group).items()}
+        return {run: checked[run] for run in runs}
     held = {run: found.labels.tobytes() for run, found in runs.items() if found.labels is not None}
     ranking = Counter(held.values()).most_common(2)
     if len(ranking) < 2:

@@ -258,8 +258,14 @@ class Work:
 
     def _data(self) -> str:
         recipe, kind = self.recipe, self.task.kind
-        part = f"the first {recipe.limit:,} training {kind} of " if recipe.limit else ""
-        return f"{part}{recipe.data}{f', by held-out training {kind},' if recipe.holdout else ''}"
+        first = "" if recipe.resample else "the first "
+        drawn = ", drawn anew with each seed," if recipe.resample else ""
+        if recipe.limit:
+            part = f"{first}{recipe.limit:,} training {kind}{drawn} of "
+        else:
+            part = f"{first}{recipe.shots:,} training {kind} of each class{drawn} of " if recipe.shots else ""
+        other = "held-out" if recipe.holdout else "all other" if recipe.test_on_rest else ""
+        return f"{part}{recipe.data}{f', by {other} training {kind},' if other else ''}"
 
     def found(self, cell: Cell) -> Run | None:
         """A finished run, with an error if its files are damaged; None if it is not finished."""
@@ -275,7 +281,9 @@ class Work:
     def _results(self) -> tuple[ArmRuns, ...]:
         """The runs of all arms that have finished or failed."""
         ended = {arm.name: list(self._ended(arm)) for arm in self.arms}
-        checked = without_other_data(dict(pair for pairs in ended.values() for pair in pairs))
+        recipe = self.recipe
+        by_seed = recipe.resample and bool(recipe.holdout or recipe.test_on_rest)
+        checked = without_other_data(dict(pair for pairs in ended.values() for pair in pairs), by_seed)
         return tuple(
             ArmRuns(arm, self._lr(arm) or math.nan, tuple(checked[run] for run, _ in ended[arm.name]))
             for arm in self.arms

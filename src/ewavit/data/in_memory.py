@@ -13,8 +13,9 @@ from torchvision.transforms import v2
 
 from ewavit.data.arrays import Arrays, Ints, find_cifar, read_bundled, read_cifar
 from ewavit.data.augmentation import TensorAugmentation
-from ewavit.data.batches import Batch, Data, Resizing, Statistics, hold_out, take_first
+from ewavit.data.batches import Batch, Data, Resizing, Statistics
 from ewavit.data.options import DataOptions
+from ewavit.data.subsets import split
 
 BUNDLED = "fashion-mnist-mini"
 
@@ -75,8 +76,8 @@ class TensorData(Data):
         """
         folder = find_cifar(Path(spec).expanduser()) if spec != BUNDLED else None
         arrays = read_bundled() if folder is None else read_cifar(folder)
-        indices, held = hold_out(take_first(arrays.train_labels, options.limit), options.holdout)
-        if options.holdout:
+        indices, held = split(len(arrays.train_labels), options, lambda: arrays.train_labels)
+        if held is not None:
             images, labels = arrays.train_images[held], arrays.train_labels[held]
             arrays = replace(arrays, eval_images=images, eval_labels=labels)
         return cls(arrays, indices, options)

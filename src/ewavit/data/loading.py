@@ -26,7 +26,7 @@ from torchvision.transforms import Compose
 
 from ewavit.data.arrays import Ints
 from ewavit.data.augmentation import Augmentation
-from ewavit.data.batches import Batch, Data, Resizing, Statistics, entropy, hold_out, take_first
+from ewavit.data.batches import Batch, Data, Resizing, Statistics, entropy
 from ewavit.data.folders import formats_text
 from ewavit.data.options import DataOptions
 from ewavit.data.sources import (
@@ -41,6 +41,7 @@ from ewavit.data.sources import (
     read_folder,
     read_timm,
 )
+from ewavit.data.subsets import split
 from ewavit.errors import EwavitError, first_line
 
 PROBED = 64  # images inspected for their size and mode
@@ -342,7 +343,7 @@ class LoaderData(Data):
         """
         train: ImageSource
         val: ImageSource | None
-        splits, holding = (options.train_split, options.val_split), options.holdout > 0
+        splits, holding = (options.train_split, options.val_split), options.on_training_samples
         if is_timm(spec):
             name = spec
             train, val = read_timm(spec, options.data_dir, *splits, holding)
@@ -350,11 +351,10 @@ class LoaderData(Data):
             path = Path(spec).expanduser()
             name = path.resolve().name
             train, val = read_folder(path, *splits, holding)
-        limit = options.limit
-        indices = np.arange(len(train)) if limit is None else take_first(train.labels(), limit)
-        indices, held = hold_out(indices, options.holdout)
-        if val is None:
+        indices, held = split(len(train), options, train.labels)
+        if held is not None:
             return cls(name, train, indices, train, held, options)
+        assert val is not None  # read, for there is nothing else to evaluate on
         return cls(name, train, indices, val, np.arange(len(val)), options)
 
     @property
@@ -460,7 +460,7 @@ class StreamData(Data):
 
     Args:
         spec: timm's name of the set.
-        options: everything but `limit`, `holdout` and `skip_bad_images`.
+        options: everything but `limit`, `shots`, `holdout` and `skip_bad_images`.
 
     Raises:
         EwavitError: the set cannot be opened, has fewer than two classes, or timm does not know the
@@ -518,12 +518,11 @@ class StreamData(Data):
         """Open a streamed set of timm's.
 
         Raises:
-            EwavitError: as the constructor, or `limit` or `holdout` is given.
+            EwavitError: as the constructor, or a subset is wanted.
         """
-        if options.limit is not None or options.holdout:
-            option = "holdout" if options.limit is None else "limit"
+        if given := [name for name in ("limit", "shots", "holdout") if getattr(options, name)]:
             raise EwavitError(
-                f"{option} does not work for {spec}, a streamed set: name a smaller --train-split"
+                f"{given[0]} does not work for {spec}, a streamed set: name a smaller --train-split"
             )
         return cls(spec, options)
 

@@ -20,12 +20,12 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 
 from ewavit.data.arrays import Ints
-from ewavit.data.batches import hold_out
 from ewavit.data.folders import VALIDATION_FOLDERS, files_below
 from ewavit.data.loading import LoaderData, Samples
 from ewavit.data.options import DataOptions
 from ewavit.data.shapes import CLASSES, make_shapes
 from ewavit.data.sources import FileImages, ImageSource
+from ewavit.data.subsets import split
 from ewavit.errors import EwavitError
 from ewavit.files import regular
 
@@ -162,11 +162,11 @@ class MaskData(LoaderData):
             options = replace(options, workers=0)
         else:
             train, val, notes = read_masks(Path(spec).expanduser(), options)
-        indices, chosen = hold_out(np.arange(len(train))[: options.limit], options.holdout)
-        if options.holdout or val is None:
+        indices, held_out = split(len(train), options)
+        if held_out is not None:
             val = train
-        else:
-            chosen = np.arange(len(val))
+        assert val is not None  # read, where no training images are held out
+        chosen = np.arange(len(val)) if held_out is None else held_out
         data = cls(
             spec if spec == SHAPES else Path(spec).resolve().name, train, indices, val, chosen, options
         )
@@ -241,12 +241,14 @@ def read_masks(path: Path, options: DataOptions) -> tuple[MaskImages, MaskImages
     splits = [name for name in names if (images / name).is_dir()]
     if options.train_split not in splits:
         splits = [""]
-    if len(splits) < 2 and not options.holdout:
+    if len(splits) < 2 and not options.on_training_samples:
         raise EwavitError(
             f"{images} has no {options.train_split}/ and val/: add them, and the same in masks/, or give "
             "--holdout 0.2"
         )
-    pairs = [_pairs(images / name, masks / name) for name in splits[: 1 if options.holdout else 2]]
+    pairs = [
+        _pairs(images / name, masks / name) for name in splits[: 1 if options.on_training_samples else 2]
+    ]
     return _checked(pairs, _named_classes(path, pairs), 0, None, options)
 
 
@@ -265,7 +267,7 @@ def _checked(
     if counts is not None and found != counts:
         notes = (f"{found[0]:,} and {found[1]:,} images, published are {counts[0]:,} and {counts[1]:,}",)
     sources = [MaskImages(images, masks, classes, first) for images, masks in pairs]
-    return sources[0], None if options.holdout else sources[1], notes
+    return sources[0], None if options.on_training_samples else sources[1], notes
 
 
 def _pairs(images: Path, masks: Path) -> Pairs:

@@ -24,8 +24,12 @@ class DataOptions:
         seed: seed of the order of the samples and of the augmentation of images read from files.
         augmentation: augmentation of the training samples.
         limit: use only the first `limit` training samples; a set stored class by class is interleaved first.
+        shots: use only the first `shots` training samples of each class, in place of `limit`.
+        resample: draw the samples of `limit` or `shots` at random, from `seed` alone.
+        test_on_rest: evaluate on the training samples that `limit` or `shots` leaves out.
         holdout: share of the (limited) training samples to evaluate on in place of the evaluation set; they
             are not trained on. The choice depends only on the number of samples, not on the seed.
+        fold: which share of that size is held out, counted from 0.
         img_size: height and width in pixels; None follows the images. Not for point clouds.
         mean: mean of each channel, values in 0..1, to normalise images with; needs `std`. None takes the
             training images' own for sets in memory, else ImageNet's (three channels) or 0.5 (one channel).
@@ -55,7 +59,11 @@ class DataOptions:
     seed: int = 0
     augmentation: Augmentation = Augmentation()  # noqa: RUF009 (frozen)
     limit: int | None = None
+    shots: int | None = None
+    resample: bool = False
+    test_on_rest: bool = False
     holdout: float = 0.0
+    fold: int = 0
     img_size: int | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
@@ -76,7 +84,8 @@ class DataOptions:
     per_class: int | None = None
 
     def __post_init__(self) -> None:
-        lowest = {"batch_size": 1, "limit": 1, "img_size": 1, "workers": 0, "num_points": 1, "votes": 1}
+        lowest = {"batch_size": 1, "limit": 1, "shots": 1, "img_size": 1, "workers": 0, "num_points": 1}
+        lowest |= {"votes": 1, "fold": 0}
         for name, least in lowest.items():
             value = getattr(self, name)
             if value is not None and value < least:
@@ -86,6 +95,11 @@ class DataOptions:
         if (self.mean is None) != (self.std is None):
             missing = "mean" if self.mean is None else "std"
             raise EwavitError(f"mean and std belong together and {missing} is missing: give both or neither")
+
+    @property
+    def on_training_samples(self) -> bool:
+        """Whether evaluation takes training samples, so that no evaluation set is needed."""
+        return self.holdout > 0 or self.test_on_rest
 
     def statistics(self, in_chans: int) -> Statistics | None:
         """`mean` and `std` for so many channels; None unless given.

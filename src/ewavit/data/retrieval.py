@@ -12,12 +12,13 @@ from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ewavit.data.arrays import Arrays, Ints, read_bundled
-from ewavit.data.batches import Data, take_first
+from ewavit.data.batches import Data
 from ewavit.data.folders import split_folders
 from ewavit.data.in_memory import BUNDLED, TensorData
 from ewavit.data.loading import LoaderData
 from ewavit.data.options import DataOptions
 from ewavit.data.sources import FileImages, read_class_folders
+from ewavit.data.subsets import bounds, choose
 from ewavit.errors import EwavitError, first_line
 
 BOTH, QUERY, GALLERY = 0, 1, 2  # what an evaluation image is; BOTH: a query against all other images
@@ -65,6 +66,10 @@ def open_retrieval(spec: str, options: DataOptions) -> Data:
     Raises:
         EwavitError: the set is unknown or damaged, a class is in both splits, or a count is not as published.
     """
+    if options.test_on_rest:
+        raise EwavitError(
+            "test_on_rest does not work with --task retrieval, evaluated on new classes: leave it out"
+        )
     if spec == BUNDLED:
         arrays = read_bundled()
         train = arrays.train_labels < TRAINED
@@ -83,9 +88,9 @@ def open_retrieval(spec: str, options: DataOptions) -> Data:
             break
     else:
         images_of, other = _read_folders(path, options)
-    indices = take_first(images_of.targets, options.limit)
+    indices = choose(len(images_of), options, lambda: images_of.targets)
     if options.holdout:
-        kept, held = held_out_classes(images_of.targets[indices], len(images_of.classes), options.holdout)
+        kept, held = held_out_classes(images_of.targets[indices], len(images_of.classes), options)
         chosen = indices[held]
         other = EvaluationImages(
             [images_of.where(index) for index in chosen],
@@ -98,16 +103,18 @@ def open_retrieval(spec: str, options: DataOptions) -> Data:
     return data
 
 
-def held_out_classes(labels: Ints, classes: int, share: float) -> tuple[Ints, Ints]:
+def held_out_classes(labels: Ints, classes: int, options: DataOptions) -> tuple[Ints, Ints]:
     """Positions of the images to train on and of those held out; whole classes, the same every time.
 
     Raises:
         EwavitError: fewer than two classes would be left on a side.
     """
-    count = round(share * classes)
-    if not 2 <= count <= classes - 2:
-        raise EwavitError(f"holdout {share} of {classes} classes leaves fewer than two on a side: change it")
-    held = np.isin(labels, np.random.default_rng(0).permutation(classes)[:count])
+    first, end = bounds(classes, options)
+    if not 2 <= end - first <= classes - 2:
+        raise EwavitError(
+            f"holdout {options.holdout} of {classes} classes leaves fewer than two on a side: change it"
+        )
+    held = np.isin(labels, np.random.default_rng(0).permutation(classes)[first:end])
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
@@ -115,9 +122,9 @@ def _in_memory(arrays: Arrays, train: Any, images: Any, labels: Ints, options: D
     """The bundled set: the first classes train, the others are evaluated."""
     of_train, train_labels = arrays.train_images[train], arrays.train_labels[train]
     names = arrays.classes[TRAINED:]
-    indices = take_first(train_labels, options.limit)
+    indices = choose(len(train_labels), options, lambda: train_labels)
     if options.holdout:
-        kept, held = held_out_classes(train_labels[indices], TRAINED, options.holdout)
+        kept, held = held_out_classes(train_labels[indices], TRAINED, options)
         images, labels = of_train[indices[held]], train_labels[indices[held]]
         names, indices = arrays.classes[:TRAINED], indices[kept]
     targets = np.stack([labels, np.full_like(labels, BOTH)], 1)

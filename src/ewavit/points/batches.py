@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ewavit.data.arrays import Ints
-from ewavit.data.batches import Batch, Data, Inputs, hold_out, take_first
+from ewavit.data.batches import Batch, Data, Inputs
 from ewavit.data.folders import formats_text
 from ewavit.data.options import DataOptions
+from ewavit.data.subsets import split
 from ewavit.errors import EwavitError
 from ewavit.points.augmentation import PointAugmentation
 from ewavit.points.ops import gather_points
@@ -113,11 +114,11 @@ class PointData(Data):
         if given := [name for name, value in of_images.items() if value]:
             raise EwavitError(f"{given[0]} is for images: leave it out for the point clouds of {spec}")
         num_points = options.num_points or (2048 if has_parts(spec) else 1024)
-        skip, holding, features = options.skip_bad_images, options.holdout > 0, options.point_features
+        skip, holding, features = options.skip_bad_images, options.on_training_samples, options.point_features
         points = read_points(spec, num_points, skip, holding, features)
         by = points.train_labels if points.train_category is None else points.train_category
-        indices, held = hold_out(take_first(by, options.limit), options.holdout)
-        if options.holdout:
+        indices, held = split(len(by), options, lambda: by)
+        if held is not None:
             points = points.holding_out(held)
         return cls(points, indices, num_points, options)
 

@@ -471,7 +471,8 @@ class TrainingRun:
     def _finish(self) -> Result:
         """Leave what the run was for: the weights as files, every prediction, the curves."""
         row, main = self.progress.rows[-1], self.accelerator.is_main_process
-        judged_on = f"{'held-out' if self.recipe.holdout else 'test'} {self.task.kind}"
+        held = self.recipe.holdout or self.recipe.test_on_rest
+        judged_on = f"{'held-out' if held else 'test'} {self.task.kind}"
         with self._signals.raised():
             card = self._write_files(row, judged_on, main)
         if main:

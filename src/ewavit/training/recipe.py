@@ -115,6 +115,13 @@ class Recipe:
         "spec (torch/..., hfds/..., wds/...) or point clouds such as modelnet10:PATH",
     )
     limit: int | None = _data(None, "use only the first N training images", least=1)
+    shots: int | None = _data(None, "use only the first N training images of each class (few-shot)", least=1)
+    resample: bool = _data(
+        False, "draw the images of --limit or --shots at random with --seed instead of taking the first ones"
+    )
+    test_on_rest: bool = _data(
+        False, "evaluate on the training images that --limit or --shots leaves out instead of the test images"
+    )
     img_size: int | None = _data(None, "image side in pixels (default: that of the data)", least=1, most=4096)
     workers: int = _data(4, "processes that read images from files; ignored for data in memory", least=0)
     holdout: float = _data(
@@ -122,6 +129,9 @@ class Recipe:
         "hold out this share of the training images and evaluate on it instead of the test images",
         least=0,
         below=1,
+    )
+    fold: int = _data(
+        0, "which share of that size --holdout holds out, counted from 0 (for cross-validation)", least=0
     )
     train_split: str = _data("train", "training split of a timm data set or folder")
     val_split: str = _data("validation", "evaluation split of a timm data set or folder")
@@ -409,6 +419,7 @@ class Recipe:
             raise EwavitError(
                 f"--log {unknown[0]!r} is unknown: give one or several of {', '.join(TRACKERS)}, with commas"
             )
+        self._check_subset()
         self._check_experts()
         self._check_averages()
         if self.pretrained and self.initial_checkpoint:
@@ -468,6 +479,23 @@ class Recipe:
     def keeps_experts(self) -> bool:
         """Whether the result is the mixture itself, not the plain model with the mean expert."""
         return self.is_routed and not self.collapse
+
+    def _check_subset(self) -> None:
+        """Refuse settings of the training images that exclude each other or have nothing to work on."""
+        if self.limit is not None and self.shots is not None:
+            raise EwavitError("--limit and --shots both choose the training images: leave out one")
+        for name in ("resample", "test_on_rest"):
+            if getattr(self, name) and self.limit is None and self.shots is None:
+                raise EwavitError(
+                    f"--{flag(name)} needs a subset of the training images: give --limit or --shots"
+                )
+        if self.test_on_rest and self.holdout:
+            raise EwavitError("--test-on-rest and --holdout both choose the test images: leave out one")
+        folds = math.floor(1 / self.holdout + 1e-9) if self.holdout else 1
+        if self.fold >= folds:
+            raise EwavitError(
+                f"--fold {self.fold} is out of range: --holdout {self.holdout:g} has {folds} of them, from 0"
+            )
 
     def _check_experts(self) -> None:
         """Refuse settings of experts that exclude each other."""
