@@ -276,6 +276,7 @@ def refused(capsys, tmp_path, *arguments):
         (["--preset", "maxi"], ["maxi", "mini"]),
         (["--experts", "1"], ["'ewa'", "--experts"]),
         (["--model-ema"], ["model_ema", "ewa+ema"]),
+        (["--arms", "dense,half", "--epochs", "1"], ["'half'", "--epochs 1", "2 or more"]),
         (["--resume", "x"], ["--resume"]),
         (["--data", "fashion-mnist-maxi"], ["fashion-mnist-maxi"]),
         (["--opt", "adamwwww"], ["adamwwww"]),
@@ -347,12 +348,31 @@ def test_every_built_in_arm_fits_the_recipe_and_has_its_role():
         arm.name: arm for arm in make_arms([*BUILT_IN, "ewa+ema-lr", "mine-lr"], recipe, {"mine": {"lr": 1}})
     }
     controls = {"dense", "ema", "swa", "twa", "switch-ema", "wise-ft", "cca", "scheme"}
+    controls |= {"half", "double", "drop-path", "mixup"}
     assert {name for name, arm in arms.items() if arm.role == "control"} == controls
     assert arms["full"].overrides["share_rate"] == 7 / 8
     assert arms["ewa+ema-lr"].tuned
     assert arms["ewa+ema-lr"].overrides == arms["ewa+ema"].overrides
     assert arms["mine-lr"].overrides == {}
     assert not arms["ewa"].tuned
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"epochs": 9}, [{"epochs": 4}, {"epochs": 18}, {"drop_path": 0.2}, {"mixup": 0.2}]),
+        (
+            {"epochs": 2, "drop_path": 0.2, "mixup": 0.8},
+            [{"epochs": 1}, {"epochs": 4}, {"drop_path": 0.3}, {"mixup": 1.6}],
+        ),
+    ],
+    ids=["plain", "regularised"],
+)
+def test_ordinary_controls_differ_from_dense_whatever_the_recipe_has(given, expected):
+    recipe = Recipe(**given)
+    arms = make_arms(["half", "double", "drop-path", "mixup"], recipe)
+    assert [arm.overrides for arm in arms] == [{"experts": 1} | overrides for overrides in expected]
+    assert all(arm.role == "control" for arm in arms)
 
 
 def test_presets_are_whole_comparisons():

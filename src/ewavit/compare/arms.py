@@ -22,6 +22,13 @@ _EMA = {"model_ema": True, "model_ema_warmup": True}
 # the experts.
 _ROUTED = {"router": "topk", "unit": "token"}
 
+
+def _halved(epochs: int) -> int:
+    if epochs < 2:
+        raise EwavitError(f"arm 'half' trains half of --epochs {epochs}: give 2 or more, or leave it out")
+    return epochs // 2
+
+
 BUILT_IN: dict[str, Callable[[Recipe], dict[str, Any]]] = {
     "dense": lambda recipe: {"experts": 1},
     "ema": lambda recipe: {"experts": 1, **_EMA},
@@ -29,6 +36,11 @@ BUILT_IN: dict[str, Callable[[Recipe], dict[str, Any]]] = {
     # 10 epochs after 200 in TWA's paper (arXiv 2205.13104)
     "twa": lambda recipe: {"experts": 1, "twa": max(1, round(recipe.epochs / 20))},
     "switch-ema": lambda recipe: {"experts": 1, **_EMA, "model_ema_switch": True},
+    # a longer or shorter schedule, and ordinary regularisers: stronger ones where the recipe has them already
+    "half": lambda recipe: {"experts": 1, "epochs": _halved(recipe.epochs)},
+    "double": lambda recipe: {"experts": 1, "epochs": 2 * recipe.epochs},
+    "drop-path": lambda recipe: {"experts": 1, "drop_path": round((recipe.drop_path or 0.1) + 0.1, 9)},
+    "mixup": lambda recipe: {"experts": 1, "mixup": 2 * recipe.mixup or 0.2},
     "wise-ft": lambda recipe: {"experts": 1, "toward_start": 0.5},
     # SCHEME (arXiv 2312.00412): its branch beside plain FFNs, and with block-diagonal FFNs of equal FLOPs
     "cca": lambda recipe: {"experts": 1, "branch": "cca"},
