@@ -5,7 +5,7 @@
 Cuts CIFAR-100 into 80 classes, on which a small ViT is trained, and 20 others. Then compares arms that
 fine-tune it on 20 images of each of the 20 classes, tested on their 11,600 other images, and on 400 images
 of CIFAR-10 (recipes/search/transfer-*.yaml), and keeps the records. Finished runs stay: stop it and start it
-again.
+again. With --prepare it only writes the classes and trains the weights, for recipes/few-images*.yaml.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ def main() -> None:
     )
     parser.add_argument("--cifar100", type=Path, required=True, help="folder of the published python files")
     parser.add_argument("--cifar10", type=Path, required=True, help="folder of the published python files")
+    parser.add_argument("--prepare", action="store_true", help="compare nothing")
     parser.add_argument("--output", type=Path, default=Path("runs/transfer"))
     args = parser.parse_args()
 
@@ -66,10 +67,13 @@ def main() -> None:
     pretraining, few = (args.output / part / "cifar-100-python" for part in ("classes80", "classes20"))
     cut(args.cifar100, pretraining, sorted(order[20:]))
     cut(args.cifar100, few, sorted(order[:20]), each=20)  # order[80:] served the screening
+    cut(args.cifar100, args.output / "classes20-pool" / "cifar-100-python", sorted(order[:20]))
     weights = args.output / "pretrained" / "model.safetensors"
     if not weights.exists():
         recipe = ["--config", RECIPES / "transfer-pretraining.yaml", "--data", pretraining]
         ewavit("train", *recipe, "--output", args.output, "--name", "pretrained")
+    if args.prepare:
+        return
     start = ["--initial-checkpoint", weights, "--output", args.output]
     for name, data in (("transfer-cifar", few), ("transfer-cifar10", args.cifar10)):
         ewavit("compare", "--config", RECIPES / f"{name}.yaml", "--data", data, *start)
