@@ -8,6 +8,7 @@ import numpy as np
 
 from ewavit.compare.arms import Arm
 from ewavit.compare.results import ArmRuns, Comparison, Point, Run
+from ewavit.compare.tuning import Choice
 from ewavit.tasks.judge import TOP1, Judge
 
 GAINS = {
@@ -49,7 +50,8 @@ def make_comparison(
             final = 82 + shared + (GAINS | dict(gains or {})).get(name, 0.3) + draw.normal(0, 0.2)
             made_run = _run(name, seed, final, epochs, layers, labels, draw)
             runs.append(made_run if judge.share_of_samples else replace(made_run, samples=None))
-        made.append(ArmRuns(arm, 2e-3 if arm.tuned else 1e-3, tuple(runs)))
+        choice = Choice({"lr": 2e-3}, 4, 1, IMAGES // 5) if arm.tuned else None
+        made.append(ArmRuns(arm, 2e-3 if arm.tuned else 1e-3, tuple(runs), choice))
     settings = {
         "name": "mini",
         "command": "ewavit compare --preset mini --arms "
@@ -64,7 +66,7 @@ def make_comparison(
         "arms": tuple(made),
         "judge": judge,
         "tuning": tuple(
-            {"arm": "dense-lr", "lr": lr, "seed": 0, judge.column: found}
+            {"arm": "dense-lr", "tried": {"lr": lr}, "fold": 1, judge.column: found}
             for lr, found in ((5e-4, 80.9), (1e-3, 82.1), (2e-3, 82.6), (4e-3, 81.7))
             if "dense-lr" in arms
         ),

@@ -30,7 +30,8 @@ from ewavit.compare.compare import compare
 from ewavit.compare.engines import End, Kind, Processes
 from ewavit.compare.results import Run, evaluated_epochs, latest_metric, read_run, without_other_data
 from ewavit.compare.terminal import Screen
-from ewavit.compare.work import Work, best_lr
+from ewavit.compare.tuning import Grids, best
+from ewavit.compare.work import Work
 from ewavit.tasks.judge import INSTANCE_IOU, TOP1
 from ewavit.training.loop import train
 from ewavit.training.processes import Interrupted
@@ -177,34 +178,84 @@ def test_stopped_comparison_goes_on_and_a_half_done_run_ends_with_the_same_bits(
     assert len(results(folder)) == 6
 
 
-def test_tuned_arm_trains_with_the_learning_rate_that_was_best_on_held_out_images(tmp_path):
+@pytest.mark.parametrize(
+    ("arm", "flags"),
+    [
+        ("ewa-lr", ["--lrs", "3e-3,1e-7,1e30"]),
+        ("ewa-tuned", ["--grid", "lr=3e-3,1e-7,1e30"]),
+    ],
+)
+def test_tuned_arm_trains_with_the_settings_that_were_best_on_held_out_images(tmp_path, capsys, arm, flags):
     lrs = (1e-7, 3e-3, 1e30)  # the last one diverges
-    settings = {**SMALL, "holdout": 0.0, "lr": 0.5, "seeds": 2, "jobs": 2}
-    command = ["compare", *words(settings), "--arms", "dense,ewa-lr", "--lrs", "3e-3,1e-7,1e30"]
-    assert main([*command, "--output", str(tmp_path), "--name", "tuned"]) == 0
-    tuning = json.loads((tmp_path / "tuned" / "results.json").read_text())["tuning"]
-    assert {(one["arm"], one["lr"], one["seed"]) for one in tuning} == {
-        ("ewa-lr", lr, seed) for lr in lrs for seed in (42, 43)
+    settings = {**SMALL, "holdout": 0.0, "lr": 0.5, "seeds": 2, "jobs": 2, "epochs": 1}
+    command = ["compare", *words(settings), "--arms", f"dense,{arm}", *flags]
+    command += ["--output", str(tmp_path), "--name", "tuned"]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    found = json.loads((tmp_path / "tuned" / "results.json").read_text())
+    tuning, choice = found["tuning"], found["arms"][1]["choice"]
+    assert {(one["arm"], one["tried"]["lr"], one["fold"]) for one in tuning} == {
+        (arm, lr, fold) for lr in lrs for fold in (1, 2, 3, 4, 5)
     }
-    assert all((one["top1"] is None) == (one["lr"] == 1e30) for one in tuning)
-    best = max(lrs[:2], key=lambda lr: sum(one["top1"] for one in tuning if one["lr"] == lr))
+    assert all((one["top1"] is None) == (one["tried"]["lr"] == 1e30) for one in tuning)
+    means = {lr: sum(one["top1"] for one in tuning if one["tried"]["lr"] == lr) for lr in lrs[:2]}
+    best_lr = max(sorted(means), key=means.__getitem__)
+    # every one of the 128 training images was held out once, by each candidate
+    assert choice == {"settings": {"lr": best_lr}, "candidates": 3, "folds": 5, "readings": 128}
+    sentence = f"{arm} chose lr {best_lr:g}, the best of 3 by 128 readings on held-out data in 5 folds; fewer than"
+    assert sentence in said
     for seed in (42, 43):
-        args = yaml.safe_load((tmp_path / "tuned" / "runs" / f"ewa-lr-{seed}" / "args.yaml").read_text())
-        assert (args["lr"], args["holdout"]) == (best, 0.0)
+        args = yaml.safe_load((tmp_path / "tuned" / "runs" / f"{arm}-{seed}" / "args.yaml").read_text())
+        assert (args["lr"], args["holdout"]) == (best_lr, 0.0)
     args = yaml.safe_load(next((tmp_path / "tuned" / "tuning").glob("*/args.yaml")).read_text())
     assert args["holdout"] == 0.2
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("model.safetensors")}
+    assert main(command) == 0  # a later start keeps the choice and trains nothing
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("model.safetensors")} == before
+    assert json.loads((tmp_path / "tuned" / "results.json").read_text())["arms"][1]["choice"] == choice
 
 
-def test_best_learning_rate_has_the_highest_mean_and_is_the_smallest_of_equals():
-    assert best_lr({1e-3: [80, 82], 5e-4: [81, 81], 2e-3: [90, None]}, TOP1) == 5e-4
-    assert best_lr({1e-3: [80, 83], 5e-4: [81, 81]}, TOP1) == 1e-3
-    assert best_lr({1e-3: [None]}, TOP1) is None
+def test_the_best_candidate_has_the_highest_mean_and_is_the_first_of_equals():
+    assert best([[81, 81], [80, 82], [90, None]], TOP1) == 0
+    assert best([[81, 81], [80, 83]], TOP1) == 1
+    assert best([[None]], TOP1) is None
 
 
-def test_best_learning_rate_of_an_error_has_the_lowest_mean():
-    assert best_lr({1e-3: [80, 82], 5e-4: [81, 81], 2e-3: [9, None]}, ERROR) == 5e-4
-    assert best_lr({1e-3: [80, 81], 5e-4: [81, 81]}, ERROR) == 1e-3
-    assert best_lr({1e-3: [None], 5e-4: [None, 3]}, ERROR) is None
+def test_the_best_candidate_by_an_error_has_the_lowest_mean():
+    assert best([[81, 81], [80, 82], [9, None]], ERROR) == 0
+    assert best([[81, 81], [80, 81]], ERROR) == 1
+    assert best([[None], [None, 3]], ERROR) is None
+
+
+def test_every_tuned_arm_tries_the_same_candidates_smallest_values_first():
+    grids = Grids.parse([2e-3, 1e-3, 2e-3], ["lr=2e-3,1e-3", "drop-path=0.2,0", "epochs=50"])
+    recipe = Recipe()
+    arms = make_arms(["dense-tuned", "ewa-tuned", "ewa-lr"], recipe)
+    grids.check(recipe, arms)
+    tried = [{"lr": lr, "drop_path": rate, "epochs": 50} for lr in (1e-3, 2e-3) for rate in (0, 0.2)]
+    assert grids.candidates(arms[0]) == grids.candidates(arms[1]) == tried
+    assert grids.candidates(arms[2]) == [{"lr": 1e-3}, {"lr": 2e-3}]
+    assert [arm.role for arm in arms] == ["control", "method", "method"]
+
+
+def test_two_folds_are_enough_for_a_set_with_many_held_out_images(tmp_path, monkeypatch):
+    recipe = Recipe(**TINY, output=str(tmp_path), name="x")
+    (arm, _) = arms = make_arms(["dense-tuned", "ewa"], recipe)
+    work = Work(recipe, arms, (42, 43), Grids(grid={"lr": (1e-3, 2e-3)}), 1, "ewavit compare")
+
+    def folds():
+        return [cell.recipe.fold for cell in work.tuning()]
+
+    assert folds() == [0, 0, 1, 1]
+    for readings, expected in ((250, 2), (249, 5), (None, 2)):
+        for cell in work.tuning():
+            cell.run.path.mkdir(parents=True, exist_ok=True)
+            cell.run.model.touch()
+            cell.run.predictions.touch()
+        monkeypatch.setattr(Work, "found", lambda self, cell, n=readings: Run(42, samples=n))
+        assert max(folds()) + 1 == expected
+        shutil.rmtree(tmp_path / "x")
+    assert arm.tuned
 
 
 def test_killed_process_is_told_by_its_signal():
@@ -272,6 +323,16 @@ def refused(capsys, tmp_path, *arguments):
         (["--arms", "dense,dense-lr"], ["'dense-lr'", "--lrs"]),
         (["--arms", "dense,dense-lr", "--lrs", "1e-3,fast"], ["--lrs", "fast"]),
         (["--arms", "dense,dense-lr", "--lrs", "-1"], ["--lrs -1"]),
+        (["--arms", "dense,dense-tuned"], ["'dense-tuned'", "--grid"]),
+        (["--arms", "dense,half-tuned", "--grid", "epochs=1,2"], ["'half-tuned' sets epochs, which --grid"]),
+        (["--arms", "dense,dense-tuned", "--grid", "drop_path=0,2"], ["'dense-tuned'", "--drop-path 2"]),
+        (["--grid", "lr"], ["--grid lr is no setting with numbers"]),
+        (["--grid", "lr=1,fast"], ["--grid lr=1,fast is no setting with numbers"]),
+        (["--grid", "lr=nan"], ["--grid lr=nan"]),
+        (["--grid", "dropp_path=0"], ["--grid dropp_path=0", "did you mean drop_path"]),
+        (["--grid", "limit=9"], ["--grid limit=9", "all arms share"]),
+        (["--grid", "opt=1"], ["--opt is no number"]),
+        (["--grid", "lr=1", "lr=2"], ["lr is there twice"]),
         (["--jobs", "0"], ["--jobs 0"]),
         (["--preset", "maxi"], ["maxi", "mini"]),
         (["--experts", "1"], ["'ewa'", "--experts"]),
@@ -396,7 +457,7 @@ def test_help_names_every_built_in_arm(capsys):
 def test_a_comparison_calls_its_data_what_they_are(tmp_path, data, kind):
     recipe = Recipe(data=data, limit=100, holdout=0.2, output=str(tmp_path), name="x")
     arms = make_arms(["dense", "ewa"], recipe)
-    found = Work(recipe, arms, (0, 1), (), 1, "ewavit compare").comparison()
+    found = Work(recipe, arms, (0, 1), Grids(), 1, "ewavit compare").comparison()
     assert found.kind == kind
     assert found.judge == TOP1
     assert found.data == f"the first 100 training {kind} of {data}, by held-out training {kind},"
@@ -404,7 +465,7 @@ def test_a_comparison_calls_its_data_what_they_are(tmp_path, data, kind):
 
 def test_part_segmentation_is_judged_by_its_instance_iou(tmp_path):
     recipe = Recipe(data="shapenetpart:PATH", num_points=64, output=str(tmp_path), name="x")
-    found = Work(recipe, make_arms(["dense", "ewa"], recipe), (0, 1), (), 1, "ewavit compare")
+    found = Work(recipe, make_arms(["dense", "ewa"], recipe), (0, 1), Grids(), 1, "ewavit compare")
     assert (found.comparison().judge, found.comparison().kind) == (INSTANCE_IOU, "clouds")
 
 
@@ -607,7 +668,7 @@ def test_a_few_predictions_of_thousands_may_differ_in_a_second_evaluation(tmp_pa
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_the_table_of_runs_is_drawn_whatever_a_run_holds_that_goes_on(done, tmp_path, damage):
     recipe = Recipe(**SMALL, output=str(tmp_path), name="table")
-    work = Work(recipe, make_arms(["dense", "ewa"], recipe), (42,), (), 1, "ewavit compare")
+    work = Work(recipe, make_arms(["dense", "ewa"], recipe), (42,), Grids(), 1, "ewavit compare")
     going = work.final()[1]
     shutil.copytree(done[0] / "runs" / "ewa-42", going.run.path)
     DAMAGES[damage][0](going.run)
@@ -743,7 +804,7 @@ def test_a_damaged_run_is_named_and_the_others_count(copied, capsys):
 
 def test_the_table_of_runs_marks_a_damaged_one(done, tmp_path):
     recipe = Recipe(**SMALL, output=str(tmp_path), name="table")
-    work = Work(recipe, make_arms(["dense", "ewa"], recipe), (42, 43), (), 1, "ewavit compare")
+    work = Work(recipe, make_arms(["dense", "ewa"], recipe), (42, 43), Grids(), 1, "ewavit compare")
     for one in work.final():
         shutil.copytree(done[0] / "runs" / one.run.path.name, one.run.path)
     cells = work.final()
@@ -797,25 +858,24 @@ def test_without_most_labels_no_run_counts():
     assert without_other_data(runs) == runs
 
 
-def test_a_damaged_tuning_run_leaves_its_arm_without_a_learning_rate(done, tmp_path):
+def test_a_damaged_tuning_run_leaves_its_arm_without_settings(done, tmp_path):
     recipe = Recipe(**SMALL, output=str(tmp_path), name="tuned")
     arms = make_arms(["dense", "ewa-lr"], recipe)
-    work = Work(recipe, arms, (42, 43), (1e-3, 2e-3), 1, "ewavit compare")
-    for cell_ in work.tuning():
-        shutil.copytree(done[0] / "runs" / "ewa-42", cell_.run.path)
+    work = Work(recipe, arms, (42, 43), Grids((1e-3, 2e-3)), 1, "ewavit compare")
+    for _ in ("the first folds", "the others"):
+        for cell_ in work.tuning():
+            shutil.copytree(done[0] / "runs" / "ewa-42", cell_.run.path, dirs_exist_ok=True)
     broken = work.tuning()[1].run
     cell("eval_top1", "500")(broken)
     work.choose()
     assert work.chosen == {}
-    assert (
-        f"no learning rate yet: tuning run {broken.path.name}: summary.csv is damaged"
-        in work.untuned["ewa-lr"]
-    )
+    said = f"nothing chosen yet: tuning run {broken.path.name}: summary.csv is damaged"
+    assert said in work.untuned["ewa-lr"]
     errors = [run.error for run in work.comparison().arms[1].runs]
     assert errors == [work.untuned["ewa-lr"]] * 2
     shutil.copy(done[0] / "runs" / "ewa-42" / "summary.csv", broken.summary)
     work.choose()
-    assert work.chosen == {"ewa-lr": 1e-3}
+    assert {arm: choice.settings for arm, choice in work.chosen.items()} == {"ewa-lr": {"lr": 1e-3}}
 
 
 @pytest.mark.parametrize(("interval", "epochs"), [(1, (0, 1, 2, 3, 4)), (2, (1, 3, 4)), (5, (4,)), (9, (4,))])

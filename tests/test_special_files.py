@@ -17,6 +17,7 @@ from ewavit import EwavitError, collapse_checkpoint
 from ewavit.cli import main
 from ewavit.compare.arms import make_arms
 from ewavit.compare.engines import Kind, execute
+from ewavit.compare.tuning import Grids
 from ewavit.compare.work import Work
 from ewavit.data.arrays import read_cifar
 from ewavit.data.folders import class_folders, files_below
@@ -287,7 +288,7 @@ def test_a_target_that_is_no_file_is_refused_and_stays(tmp_path, kind):
 
 def work(tmp_path):
     recipe = Recipe(limit=128, epochs=1, warmup_epochs=0, output=str(tmp_path), name="x")
-    return Work(recipe, make_arms(["dense", "ewa"], recipe), (0, 1), (), 1, False, "ewavit compare")
+    return Work(recipe, make_arms(["dense", "ewa"], recipe), (0, 1), Grids(), 1, "ewavit compare")
 
 
 @pytest.mark.parametrize("kind", PIPES)

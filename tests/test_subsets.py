@@ -12,6 +12,7 @@ from PIL import Image
 from ewavit import EwavitError
 from ewavit.compare.arms import make_arms
 from ewavit.compare.compare import compare
+from ewavit.compare.tuning import Grids
 from ewavit.compare.work import Work
 from ewavit.data.augmentation import Augmentation
 from ewavit.data.options import DataOptions
@@ -120,7 +121,7 @@ def test_arms_of_one_seed_share_their_draw_and_seeds_do_not(tmp_path):
 def test_the_draw_depends_on_no_setting_of_an_arm(tmp_path):
     recipe = Recipe(**{**TINY, "limit": 40}, resample=True, output=str(tmp_path), name="x")
     arms = make_arms(["dense", "ewa"], recipe)
-    cells = Work(recipe, arms, (42,), (), 1, "ewavit compare").final()
+    cells = Work(recipe, arms, (42,), Grids(), 1, "ewavit compare").final()
     draws = [open_recipe_data(cell.recipe).class_counts().tolist() for cell in cells]
     assert draws[0] == draws[1]
     assert sum(draws[0]) == 40

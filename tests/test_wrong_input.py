@@ -113,7 +113,7 @@ SETTINGS = [
     ("--shots 0", "--shots 0"),
     ("--fold -1", "--fold -1"),
     ("--fold 1", "--fold 1 is out of range: --holdout 0 has 1 of them"),
-    ("--holdout 0.2 --fold 5", "--holdout 0.2 has 5 of them, from 0"),
+    ("--holdout 0.2 --fold 5", "--holdout 0.2 has 5 of them, counted from 0"),
     ("--limit 9 --shots 2", "leave out one"),
     ("--resample", "--resample needs a subset of the training images: give --limit or --shots"),
     ("--test-on-rest", "--test-on-rest needs a subset"),

@@ -19,6 +19,7 @@ from comparisons import make_comparison
 from ewavit.compare.arms import make_arms
 from ewavit.compare.report import write_results
 from ewavit.compare.results import latest_metric, read_run
+from ewavit.compare.tuning import Grids
 from ewavit.compare.work import Work
 from ewavit.tasks.judge import TOP1
 from ewavit.training.recipe import Recipe
@@ -111,7 +112,7 @@ def _check_run(found: Any, run: RunFolder) -> None:
 
 
 def _work(folder: Path, recipe: Recipe) -> Work:
-    return Work(recipe, make_arms(["dense", "ewa"], recipe), (0, 1), (), 1, "ewavit compare")
+    return Work(recipe, make_arms(["dense", "ewa"], recipe), (0, 1), Grids(), 1, "ewavit compare")
 
 
 def _comparison(folder: Path) -> tuple[Path, Recipe, dict[str, Any]]:

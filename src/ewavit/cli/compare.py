@@ -22,7 +22,7 @@ DESCRIPTION = (
     "status 1: some runs failed. The results name them, and the next start repeats them."
 )
 # What the YAML of a comparison holds beside a recipe.
-OWN = {"arms", "seeds", "lrs", "jobs", "against", "contrasts", "primary"}
+OWN = {"arms", "seeds", "lrs", "grid", "jobs", "against", "contrasts", "primary"}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +49,7 @@ def _add_own_flags(parser: argparse.ArgumentParser) -> None:
             names,
             "A,B,...",
             f"arms to train: {', '.join(BUILT_IN)} or arms of the YAML file; NAME-lr also tunes the learning "
-            "rate of NAME (default: dense,ewa)",
+            "rate of NAME, NAME-tuned several settings (default: dense,ewa)",
         ),
         ("seeds", whole_number, "N", "seeds of each arm: --seed, --seed + 1, ... (default: 5)"),
         ("lrs", numbers, "X,X,...", "learning rates that NAME-lr arms choose from, on held-out data"),
@@ -64,6 +64,14 @@ def _add_own_flags(parser: argparse.ArgumentParser) -> None:
         ),
     ):
         group.add_argument(f"--{name}", type=kind, metavar=metavar, help=help_text, default=argparse.SUPPRESS)
+    group.add_argument(
+        "--grid",
+        nargs="+",
+        metavar="NAME=X,X",
+        help="values that NAME-tuned arms choose from, in all combinations, on held-out data, e.g. "
+        "lr=5e-4,1e-3 drop_path=0,0.2",
+        default=argparse.SUPPRESS,
+    )
     group.add_argument(
         "--preset", metavar="NAME", help=f"a comparison that comes with ewavit: {', '.join(presets())}"
     )
@@ -88,7 +96,7 @@ def run(options: argparse.Namespace) -> int:
     """Compare arms; 1 if a run failed."""
     from ewavit.compare.arms import make_arms
 
-    given: dict[str, Any] = {"arms": ["dense", "ewa"], "seeds": 5, "lrs": [], "jobs": None}
+    given: dict[str, Any] = {"arms": ["dense", "ewa"], "seeds": 5, "lrs": [], "grid": [], "jobs": None}
     given |= {"against": None, "contrasts": [], "primary": None}
     own: dict[str, dict[str, Any] | None] = {}
     if options.preset is not None:
@@ -108,6 +116,10 @@ def run(options: argparse.Namespace) -> int:
     contrasts = Contrasts.parse(special["against"], special["contrasts"], special["primary"])
     contrasts.check(arm.name for arm in arms)
 
+    from ewavit.compare.tuning import Grids
+
+    grids = Grids.parse(special["lrs"], special["grid"])
+
     from ewavit.compare.compare import Stopped, compare
     from ewavit.compare.statistics import summarise
     from ewavit.compare.terminal import as_text
@@ -118,7 +130,7 @@ def run(options: argparse.Namespace) -> int:
                 recipe,
                 arms,
                 special["seeds"],
-                lrs=special["lrs"],
+                grids=grids,
                 jobs=special["jobs"],
                 ray=options.ray,
                 contrasts=contrasts,

@@ -135,8 +135,14 @@ def _words(name: str, value: Any) -> list[str]:
         value = kwargs_text(name, value)
     elif isinstance(value, dict) and name in ("contrasts", "primary"):
         value = ",".join(f"{arm}:{reference}" for arm, reference in value.items())
+    elif isinstance(value, dict) and name == "grid":
+        return ["--grid", *(f"{key}={_joined(values)}" for key, values in value.items())]
     elif isinstance(value, list) and kinds().get(name) is tuple:
         return [f"--{flag(name)}", *map(str, value)]
     elif isinstance(value, list) and name not in kinds():
-        value = ",".join(map(str, value))
+        value = _joined(value)
     return [f"--{flag(name)}={value}"]
+
+
+def _joined(values: Any) -> str:
+    return ",".join(map(str, values)) if isinstance(values, list) else str(values)

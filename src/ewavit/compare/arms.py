@@ -12,7 +12,7 @@ from ewavit.errors import EwavitError
 from ewavit.training.recipe import Recipe, settings
 
 Overrides = Mapping[str, Any]
-TUNED = "-lr"  # the end of an arm's name if its learning rate is chosen from the grid
+LR, TUNED = "-lr", "-tuned"  # ends of the names of arms that choose their learning rate, or several settings
 
 # timm's default decay of 0.9998 is a window of 5,000 steps, more than a short run has. With the warm-up the
 # window is step^(2/3), 5 to 10 % of a run of 1,000 to 10,000 steps, and 0.9998 is only its upper end.
@@ -73,7 +73,7 @@ _AVERAGES = ("model_ema", "swa", "twa", "toward_start")
 class Arm:
     """One way to train: a named set of overrides of the recipe.
 
-    `tuned`: the learning rate is chosen from the comparison's grid on held-out training data.
+    `tuned`: settings are chosen from the comparison's grid on held-out training data.
     `role`: "control" for training a dense model without experts, "method" for what is being judged.
     """
 
@@ -89,7 +89,7 @@ def make_arms(
     """The arms of the given names, each checked against the recipe.
 
     Args:
-        names: of built-in and own arms, ending in "-lr" for a tuned learning rate.
+        names: of built-in and own arms, ending in "-lr" or "-tuned" for settings chosen from a grid.
         recipe: the settings that the arms share.
         own: the overrides of own arms, by name; None or empty for a built-in arm.
 
@@ -101,7 +101,7 @@ def make_arms(
     for name, overrides in mine.items():
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9+_.-]*", name):
             raise EwavitError(f"arm {name!r} is no name for a folder: use letters, digits and + - _ .")
-        if name.removesuffix(TUNED) in BUILT_IN:
+        if _base(name) in BUILT_IN:
             raise EwavitError(f"arm {name!r} is built in: give your own arm another name")
         check_overrides(name, overrides)
     if averages := [name for name in _AVERAGES if getattr(recipe, name)]:
@@ -129,18 +129,27 @@ def check_overrides(arm: str, overrides: Overrides) -> None:
     Raises:
         EwavitError: a setting is unknown, or all arms share it.
     """
-    known = [setting.name for setting in settings()]
-    for name in overrides:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0)
-            raise EwavitError(f"arm {arm!r} overrides the unknown setting {name!r}: did you mean {near[0]}?")
-        if name in _SHARED:
-            raise EwavitError(f"arm {arm!r} overrides {name}, which all arms share: set it in the recipe")
-    if "lr" in overrides and arm.endswith(TUNED):
+    check_names(f"arm {arm!r}", overrides)
+    if "lr" in overrides and arm.endswith(LR):
         raise EwavitError(
-            f"arm {arm!r} overrides lr, but {TUNED} at the end of a name means a tuned lr: rename the arm or "
+            f"arm {arm!r} overrides lr, but {LR} at the end of a name means a tuned lr: rename the arm or "
             "leave out lr"
         )
+
+
+def check_names(who: str, names: Iterable[str]) -> None:
+    """Check that arms may differ in these settings.
+
+    Raises:
+        EwavitError: a setting is unknown, or all arms share it; the message begins with `who`.
+    """
+    known = [setting.name for setting in settings()]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0)
+            raise EwavitError(f"{who} overrides the unknown setting {name!r}: did you mean {near[0]}?")
+        if name in _SHARED:
+            raise EwavitError(f"{who} overrides {name}, which all arms share: set it in the recipe")
 
 
 def arm_recipe(recipe: Recipe, arm: Arm, **more: Any) -> Recipe:
@@ -156,10 +165,10 @@ def arm_recipe(recipe: Recipe, arm: Arm, **more: Any) -> Recipe:
 
 
 def _arm(name: str, recipe: Recipe, own: Mapping[str, Overrides]) -> Arm:
-    base = name if name in own else name.removesuffix(TUNED)
+    base = name if name in own else _base(name)
     if base in own:
         overrides = dict(own[base])
-        if name != base:
+        if name == base + LR:
             overrides.pop("lr", None)
     elif base in BUILT_IN:
         overrides = BUILT_IN[base](recipe)
@@ -167,9 +176,14 @@ def _arm(name: str, recipe: Recipe, own: Mapping[str, Overrides]) -> Arm:
         near = difflib.get_close_matches(base, [*BUILT_IN, *own], n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise EwavitError(
-            f"unknown arm {name!r}: {hint}choose from {', '.join([*own, *BUILT_IN])}, each also with {TUNED}"
+            f"unknown arm {name!r}: {hint}choose from {', '.join([*own, *BUILT_IN])}, each also with {LR} or "
+            f"{TUNED}"
         )
     experts = overrides.get("experts", recipe.experts)
     if experts < 2 and base in BUILT_IN and "experts" not in overrides:
         raise EwavitError(f"arm {name!r} trains experts: set --experts {experts} to 2 or more")
-    return Arm(name, overrides, "control" if experts == 1 else "method", name.endswith(TUNED))
+    return Arm(name, overrides, "control" if experts == 1 else "method", name.endswith((LR, TUNED)))
+
+
+def _base(name: str) -> str:
+    return name.removesuffix(LR).removesuffix(TUNED)

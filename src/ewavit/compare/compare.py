@@ -1,12 +1,11 @@
 """`compare`: train every arm at every seed, here or on Ray, and write the results after each run.
 
-`DIR/NAME/` holds `compare.yaml` (what is compared), `runs/ARM-SEED/` and `tuning/ARM-LR-SEED/` (runs of
-`ewavit train`, each with a log beside it) and the results. A start reads from there all it needs to go on.
+`DIR/NAME/` holds `compare.yaml` (what is compared), `runs/ARM-SEED/` and `tuning/ARM-SETTINGS-FOLD/` (runs
+of `ewavit train`, each with a log beside it) and the results. A start reads from there all it needs to go on.
 """
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
@@ -22,6 +21,7 @@ from ewavit.compare.contrasts import Contrasts
 from ewavit.compare.engines import Engine, Kind, Processes, RayTasks, gpus_here
 from ewavit.compare.results import Comparison
 from ewavit.compare.terminal import Screen
+from ewavit.compare.tuning import Grids
 from ewavit.compare.work import Cell, Work
 from ewavit.errors import EwavitError
 from ewavit.training.opening import usable_cores
@@ -46,7 +46,7 @@ def compare(
     arms: Sequence[Arm],
     seeds: int = 5,
     *,
-    lrs: Sequence[float] = (),
+    grids: Grids | None = None,
     jobs: int | None = None,
     ray: str | None = None,
     contrasts: Contrasts | None = None,
@@ -58,7 +58,7 @@ def compare(
         recipe: the settings that the arms share; `output` and `name` give the folder, `seed` the first seed.
         arms: from `make_arms`.
         seeds: how many, 2 or more. A later start may have more or fewer, and other arms: nothing is deleted.
-        lrs: tuned arms choose the best one by the mean metric on held-out training data, at two seeds.
+        grids: tuned arms choose from them by the mean metric on held-out training data, at the first seed.
         jobs: runs at a time; one for each GPU or else each CPU core unless given.
         ray: address of a Ray cluster, "" for one on this machine; None runs without Ray.
         contrasts: what is judged against what; unless given, all arms against dense.
@@ -71,7 +71,9 @@ def compare(
         EwavitError: wrong input, another comparison in the folder, or results that cannot be written.
         Stopped: SIGINT or SIGTERM. The second one ends the runs without a checkpoint.
     """
-    _check(arms, seeds, lrs, jobs)
+    grids = grids or Grids()
+    _check(seeds, jobs)
+    grids.check(recipe, arms)
     (contrasts or Contrasts()).check(arm.name for arm in arms)
     cores = usable_cores()
     jobs = jobs or len(gpus_here()) or (1 if torch.accelerator.is_available() else cores)
@@ -82,7 +84,7 @@ def compare(
         recipe=replace(recipe, output=str(Path(recipe.output).absolute())),
         arms=tuple(arms),
         seeds=tuple(range(recipe.seed, recipe.seed + seeds)),
-        lrs=tuple(sorted(set(lrs))),
+        grids=grids,
         threads=max(1, cores // jobs),
         command=command,
         contrasts=contrasts or Contrasts(),
@@ -93,6 +95,8 @@ def compare(
         try:
             work.use(engine)
             _run_all(work, work.tuning(), engine, received)
+            if (more := work.tuning()) and not all(cell.run.is_finished for cell in more):
+                _run_all(work, more, engine, received)  # the first folds were too few
             work.choose()
             _run_all(work, work.final(), engine, received)
         finally:
@@ -109,7 +113,7 @@ def _stopped(work: Work, signal_number: int) -> Stopped:
     return Stopped(signal_number, message)
 
 
-def _check(arms: Sequence[Arm], seeds: int, lrs: Sequence[float], jobs: int | None) -> None:
+def _check(seeds: int, jobs: int | None) -> None:
     for module in ("scipy", "statsmodels"):
         if find_spec(module) is None:
             raise EwavitError(f"ewavit compare needs {module}: pip install 'ewavit[compare]'")
@@ -119,15 +123,11 @@ def _check(arms: Sequence[Arm], seeds: int, lrs: Sequence[float], jobs: int | No
         raise EwavitError(f"--seeds {seeds} is out of range: choose at most {MOST_SEEDS}")
     if jobs is not None and jobs < 1:
         raise EwavitError(f"--jobs {jobs} is too small: choose 1 or more")
-    if wrong := [lr for lr in lrs if not 0 < lr < math.inf]:
-        raise EwavitError(f"--lrs {wrong[0]} does not work: choose positive numbers")
-    if not lrs and (tuned := [arm.name for arm in arms if arm.tuned]):
-        raise EwavitError(f"arm {tuned[0]!r} chooses its learning rate: give --lrs, e.g. 5e-4,1e-3,2e-3")
 
 
 def _run_all(work: Work, cells: Sequence[Cell], engine: Engine, received: list[int]) -> None:
     """Train all runs that are not finished, and keep how they ended, until a signal comes."""
-    waiting = deque(cell for cell in cells if not cell.run.is_finished)
+    waiting = deque(cell for cell in cells if not cell.run.is_finished and cell.run not in work.ends)
     running: dict[RunFolder, Cell] = {}
     with Screen(cells, work) as screen:
         while (waiting or running) and not received:

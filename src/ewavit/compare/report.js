@@ -634,15 +634,16 @@ function failures() {
 
 function tuning() {
   at("tuning-section").hidden = !data.tuning.length;
-  const rates = [...new Set(data.tuning.map(({ lr }) => lr))].sort((a, b) => a - b);
+  const label = (settings) => Object.entries(settings ?? {}).map(([name, value]) => `${name} ${small(value)}`).join(", ");
+  const tried = [...new Set(data.tuning.map((run) => label(run.tried)))];
   const tuned = data.arms.filter(({ name }) => data.tuning.some(({ arm }) => arm === name));
-  const found = (name, rate) => data.tuning.filter(({ arm, lr }) => arm === name && lr === rate)
+  const found = (name, settings) => data.tuning.filter((run) => run.arm === name && label(run.tried) === settings)
     .map((run) => fixed(run[judge.column])).join(", ") || "–";
-  const made = plainTable([["arm", ...rates.map(small)],
-    ...tuned.map(({ name }) => [name, ...rates.map((rate) => found(name, rate))])]);
-  tuned.forEach(({ lr }, row) => rates.forEach((rate, i) =>
-    made.tBodies[0].rows[row].cells[i + 1].classList.toggle("chosen", rate === lr)));
-  at("tuning").append(made);
+  const made = plainTable([["settings", ...tuned.map(({ name }) => name)],
+    ...tried.map((settings) => [settings, ...tuned.map(({ name }) => found(name, settings))])]);
+  tuned.forEach(({ chosen }, i) => tried.forEach((settings, row) =>
+    made.tBodies[0].rows[row].cells[i + 1].classList.toggle("chosen", settings === label(chosen))));
+  at("tuning").append(made, ...data.choices.map((text) => html("p", { class: "caption" }, `${text}.`)));
 }
 
 function making() {

@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from ewavit.tasks.judge import Judge
 
 FACTS = (
     "name", "command", "date", "device", "versions", "data", "kind", "samples", "recipe", "seeds", "tuning",
-    "limited",
+    "choices", "limited",
 )  # fmt: skip
 COLUMNS = (
     "arm", "role", "seed", "lr", "{judge}", "mean_class", "eval_loss", "seconds", "images", "peak_memory_mib",
@@ -110,7 +111,8 @@ def _everything(comparison: Comparison, summary: Summary) -> Any:
         rows = _rows(runs, comparison, summary)
         curves = [[_point(point, comparison.judge) for point in run.curve] for run in runs.runs]
         made = [{**row, "curve": curve} for row, curve in zip(rows, curves, strict=True)]
-        arms.append({**vars(runs.arm), "lr": runs.lr, "runs": made})
+        choice = {"choice": asdict(runs.choice)} if runs.choice else {}
+        arms.append({**vars(runs.arm), "lr": runs.lr, **choice, "runs": made})
     return _plain({**_facts(comparison), "arms": arms, "statistics": summary.as_dict()})
 
 
@@ -127,7 +129,8 @@ def _page(comparison: Comparison, summary: Summary) -> str:
     arms = []
     for runs in comparison.arms:
         rows = [row for row in _rows(runs, comparison, summary) if comparison.judge.column in row]
-        of_arm = {"name": runs.arm.name, "role": runs.arm.role, "overrides": runs.arm.overrides}
+        of_arm: dict[str, Any] = {name: getattr(runs.arm, name) for name in ("name", "role", "overrides")}
+        of_arm["chosen"] = runs.choice.settings if runs.choice else None
         arms.append({**of_arm, "runs": rows, **_curves(list(finished(runs).values()))})
     data = _plain({**_facts(comparison), "arms": arms, "statistics": summary.as_dict()}, digits=6)
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from ewavit.compare.arms import Arm
 from ewavit.compare.contrasts import Contrasts
+from ewavit.compare.tuning import Choice
 from ewavit.errors import EwavitError, first_line
 from ewavit.files import regular
 from ewavit.tasks.judge import Judge
@@ -78,19 +79,20 @@ class Run:
 
 @dataclass(frozen=True)
 class ArmRuns:
-    """An arm's runs in the order of the seeds, and its learning rate."""
+    """An arm's runs in the order of the seeds, its learning rate, and what it chose if it is tuned."""
 
     arm: Arm
     lr: float
     runs: tuple[Run, ...]
+    choice: Choice | None = None
 
 
 @dataclass(frozen=True)
 class Comparison:
     """All arms of one comparison on the same seeds, and how it was made.
 
-    `tuning`: one entry per tuning run: "arm", "lr", "seed" and, by the name of the judge's column, the metric
-    on held-out training data.
+    `tuning`: one entry per tuning run: "arm", "tried" (settings), "fold" and, by the name of the judge's
+    column, the metric on held-out training data.
     """
 
     name: str
@@ -111,6 +113,11 @@ class Comparison:
     def limited(self) -> bool:
         """Whether it is a quick look: --limit is among the words of its command."""
         return re.search(r"\s--limit[= ]", self.command) is not None
+
+    @property
+    def choices(self) -> list[str]:
+        """What the tuned arms chose, in words."""
+        return [runs.choice.sentence(runs.arm.name) for runs in self.arms if runs.choice]
 
     @property
     def samples(self) -> int | None:

@@ -36,7 +36,7 @@ class Screen:
         if self._live:
             self._live.start()
         elif self._cells:
-            kind = "tuning runs" if self._cells[0].recipe.holdout != self._work.recipe.holdout else "runs"
+            kind = "tuning runs" if self._cells[0].tried else "runs"
             say(f"{self._work.folder}: {len(self._cells)} {kind}, {len(self._found)} finished")
         return self
 
@@ -53,9 +53,7 @@ class Screen:
         else:
             found = self._look(cell)
             what = found.error or f"{self._judge.name} {self._judge.text(found.metric)}"
-        line = (
-            f"{len(self._found)} of {len(self._cells)} finished: {cell.row}, seed {cell.recipe.seed}, {what}"
-        )
+        line = f"{len(self._found)} of {len(self._cells)} finished: {cell.row}, {cell.column}, {what}"
         if self._live is None:
             say(line)
         elif end:
@@ -65,14 +63,14 @@ class Screen:
         """Draw the table."""
         if self._live is None:
             return
-        seeds = sorted({cell.recipe.seed for cell in self._cells})
+        columns = list(dict.fromkeys(cell.column for cell in self._cells))
         title = f"{self._work.folder.name}: {len(self._found)} of {len(self._cells)} runs"
-        table = Table("arm", *(f"seed {seed}" for seed in seeds), title=title)
-        rows: dict[str, dict[int, str]] = {}
+        table = Table("arm", *columns, title=title)
+        rows: dict[str, dict[str, str]] = {}
         for cell in self._cells:
-            rows.setdefault(cell.row, {})[cell.recipe.seed] = self._state(cell, cell.run in running)
+            rows.setdefault(cell.row, {})[cell.column] = self._state(cell, cell.run in running)
         for name, states in rows.items():
-            table.add_row(name, *(states[seed] for seed in seeds))
+            table.add_row(name, *(states.get(column, "") for column in columns))
         self._live.update(table, refresh=True)
 
     def _state(self, cell: Cell, running: bool) -> str:
@@ -132,6 +130,7 @@ def as_text(comparison: Comparison, folder: Path) -> str:
         lines.append((arm.name, *((mean, gain, loss, p, f"{arm.seconds:.0f}") if arm.seeds else ("-",) * 5)))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)) for line in lines]
+    text += comparison.choices
     failed = [(arm.name, seed, error) for arm in summary.arms for seed, error in arm.errors.items()]
     text += [f"failed: {name}, seed {seed}: {error}" for name, seed, error in failed]
     if failed:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +26,31 @@ from ewavit.compare.results import (
     read_run,
     without_other_data,
 )
+from ewavit.compare.tuning import ENOUGH, FIRST_FOLDS, HOLDOUT, Choice, Grids, Settings, best, words
 from ewavit.errors import EwavitError, first_line
 from ewavit.files import regular, replacing
 from ewavit.tasks.choice import task_for
 from ewavit.tasks.judge import Judge
 from ewavit.tasks.task import Task
-from ewavit.training.recipe import Recipe, flag
+from ewavit.training.recipe import Recipe, flag, kinds
 from ewavit.training.report import say
 from ewavit.training.run_folder import RunFolder
 
 SETTINGS = "compare.yaml"
-TUNING_SEEDS = 2
 MOST_THREADS = 4096  # of a run, in the file of an earlier start
-TUNING_HOLDOUT = 0.2  # of the training data, unless the recipe holds out a share of its own
 # What may differ between two starts of a comparison: where things are, and how they are read and shown.
 _FREE = {"output", "name", "data_dir", "workers", "log"}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run, and its row in the table."""
+    """One run, and its row and column in the table."""
 
     row: str
+    column: str
     arm: Arm
     recipe: Recipe
+    tried: Settings = field(default_factory=dict)  # by a tuned arm
 
     @property
     def run(self) -> RunFolder:
@@ -62,15 +64,15 @@ class Work:
     recipe: Recipe
     arms: tuple[Arm, ...]
     seeds: tuple[int, ...]
-    lrs: tuple[float, ...]
+    grids: Grids
     threads: int  # of each run: sums are rounded by it, so a later start keeps it
     command: str
     contrasts: Contrasts = field(default_factory=Contrasts)
     device: str = ""  # of all runs, "cpu" or "cuda"
     machines: list[str] = field(default_factory=list)  # in words
     known: dict[str, dict[str, Any]] = field(default_factory=dict)  # overrides by arm, of all starts
-    chosen: dict[str, float] = field(default_factory=dict)  # learning rates by tuned arm
-    untuned: dict[str, str] = field(default_factory=dict)  # why there is no learning rate, by tuned arm
+    chosen: dict[str, Choice] = field(default_factory=dict)  # by tuned arm
+    untuned: dict[str, str] = field(default_factory=dict)  # why nothing was chosen, by tuned arm
     ends: dict[RunFolder, End] = field(default_factory=dict)  # of the runs that are not done
 
     @property
@@ -86,55 +88,83 @@ class Work:
         return self.task.judge
 
     def final(self) -> list[Cell]:
-        """The runs of all arms with a known learning rate, seed by seed: an early stop leaves pairs."""
-        return [self._run(arm, seed) for seed in self.seeds for arm in self.arms if self._lr(arm)]
+        """The runs of all arms with known settings, seed by seed: an early stop leaves pairs."""
+        return [self._run(arm, seed) for seed in self.seeds for arm in self.arms if self._settled(arm)]
 
     def tuning(self) -> list[Cell]:
-        """The runs for the learning rates that are not known yet, seed by seed."""
+        """The runs for the settings that are not chosen yet, fold by fold.
+
+        Call it again when these runs have ended: the first folds show whether the others are needed.
+        """
         tuned = [arm for arm in self.arms if arm.tuned and arm.name not in self.chosen]
-        return sorted((cell for arm in tuned for cell in self._tries(arm)), key=lambda cell: cell.recipe.seed)
+        cells = [cell for arm in tuned for cell in self._tries(arm, self._folds(arm))]
+        return sorted(cells, key=lambda cell: cell.recipe.fold)
 
     def _run(self, arm: Arm, seed: int) -> Cell:
         place = {"output": str(self.folder / "runs"), "name": f"{arm.name}-{seed}", "seed": seed}
-        return Cell(arm.name, arm, arm_recipe(self.recipe, arm, lr=self._lr(arm), **place))
+        settings = self.chosen[arm.name].settings if arm.tuned else {}
+        recipe = arm_recipe(self.recipe, arm, **settings, **place)
+        return Cell(arm.name, f"seed {seed}", arm, recipe)
 
-    def _tries(self, arm: Arm) -> Iterator[Cell]:
-        place = {"output": str(self.folder / "tuning"), "holdout": self.recipe.holdout or TUNING_HOLDOUT}
-        for seed in self.seeds[:TUNING_SEEDS]:
-            for lr in self.lrs:
-                name = f"{arm.name}-{lr!r}-{seed}"
-                recipe = arm_recipe(self.recipe, arm, lr=lr, seed=seed, name=name, **place)
-                yield Cell(f"{arm.name}, lr {lr:g}", arm, recipe)
+    def _tries(self, arm: Arm, folds: int) -> list[Cell]:
+        """The runs of all candidates of a tuned arm in so many folds, at the first seed, fold by fold."""
+        base = replace(self._folded, output=str(self.folder / "tuning"))
+        cells = []
+        for fold, tried in product(range(folds), self.grids.candidates(arm)):
+            name = "-".join(
+                [arm.name, *(f"{setting}{value!r}" for setting, value in tried.items()), str(fold)]
+            )
+            recipe = arm_recipe(base, arm, **tried, fold=fold, name=name)
+            cells.append(Cell(f"{arm.name}, {words(tried)}", f"fold {fold + 1}", arm, recipe, tried))
+        return cells
 
-    def _lr(self, arm: Arm) -> float | None:
-        return self.chosen.get(arm.name) if arm.tuned else arm_recipe(self.recipe, arm).lr
+    @property
+    def _folded(self) -> Recipe:
+        """The recipe with training images to hold out."""
+        return replace(self.recipe, holdout=self.recipe.holdout or HOLDOUT, test_on_rest=False)
+
+    def _folds(self, arm: Arm) -> int:
+        """How many folds a tuned arm needs: the first ones, or all if these ended with too few readings."""
+        first = self._tries(arm, min(FIRST_FOLDS, self._folded.folds))
+        readings = self._readings(first)
+        few = readings is not None and readings < ENOUGH
+        ended = all(cell.run.is_finished or cell.run in self.ends for cell in first)
+        return self._folded.folds if few and ended else first[-1].recipe.fold + 1
+
+    def _readings(self, cells: Sequence[Cell]) -> int | None:
+        """Held-out predictions of one candidate in the folds of these runs; None where they are unknown."""
+        found = [(cell.recipe.fold, run.samples) for cell in cells if (run := self.found(cell))]
+        return sum({fold: count for fold, count in found if count is not None}.values()) or None
 
     def choose(self) -> None:
-        """Choose the learning rate of each tuned arm when its tuning runs have ended."""
+        """Choose the settings of each tuned arm when its tuning runs have ended."""
         for arm in (arm for arm in self.arms if arm.tuned and arm.name not in self.chosen):
-            scores: dict[float, list[float | None]] = {lr: [] for lr in self.lrs}
+            candidates, folds = self.grids.candidates(arm), self._folds(arm)
+            cells = self._tries(arm, folds)
+            scores: list[list[float | None]] = [[] for _ in candidates]
             problems = []
-            for cell in self._tries(arm):
-                end = self.ends.get(cell.run)
+            for cell in cells:
+                end, of_candidate = self.ends.get(cell.run), scores[candidates.index(cell.tried)]
                 if (found := self.found(cell)) and found.error is None:
-                    scores[cell.recipe.lr].append(found.metric)
+                    of_candidate.append(found.metric)
                 elif found:
-                    problems.append(f"no learning rate yet: tuning run {cell.run.path.name}: {found.error}")
+                    problems.append(f"nothing chosen yet: tuning run {cell.run.path.name}: {found.error}")
                 elif end and end.kind is Kind.DIVERGED:
-                    scores[cell.recipe.lr].append(None)
+                    of_candidate.append(None)
                 else:
                     what = end.error if end else "did not end"
-                    problems.append(f"no learning rate yet: tuning run {cell.run.path.name} {what}")
-            best = None if problems else best_lr(scores, self.judge)
-            if best is None:
-                self.untuned[arm.name] = [*problems, "every learning rate diverged: give lower --lrs"][0]
+                    problems.append(f"nothing chosen yet: tuning run {cell.run.path.name} {what}")
+            number_of_best = None if problems else best(scores, self.judge)
+            if number_of_best is None:
+                self.untuned[arm.name] = [*problems, "every candidate diverged: give lower learning rates"][0]
             else:
-                self.chosen[arm.name] = best
-                say(f"{arm.name}: learning rate {best:g}")
+                settings, readings = candidates[number_of_best], self._readings(cells)
+                self.chosen[arm.name] = Choice(settings, len(candidates), folds, readings)
+                say(self.chosen[arm.name].sentence(arm.name))
         self._save()
 
     def read(self) -> None:
-        """Read the threads, device, arms and learning rates of an earlier start, if there was one.
+        """Read the threads, device, arms and grids of an earlier start, if there was one.
 
         Raises:
             EwavitError: the folder exists and is no comparison, or another one.
@@ -150,9 +180,12 @@ class Work:
             saved = _checked(yaml.safe_load(regular(file).read_text()))
             difference = self._difference(saved)
             primary = saved.get("primary")
-            self.threads, self.device, self.chosen = saved["threads"], saved["device"], saved["chosen"]
+            self.threads, self.device = saved["threads"], saved["device"]
             self.known, self.machines = saved["arms"], saved["machines"]
-            self.lrs = self.lrs or tuple(saved["lrs"])
+            self.chosen = {arm: Choice(**choice) for arm, choice in saved["chosen"].items()}
+            self.grids = Grids(
+                self.grids.lrs or tuple(saved["lrs"]), self.grids.grid or saved.get("grid", {})
+            )
         except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as problem:
             raise EwavitError(
                 f"{file} cannot be read ({first_line(problem)}): undo the change, or choose another --name"
@@ -177,8 +210,11 @@ class Work:
             theirs = saved["arms"].get(arm.name, arm.overrides)
             for name in {**theirs, **arm.overrides}:
                 pairs.append((f"{name} of arm {arm.name}", theirs.get(name), arm.overrides.get(name)))
-        if self.lrs and saved["lrs"]:
-            pairs.append(("--lrs", saved["lrs"], list(self.lrs)))
+        grid = {name: list(values) for name, values in self.grids.grid.items()}
+        for name, old, new in (
+            ("--lrs", saved["lrs"], list(self.grids.lrs)), ("--grid", saved.get("grid"), grid),
+        ):  # fmt: skip
+            pairs += [(name, old, new)] if old and new else []
         return next((f"{name} is {old} there and {new} here" for name, old, new in pairs if old != new), None)
 
     def _shared(self) -> dict[str, Any]:
@@ -206,8 +242,9 @@ class Work:
             "recipe": self._shared(),
             "arms": self.known,
             "seeds": list(self.seeds),
-            "lrs": list(self.lrs),
-            "chosen": self.chosen,
+            "lrs": list(self.grids.lrs),
+            "grid": {name: list(values) for name, values in self.grids.grid.items()},
+            "chosen": {arm: asdict(choice) for arm, choice in self.chosen.items()},
             "threads": self.threads,
             "device": self.device,
             "machines": self.machines,
@@ -281,36 +318,59 @@ class Work:
     def _results(self) -> tuple[ArmRuns, ...]:
         """The runs of all arms that have finished or failed."""
         ended = {arm.name: list(self._ended(arm)) for arm in self.arms}
-        recipe = self.recipe
+        recipe, chosen = self.recipe, self.chosen
         by_seed = recipe.resample and bool(recipe.holdout or recipe.test_on_rest)
         checked = without_other_data(dict(pair for pairs in ended.values() for pair in pairs), by_seed)
         return tuple(
-            ArmRuns(arm, self._lr(arm) or math.nan, tuple(checked[run] for run, _ in ended[arm.name]))
+            ArmRuns(
+                arm, self._lr(arm), tuple(checked[run] for run, _ in ended[arm.name]), chosen.get(arm.name)
+            )
             for arm in self.arms
         )
+
+    def _lr(self, arm: Arm) -> float:
+        """The learning rate of an arm's runs, nan where it is not chosen yet."""
+        return self._run(arm, self.seeds[0]).recipe.lr if self._settled(arm) else math.nan
+
+    def _settled(self, arm: Arm) -> bool:
+        return not arm.tuned or arm.name in self.chosen
 
     def _ended(self, arm: Arm) -> Iterator[tuple[RunFolder, Run]]:
         for seed in self.seeds:
             run = RunFolder(self.folder / "runs" / f"{arm.name}-{seed}")
             if error := self.untuned.get(arm.name):
                 yield run, Run(seed, error=error)
-            elif self._lr(arm) and (found := self.found(self._run(arm, seed))):
+            elif self._settled(arm) and (found := self.found(self._run(arm, seed))):
                 yield run, found
             elif end := self.ends.get(run):
                 yield run, Run(seed, error=end.error)
 
     def _tried(self) -> Iterator[dict[str, Any]]:
         for arm in (arm for arm in self.arms if arm.tuned):
-            for cell in self._tries(arm):
+            folds = self.chosen[arm.name].folds if arm.name in self.chosen else self._folds(arm)
+            for cell in self._tries(arm, folds):
                 found = self.found(cell)
                 if found or cell.run in self.ends or arm.name in self.chosen:
                     metric = found.metric if found and found.error is None else math.nan
-                    facts = {"arm": arm.name, "lr": cell.recipe.lr, "seed": cell.recipe.seed}
+                    facts = {"arm": arm.name, "tried": cell.tried, "fold": cell.recipe.fold + 1}
                     yield {**facts, self.judge.column: metric}
 
 
 def _is_number(value: object) -> bool:
     return type(value) in (int, float) and 0 < value < math.inf  # type: ignore[operator]
+
+
+def _is_finite(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def _is_choice(value: object) -> bool:
+    """Whether this is a `Choice` as a dictionary."""
+    if not isinstance(value, dict) or value.keys() != {setting.name for setting in fields(Choice)}:
+        return False
+    settings, counts = value["settings"], (value["candidates"], value["folds"], value["readings"] or 0)
+    known = isinstance(settings, dict) and settings.keys() <= kinds().keys()
+    return known and all(map(_is_finite, settings.values())) and all(type(count) is int for count in counts)
 
 
 _SAVED: dict[str, Callable[[Any], bool]] = {
@@ -319,7 +379,12 @@ _SAVED: dict[str, Callable[[Any], bool]] = {
         isinstance(value, dict) and all(isinstance(overrides, dict) for overrides in value.values())
     ),
     "lrs": lambda value: isinstance(value, list) and all(map(_is_number, value)),
-    "chosen": lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
+    "grid": lambda value: (
+        isinstance(value, dict)
+        and value.keys() <= kinds().keys()
+        and all(isinstance(values, list) and all(map(_is_finite, values)) for values in value.values())
+    ),
+    "chosen": lambda value: isinstance(value, dict) and all(map(_is_choice, value.values())),
     "threads": lambda value: type(value) is int and 0 < value <= MOST_THREADS,
     "device": lambda value: isinstance(value, str),
     "machines": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
@@ -331,26 +396,8 @@ def _checked(saved: Any) -> dict[str, Any]:
     if not isinstance(saved, dict):
         raise ValueError("it holds no settings")
     for name, is_right in _SAVED.items():
-        if name not in saved:
+        if name not in saved and name != "grid":  # which earlier versions did not write
             raise ValueError(f"it has no {name}")
-        if not is_right(saved[name]):
+        if name in saved and not is_right(saved[name]):
             raise ValueError(f"its {name} cannot be {str(saved[name])[:40]!r}")
     return saved
-
-
-def best_lr(scores: Mapping[float, Sequence[float | None]], judge: Judge) -> float | None:
-    """The learning rate with the best mean score, the smallest one of equals.
-
-    Args:
-        scores: the judging metric of each run, by learning rate; None for a run that diverged.
-        judge: it says whether higher is better.
-
-    Returns:
-        The learning rate, or None if runs of all of them diverged.
-    """
-    means = {}
-    for lr in sorted(scores):
-        found = [score for score in scores[lr] if score is not None]
-        if len(found) == len(scores[lr]):
-            means[lr] = judge.sign * sum(found) / len(found)
-    return max(means, key=means.__getitem__, default=None)

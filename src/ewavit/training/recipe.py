@@ -453,6 +453,11 @@ class Recipe:
         return tuple(dict.fromkeys(name.strip() for name in self.log.split(","))) if self.log else ()
 
     @property
+    def folds(self) -> int:
+        """How many times `holdout` can hold out other training images."""
+        return math.floor(1 / self.holdout + 1e-9) if self.holdout else 1
+
+    @property
     def is_routed(self) -> bool:
         """Whether a learned router sends the tokens to two or more experts."""
         return self.router in ("topk", "hybrid") and self.experts > 1
@@ -491,10 +496,10 @@ class Recipe:
                 )
         if self.test_on_rest and self.holdout:
             raise EwavitError("--test-on-rest and --holdout both choose the test images: leave out one")
-        folds = math.floor(1 / self.holdout + 1e-9) if self.holdout else 1
-        if self.fold >= folds:
+        if self.fold >= self.folds:
             raise EwavitError(
-                f"--fold {self.fold} is out of range: --holdout {self.holdout:g} has {folds} of them, from 0"
+                f"--fold {self.fold} is out of range: --holdout {self.holdout:g} has {self.folds} of them, "
+                "counted from 0"
             )
 
     def _check_experts(self) -> None:
