@@ -202,7 +202,9 @@ def test_tuned_arm_trains_with_the_settings_that_were_best_on_held_out_images(tm
     best_lr = max(sorted(means), key=means.__getitem__)
     # every one of the 128 training images was held out once, by each candidate
     assert choice == {"settings": {"lr": best_lr}, "candidates": 3, "folds": 5, "readings": 128}
-    sentence = f"{arm} chose lr {best_lr:g}, the best of 3 by 128 readings on held-out data in 5 folds; fewer than"
+    sentence = (
+        f"{arm} chose lr {best_lr:g}, the best of 3 by 128 readings on held-out data in 5 folds; fewer than"
+    )
     assert sentence in said
     for seed in (42, 43):
         args = yaml.safe_load((tmp_path / "tuned" / "runs" / f"{arm}-{seed}" / "args.yaml").read_text())
