@@ -25,7 +25,8 @@ import timm
 import torch
 import yaml
 
-from ewavit.training.recipe import flag, settings
+from ewavit.training.recipe import settings
+from ewavit.training.setting import flag
 
 FOLDER = Path(__file__).parent.parent / "records"
 

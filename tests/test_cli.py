@@ -15,8 +15,9 @@ from PIL import Image
 from ewavit.cli import COMMANDS, main
 from ewavit.errors import EwavitError
 from ewavit.training.checkpoint import load_checkpoint
-from ewavit.training.recipe import GROUPS, Recipe, flag, kinds, settings
+from ewavit.training.recipe import GROUPS, Recipe, kinds, settings
 from ewavit.training.seal import sealed
+from ewavit.training.setting import flag
 from runs import TINY, observe, raise_after
 
 SMALL = [

@@ -19,7 +19,8 @@ import ewavit.study.plan
 import ewavit.training.export
 import ewavit.training.loop
 from ewavit.cli import main
-from ewavit.training.recipe import Recipe, choices, flag, kinds, settings
+from ewavit.training.recipe import Recipe, choices, kinds, settings
+from ewavit.training.setting import flag
 
 NAMES = [setting.name for setting in settings()]
 _WORDS = st.sampled_from(

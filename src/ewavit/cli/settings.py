@@ -12,7 +12,9 @@ import yaml
 from ewavit.cli.parser import Parser, did_you_mean, nonempty_path, typed
 from ewavit.errors import EwavitError
 from ewavit.files import regular
-from ewavit.training.recipe import GROUPS, Recipe, choices, flag, kinds, kwargs_text, renamed, settings
+from ewavit.training.kwargs import kwargs_text
+from ewavit.training.recipe import GROUPS, Recipe, choices, kinds, renamed, settings
+from ewavit.training.setting import flag
 
 if TYPE_CHECKING:
     from ewavit.data.batches import Data

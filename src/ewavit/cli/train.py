@@ -10,7 +10,7 @@ import sys
 from ewavit.cli import output, settings
 from ewavit.cli.parser import nonempty_path
 from ewavit.errors import EwavitError
-from ewavit.training.recipe import flag
+from ewavit.training.setting import flag
 
 SUMMARY = "train a model"
 DESCRIPTION = (

@@ -11,7 +11,8 @@ from typing import Any
 from ewavit.compare.arms import LR, Arm, arm_recipe, check_names
 from ewavit.errors import EwavitError
 from ewavit.tasks.judge import Judge
-from ewavit.training.recipe import Recipe, flag, kinds
+from ewavit.training.recipe import Recipe, kinds
+from ewavit.training.setting import flag
 
 HOLDOUT = 0.2  # of the training images in each fold, unless the recipe holds out a share of its own
 FIRST_FOLDS = 2  # all folds follow where these have fewer held-out predictions than ENOUGH

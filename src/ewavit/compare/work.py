@@ -32,9 +32,10 @@ from ewavit.files import regular, replacing
 from ewavit.tasks.choice import task_for
 from ewavit.tasks.judge import Judge
 from ewavit.tasks.task import Task
-from ewavit.training.recipe import Recipe, flag, kinds
+from ewavit.training.recipe import Recipe, kinds
 from ewavit.training.report import say
 from ewavit.training.run_folder import RunFolder
+from ewavit.training.setting import flag
 
 SETTINGS = "compare.yaml"
 MOST_THREADS = 4096  # of a run, in the file of an earlier start

@@ -29,7 +29,8 @@ from ewavit.core.surgery import expand
 from ewavit.data.batches import Data, Inputs
 from ewavit.errors import EwavitError, first_line
 from ewavit.tasks.choice import OWN_SETTINGS, task_for
-from ewavit.training.recipe import Recipe, flag, settings
+from ewavit.training.recipe import Recipe, settings
+from ewavit.training.setting import flag
 
 
 def model_inputs(recipe: Recipe, data: Data | None = None) -> Inputs:

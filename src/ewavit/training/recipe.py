@@ -6,59 +6,25 @@ Nothing here needs torch before a model is built, so `--help` and wrong flags an
 
 from __future__ import annotations
 
-import ast
 import math
-import numbers
-import operator
-import os
 import re
 from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, fields
 from functools import cache, partial
 from pathlib import Path
-from types import UnionType
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
 from ewavit.errors import EwavitError
 from ewavit.files import replacing
+from ewavit.training.kwargs import KWARGS, kwargs_text, parsed_kwargs
+from ewavit.training.setting import check_value, converted, flag, option, without_none
 
 if TYPE_CHECKING:
     from ewavit.core.routing import TopK
     from ewavit.core.surgery import Router
 
-LARGEST_COUNT, LARGEST = 10**9, 1e30  # without a closer limit: larger ones overflow a count or a float32
-_NOT_MODEL_KWARGS = {
-    "num_classes": "the data has a number of classes, leave it out",
-    "in_chans": "the data has a number of channels, leave it out",
-    "features": "give --point-features",
-    "img_size": "give --img-size",
-    "pretrained": "give --pretrained",
-    "checkpoint_path": "give --initial-checkpoint",
-    "features_only": "features have no classes, leave it out",
-}
-# Arguments of others' constructors, kept as text, and those among them that have a flag of their own.
-_KWARGS: dict[str, Mapping[str, str]] = {
-    "model_kwargs": _NOT_MODEL_KWARGS,
-    "opt_kwargs": {
-        name: f"give --{name.replace('_', '-')}"
-        for name in ("opt", "lr", "weight_decay", "momentum", "layer_decay")
-    },
-    "sched_kwargs": {
-        **{
-            name: f"give --{name.replace('_', '-')}"
-            for name in ("sched", "warmup_epochs", "warmup_lr", "min_lr", "decay_epochs", "decay_rate")
-        },
-        "num_epochs": "give --epochs",
-        **dict.fromkeys(("cycle_mul", "cycle_decay", "cycle_limit"), "a run is one cycle, leave it out"),
-        "cooldown_epochs": "a run ends after --epochs, leave it out",
-        **dict.fromkeys(("patience_epochs", "plateau_mode"), "no schedule waits for a plateau, leave it out"),
-        "step_on_epochs": "the schedule goes by steps, leave it out",
-        "updates_per_epoch": "the data has a number of steps, leave it out",
-    },
-}
 # The default data of each task.
 BUNDLED = {
     "classification": "fashion-mnist-mini", "segmentation": "shapes", "retrieval": "fashion-mnist-mini",
@@ -67,30 +33,8 @@ TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 GROUPS = (
     "data", "model", "experts", "optimisation", "augmentation", "precision and speed", "averages", "output",
 )  # fmt: skip
-
-
-def _option(
-    default: Any,
-    help_text: str,
-    *,
-    group: str,
-    least: float | None = None,
-    above: float | None = None,
-    most: float | None = None,
-    below: float | None = None,
-) -> Any:
-    limits = {"least": least, "above": above, "most": most, "below": below}
-    return field(default=default, metadata={"help": help_text, "group": group, **limits})
-
-
 _data, _model, _experts, _optimisation, _augmentation, _speed, _averages, _output = (
-    partial(_option, group=name) for name in GROUPS
-)
-_LIMITS = (
-    ("least", operator.ge, "{} or more"),
-    ("above", operator.gt, "more than {}"),
-    ("most", operator.le, "at most {}"),
-    ("below", operator.lt, "less than {}"),
+    partial(option, group=name) for name in GROUPS
 )
 
 
@@ -395,8 +339,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for setting in fields(self):
-            value = _converted(setting, getattr(self, setting.name))
-            _check_value(setting, value)
+            name, value = setting.name, getattr(self, setting.name)
+            if isinstance(value, Mapping) and name in KWARGS:
+                value = kwargs_text(name, value)
+            value = converted(setting, kinds()[name], value)
+            check_value(setting, kinds()[name], choices(name), value)
             object.__setattr__(self, setting.name, value)
         if self.data == "bundled":
             object.__setattr__(self, "data", BUNDLED[self.task or "classification"])
@@ -424,7 +371,7 @@ class Recipe:
         self._check_averages()
         if self.pretrained and self.initial_checkpoint:
             raise EwavitError("--pretrained and --initial-checkpoint both give the first weights: choose one")
-        for name in _KWARGS:
+        for name in KWARGS:
             self.parsed(name)
         if self.sched == "none" and self.sched_kwargs:
             raise EwavitError(
@@ -559,11 +506,7 @@ class Recipe:
         Raises:
             EwavitError: a part is not of the form key=value, or has a flag of its own.
         """
-        result = _parsed_kwargs(str(getattr(self, name)), name)
-        for key, remedy in _KWARGS[name].items():
-            if key in result:
-                raise EwavitError(f"--{flag(name)} {key}={result[key]} does not work: {remedy}")
-        return result
+        return parsed_kwargs(name, str(getattr(self, name)))
 
     def save(self, path: Path) -> None:
         """Write the settings as YAML that `--config` reads."""
@@ -583,110 +526,12 @@ class Recipe:
         return cls(**settings)
 
 
-_EXAMPLES = {
-    "model_kwargs": "patch_size=4,depth=6",
-    "opt_kwargs": "eps=1e-6,amsgrad=True",
-    "sched_kwargs": "k_decay=1.5,warmup_prefix=True",
-}
-
-
 def renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings from a file, where an earlier version may have written other names."""
     found = dict(settings)
     if found.pop("tensorboard", False):
         found.setdefault("log", "tensorboard")
     return found
-
-
-def kwargs_text(name: str, kwargs: Mapping[str, Any]) -> str:
-    """Arguments as the text that the setting of this name takes, e.g. `--model-kwargs`.
-
-    Raises:
-        EwavitError: a value is no Python literal, so that text cannot hold it.
-    """
-    plain = ",".join(f"{key}={value}" for key, value in kwargs.items())
-    for text in (plain, ",".join(f"{key}={value!r}" for key, value in kwargs.items())):
-        with suppress(EwavitError):
-            if _parsed_kwargs(text, name) == dict(kwargs):
-                return text
-    raise EwavitError(
-        f"--{flag(name)} {dict(kwargs)!r} cannot be written as text: use numbers, strings without commas, "
-        "tuples, lists, True, False and None"
-    )
-
-
-def _parsed_kwargs(text: str, name: str) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    part = ""
-    for piece in text.split(",") if text else ():
-        part = f"{part},{piece}" if part else piece
-        if sum(map(part.count, "([{")) > sum(map(part.count, ")]}")):
-            continue  # a comma inside a tuple, list or dict
-        key, equals, value = (word.strip() for word in part.partition("="))
-        if not equals or not key.isidentifier():
-            raise EwavitError(f"--{flag(name)} {part!r} is not key=value: write {_EXAMPLES[name]}")
-        try:
-            result[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            result[key] = value
-        part = ""
-    if part:
-        raise EwavitError(f"--{flag(name)} {part!r} has an open bracket: close it")
-    return result
-
-
-def _converted(setting: Field[Any], value: Any) -> Any:
-    """A value in its setting's type: paths and the model's arguments as text, numpy's numbers as Python's."""
-    kind, name = kinds()[setting.name], f"--{flag(setting.name)}"
-    if value is None and setting.default is None:
-        return None
-    if kind is tuple and isinstance(value, list | tuple):  # a list from YAML or JSON
-        if all(isinstance(each, numbers.Real) for each in value):
-            return tuple(float(each) for each in value)
-    elif kind is str:
-        if isinstance(value, Mapping) and setting.name in _KWARGS:
-            return kwargs_text(setting.name, value)
-        if isinstance(value, str | os.PathLike):
-            return os.fspath(value)
-    elif isinstance(value, numbers.Real) and (kind is not bool or value in (0, 1)):
-        with suppress(ValueError, OverflowError):  # not a number, infinity, or too large
-            if kind is not tuple and ((converted := kind(value)) == value or kind is float):
-                return converted
-        if kind is float or not math.isfinite(value):
-            raise EwavitError(f"{name} {value} does not work: choose a finite number")
-    wanted = {
-        str: "text", bool: "True or False", int: "a whole number", float: "a number", tuple: "numbers",
-    }[kind]  # fmt: skip
-    raise EwavitError(f"{name} {value!r} does not work: give {wanted}")
-
-
-def _check_value(setting: Field[Any], value: Any) -> None:
-    """Refuse a value that its setting does not allow."""
-    name = f"--{flag(setting.name)}"
-    if choices(setting.name) and value not in (*choices(setting.name), setting.default):
-        raise EwavitError(f"{name} {value!r} is unknown: choose one of {', '.join(choices(setting.name))}")
-    if isinstance(value, str) and not value and setting.default != "":
-        raise EwavitError(f"{name} is empty: give a value, or leave out {name}")
-    if isinstance(value, str) and "\0" in value:
-        raise EwavitError(f"{name} {value!r} holds a NUL character: remove it")
-    values = value if isinstance(value, tuple) else (value,)
-    if any(isinstance(each, float) and not math.isfinite(each) for each in values):
-        raise EwavitError(f"{name} {value} does not work: choose a finite number")
-    if not all(isinstance(each, int | float) for each in values):
-        return
-    limits = [(setting.metadata[limit], holds, words) for limit, holds, words in _LIMITS]
-    if setting.metadata["most"] is None and setting.metadata["below"] is None:
-        largest = LARGEST_COUNT if kinds()[setting.name] is int else LARGEST
-        limits.append((largest, operator.le, "at most {}"))
-    limits = [(limit, holds, words) for limit, holds, words in limits if limit is not None]
-    if not all(holds(each, limit) for limit, holds, _ in limits for each in values):
-        allowed = " and ".join(words.format(limit) for limit, _, words in limits)
-        raise EwavitError(f"{name} {value} is out of range: choose {allowed}")
-
-
-def flag(name: str) -> str:
-    """A setting's name as it is written on the command line."""
-    return name.replace("_", "-")
 
 
 def settings() -> tuple[Field[Any], ...]:
@@ -697,7 +542,7 @@ def settings() -> tuple[Field[Any], ...]:
 @cache
 def kinds() -> dict[str, type]:
     """The type of each setting's value, where it has one: `int` for `int | None`, `str` for choices."""
-    plain = {name: _without_none(hint) for name, hint in get_type_hints(Recipe).items()}
+    plain = {name: without_none(hint) for name, hint in get_type_hints(Recipe).items()}
     return {
         name: str if get_origin(hint) is Literal else get_origin(hint) or hint for name, hint in plain.items()
     }
@@ -706,10 +551,5 @@ def kinds() -> dict[str, type]:
 @cache
 def choices(name: str) -> tuple[str, ...]:
     """The values that a setting may have; empty where any may."""
-    hint = _without_none(get_type_hints(Recipe)[name])
+    hint = without_none(get_type_hints(Recipe)[name])
     return get_args(hint) if get_origin(hint) is Literal else ()
-
-
-def _without_none(hint: Any) -> Any:
-    """`X` of `X | None`; the first of several types."""
-    return get_args(hint)[0] if get_origin(hint) in (Union, UnionType) else hint
