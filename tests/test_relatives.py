@@ -507,22 +507,35 @@ def test_an_old_task_that_does_not_fit_is_refused(tmp_path):
 # ---------------------------------------------------------------- arms
 
 
-ARMS = ["lofi", "ewa+cca", "scheme", "fused"]
+ARMS = ["lofi", "cca", "ewa+cca", "scheme", "fused"]
+FROM_A_START = ["hybrid", "wise-ft"]  # they need first weights
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", ARMS + FROM_A_START)
 def test_an_arm_stopped_within_an_epoch_resumes_exactly(tmp_path, monkeypatch, arm):
     base = {"limit": 128, "experts": 2}
+    if arm in FROM_A_START:
+        start = train(recipe(tmp_path, "start", limit=64, epochs=1, experts=1)).model_file
+        base["initial_checkpoint"] = str(start)
     settings = base | BUILT_IN[arm](Recipe(**base))
     train(recipe(tmp_path, "whole", **settings))
     with monkeypatch.context() as patched:
         stop_after(patched, 6)
         with pytest.raises(Interrupted):
             train(recipe(tmp_path, "stopped", **settings))
+    if arm in FROM_A_START:
+        start.unlink()  # a checkpoint holds all that is left of it
     resume(tmp_path / "stopped")
     assert_same_end(tmp_path / "whole", tmp_path / "stopped")
+    averages = [tmp_path / name / "model-average.safetensors" for name in ("whole", "stopped")]
+    assert averages[0].exists() == (arm == "wise-ft")
+    if averages[0].exists():
+        first, second = map(load_file, averages)
+        assert all(torch.equal(first[key], second[key]) for key in first)
     model, _ = load_model(tmp_path / "whole" / "checkpoint")
     deployed, _ = load_model(tmp_path / "whole")
     x = torch.randn(2, 1, 28, 28)
     assert torch.allclose(model(x), deployed(x), atol=1e-5)
-    assert "logits equal" in export(tmp_path / "whole" / "checkpoint", tmp_path / "out.safetensors")
+    checkpoint, file = tmp_path / "whole" / "checkpoint", tmp_path / "out.safetensors"
+    routed = arm == "hybrid"  # deployed as it is
+    assert "logits equal" in export(checkpoint, file, mean_expert=routed)
