@@ -23,6 +23,8 @@ DESCRIPTION = (
 )
 # What the YAML of a comparison holds beside a recipe.
 OWN = {"arms", "seeds", "lrs", "grid", "jobs", "against", "contrasts", "primary"}
+# What a preset takes of the bundled images; of a user's own it takes all.
+_OF_BUNDLED = {"shots", "resample", "test_on_rest"}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -76,6 +78,15 @@ def _add_own_flags(parser: argparse.ArgumentParser) -> None:
         "--preset", metavar="NAME", help=f"a comparison that comes with ewavit: {', '.join(presets())}"
     )
     group.add_argument(
+        "--pilot",
+        metavar="X",
+        nargs="?",
+        const=0.5,
+        type=number,
+        help="train two arms at three seeds only, and say what the comparison will cost and how many seeds "
+        "would tell a difference of X (default: 0.5); in the folder NAME-pilot",
+    )
+    group.add_argument(
         "--ray",
         metavar="ADDRESS",
         nargs="?",
@@ -100,30 +111,35 @@ def run(options: argparse.Namespace) -> int:
     given |= {"against": None, "contrasts": [], "primary": None}
     own: dict[str, dict[str, Any] | None] = {}
     if options.preset is not None:
-        if options.preset not in presets():
+        if (file := presets().get(options.preset)) is None:
             raise EwavitError(f"unknown --preset {options.preset}: choose from {', '.join(presets())}")
-        given |= {"name": options.preset} | comparison_yaml(presets()[options.preset], "--preset", own)
-    if options.config is not None:
-        given |= comparison_yaml(options.config, "--config", own)
-    typed = settings.given(options, OWN)
-    given |= typed
+        given |= {"name": options.preset} | comparison_yaml(file, "--preset", own)
+    chosen = {} if options.config is None else comparison_yaml(options.config, "--config", own)
+    chosen |= settings.given(options, OWN)
+    if "data" in chosen:
+        given = {name: value for name, value in given.items() if name not in _OF_BUNDLED}
+    given |= chosen
     special = {name: given.pop(name) for name in OWN}
     recipe = Recipe(**given)
     arms = make_arms(special["arms"], recipe, own)
 
     from ewavit.compare.contrasts import Contrasts
+    from ewavit.compare.tuning import Grids
 
     contrasts = Contrasts.parse(special["against"], special["contrasts"], special["primary"])
     contrasts.check(arm.name for arm in arms)
-
-    from ewavit.compare.tuning import Grids
-
     grids = Grids.parse(special["lrs"], special["grid"])
 
-    from ewavit.compare.compare import Stopped, compare
+    from ewavit.compare.compare import Stopped, compare, usual_jobs
+    from ewavit.compare.pilot import Plan, forecast
     from ewavit.compare.statistics import summarise
     from ewavit.compare.terminal import as_text
 
+    plan = None
+    if options.pilot is not None:
+        jobs = special["jobs"] or usual_jobs()
+        plan = Plan(recipe, arms, grids, contrasts, special["seeds"], jobs, options.pilot)
+        recipe, arms, contrasts, special["seeds"] = plan.pilot()
     try:
         with output.reporting(options):
             comparison = compare(
@@ -139,7 +155,10 @@ def run(options: argparse.Namespace) -> int:
     except Stopped as stopped:
         print(f"ewavit: {stopped}", file=sys.stderr)
         return stopped.exit_status
-    if options.json:
+    if plan is not None:
+        found = forecast(plan, comparison)
+        print(json.dumps(found.as_dict(), indent=2) if options.json else found)
+    elif options.json:
         print(json.dumps(summarise(comparison).as_dict(), indent=2))
     elif not options.quiet:
         print(as_text(comparison, Path(recipe.output) / comparison.name))

@@ -101,7 +101,7 @@ def make_arms(
     for name, overrides in mine.items():
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9+_.-]*", name):
             raise EwavitError(f"arm {name!r} is no name for a folder: use letters, digits and + - _ .")
-        if _base(name) in BUILT_IN:
+        if plain_name(name) in BUILT_IN:
             raise EwavitError(f"arm {name!r} is built in: give your own arm another name")
         check_overrides(name, overrides)
     if averages := [name for name in _AVERAGES if getattr(recipe, name)]:
@@ -165,7 +165,7 @@ def arm_recipe(recipe: Recipe, arm: Arm, **more: Any) -> Recipe:
 
 
 def _arm(name: str, recipe: Recipe, own: Mapping[str, Overrides]) -> Arm:
-    base = name if name in own else _base(name)
+    base = name if name in own else plain_name(name)
     if base in own:
         overrides = dict(own[base])
         if name == base + LR:
@@ -185,5 +185,6 @@ def _arm(name: str, recipe: Recipe, own: Mapping[str, Overrides]) -> Arm:
     return Arm(name, overrides, "control" if experts == 1 else "method", name.endswith((LR, TUNED)))
 
 
-def _base(name: str) -> str:
+def plain_name(name: str) -> str:
+    """The name of an arm without the ending that says it is tuned."""
     return name.removesuffix(LR).removesuffix(TUNED)

@@ -71,12 +71,11 @@ def compare(
         EwavitError: wrong input, another comparison in the folder, or results that cannot be written.
         Stopped: SIGINT or SIGTERM. The second one ends the runs without a checkpoint.
     """
-    grids = grids or Grids()
-    _check(seeds, jobs)
+    grids, contrasts = grids or Grids(), contrasts or Contrasts()
+    _check(recipe, arms, seeds, jobs)
     grids.check(recipe, arms)
-    (contrasts or Contrasts()).check(arm.name for arm in arms)
-    cores = usable_cores()
-    jobs = jobs or len(gpus_here()) or (1 if torch.accelerator.is_available() else cores)
+    contrasts.check(arm.name for arm in arms)
+    jobs = jobs or usual_jobs()
     if not recipe.name:
         recipe = replace(recipe, name=f"{datetime.now():%Y%m%d-%H%M%S}-compare")
         command += f" --name {recipe.name}"
@@ -85,9 +84,9 @@ def compare(
         arms=tuple(arms),
         seeds=tuple(range(recipe.seed, recipe.seed + seeds)),
         grids=grids,
-        threads=max(1, cores // jobs),
+        threads=max(1, usable_cores() // jobs),
         command=command,
-        contrasts=contrasts or Contrasts(),
+        contrasts=contrasts,
     )
     work.read()
     engine: Engine = Processes(jobs, work.threads) if ray is None else RayTasks(ray, jobs, work.threads)
@@ -101,19 +100,24 @@ def compare(
             _run_all(work, work.final(), engine, received)
         finally:
             engine.stop()
+    return _written(work, received)
+
+
+def _written(work: Work, received: Sequence[int]) -> Comparison:
     comparison = work.write()
-    if received:
-        raise _stopped(work, received[0])
-    return comparison
-
-
-def _stopped(work: Work, signal_number: int) -> Stopped:
+    if not received:
+        return comparison
     done, total = sum(cell.run.is_finished for cell in work.final()), len(work.arms) * len(work.seeds)
     message = f"stopped, {done} of {total} runs are finished; go on with: {work.command}"
-    return Stopped(signal_number, message)
+    raise Stopped(received[0], message)
 
 
-def _check(seeds: int, jobs: int | None) -> None:
+def usual_jobs() -> int:
+    """Runs at a time: one for each GPU, or else each CPU core."""
+    return len(gpus_here()) or (1 if torch.accelerator.is_available() else usable_cores())
+
+
+def _check(recipe: Recipe, arms: Sequence[Arm], seeds: int, jobs: int | None) -> None:
     for module in ("scipy", "statsmodels"):
         if find_spec(module) is None:
             raise EwavitError(f"ewavit compare needs {module}: pip install 'ewavit[compare]'")
@@ -123,6 +127,11 @@ def _check(seeds: int, jobs: int | None) -> None:
         raise EwavitError(f"--seeds {seeds} is out of range: choose at most {MOST_SEEDS}")
     if jobs is not None and jobs < 1:
         raise EwavitError(f"--jobs {jobs} is too small: choose 1 or more")
+    back = next((arm.name for arm in arms if arm.overrides.get("toward_start")), None)
+    if back and not (recipe.pretrained or recipe.initial_checkpoint):
+        raise EwavitError(
+            f"arm {back!r} goes back to the first weights: give --initial-checkpoint or --pretrained"
+        )
 
 
 def _run_all(work: Work, cells: Sequence[Cell], engine: Engine, received: list[int]) -> None:
