@@ -1,13 +1,17 @@
 """`ewavit doctor`, `ewavit completion`, and where words go with `--quiet` and `--json`."""
 
+import argparse
 import json
 import os
 import subprocess
 import sys
 
 import pytest
+import timm
+from safetensors.torch import save_file
 
-from ewavit.cli import doctor, main
+import ewavit
+from ewavit.cli import build_parser, doctor, main
 from runs import TINY
 
 SHORT = [
@@ -144,3 +148,24 @@ def test_no_color_leaves_a_terminal_without_colours(tmp_path):
         done = subprocess.run([sys.executable, "-c", script, *words], env=environment, capture_output=True)
         assert done.returncode == 0
         assert (b"\x1b[32m" in done.stdout) is coloured  # green
+
+
+def test_every_command_with_a_result_prints_it_as_json_when_asked():
+    (subparsers,) = (a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    without = {
+        name for name, each in subparsers.choices.items() if "--json" not in each._option_string_actions
+    }
+    assert without == {"completion"}  # it prints a script
+
+
+def test_export_prints_one_json_object_and_nothing_else(tmp_path, capfd):
+    source, to = tmp_path / "experts.safetensors", tmp_path / "plain.safetensors"
+    model = ewavit.expand(timm.create_model("vit_tiny_patch16_224", embed_dim=32, depth=2, num_heads=2), 2)
+    save_file(model.state_dict(), source)
+    assert main(["export", str(source), "--to", str(to), "--json"]) == 0
+    said = json.loads(capfd.readouterr().out)
+    assert said.keys() == {"to", "hub", "report"}
+    assert said["to"] == str(to)
+    assert said["report"].startswith("wrote ")
+    assert main(["export", str(source), "--to", str(to), "--quiet"]) == 0
+    assert capfd.readouterr().out == ""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 
+from ewavit.cli import output
 from ewavit.cli.parser import nonempty, nonempty_path
 from ewavit.errors import EwavitError
 
@@ -67,12 +69,22 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="share of that way, 0 to 1 (WiSE-FT), or stock: for each tensor from the angle between the "
         "experts or runs (Model Stock)",
     )
+    output.add_flags(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Write the plain model, and print what was checked."""
-    if options.hub is not None:
-        return _publish(options)
+    with output.reporting(options):
+        said = _export(options) if options.hub is None else _publish(options)
+        if not options.json:
+            print(said)
+    if options.json:
+        to = None if options.to is None else str(options.to)
+        print(json.dumps({"to": to, "hub": options.hub, "report": said}, indent=2))
+    return 0
+
+
+def _export(options: argparse.Namespace) -> str:
     if options.to is None or options.license is not None:
         raise EwavitError(
             "--license needs --hub ORG/NAME" if options.to else "give --to FILE or --hub ORG/NAME"
@@ -81,11 +93,10 @@ def run(options: argparse.Namespace) -> int:
     from ewavit.training.export import export
 
     source, *more = options.source
-    print(export(source, options.to, options.data, options.collapse, options.toward, options.by, more))
-    return 0
+    return export(source, options.to, options.data, options.collapse, options.toward, options.by, more)
 
 
-def _publish(options: argparse.Namespace) -> int:
+def _publish(options: argparse.Namespace) -> str:
     for name in ("data", "toward", "by"):
         if getattr(options, name) is not None:
             raise EwavitError(f"--{name} does not go with --hub: leave it out")
@@ -97,5 +108,4 @@ def _publish(options: argparse.Namespace) -> int:
     from ewavit.training.hub import publish
 
     words = {"mean_expert": options.collapse, "licence": options.license}
-    print(publish(source, options.hub, options.to, verdict=verdict_of(source), **words))
-    return 0
+    return publish(source, options.hub, options.to, verdict=verdict_of(source), **words)

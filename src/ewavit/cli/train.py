@@ -42,12 +42,14 @@ def run(options: argparse.Namespace) -> int:
     from ewavit.training.loop import resume, train
     from ewavit.training.processes import Interrupted, ProcessLost
 
+    main = os.environ.get("RANK", "0") == "0"
     try:
         with output.reporting(options):
             done = train(recipe) if options.resume is None else resume(options.resume, **given)
     except (Interrupted, ProcessLost) as stopped:
-        print(f"ewavit: {stopped}", file=sys.stderr)
+        if main or isinstance(stopped, ProcessLost):  # a signal stops all processes alike
+            print(f"ewavit: {stopped}", file=sys.stderr)
         return stopped.exit_status
-    if options.json and os.environ.get("RANK", "0") == "0":
+    if options.json and main:
         print(json.dumps({"run": str(done.run), "model_file": str(done.model_file), **done.row}, indent=2))
     return 0
