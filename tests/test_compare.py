@@ -185,11 +185,18 @@ def test_stopped_comparison_goes_on_and_a_half_done_run_ends_with_the_same_bits(
         ("ewa-tuned", ["--grid", "lr=3e-3,1e-7,1e30"]),
     ],
 )
-def test_tuned_arm_trains_with_the_settings_that_were_best_on_held_out_images(tmp_path, capsys, arm, flags):
+def test_tuned_arm_trains_with_the_settings_that_were_best_on_held_out_images(
+    tmp_path, capsys, monkeypatch, arm, flags
+):
     lrs = (1e-7, 3e-3, 1e30)  # the last one diverges
     settings = {**SMALL, "holdout": 0.0, "lr": 0.5, "seeds": 2, "jobs": 2, "epochs": 1}
     command = ["compare", *words(settings), "--arms", f"dense,{arm}", *flags]
     command += ["--output", str(tmp_path), "--name", "tuned"]
+    if arm == "ewa-tuned":
+        with monkeypatch.context() as patch:  # stopped while it tunes, it goes on
+            patch.setattr(Screen, "show", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+            assert main(command) == 128 + signal.SIGTERM
+        assert not (tmp_path / "tuned" / "runs").exists()
     assert main(command) == 0
     said = capsys.readouterr().out
     found = json.loads((tmp_path / "tuned" / "results.json").read_text())
@@ -744,6 +751,13 @@ WRONG_SETTINGS = {
     "chosen list": ({"chosen": [1]}, "its chosen"),
     "chosen text": ({"chosen": {"ewa-lr": "fast"}}, "its chosen"),
     "chosen nan": ({"chosen": {"ewa-lr": math.nan}}, "its chosen"),
+    "chosen half": ({"chosen": {"ewa-lr": {"settings": {"lr": 0.1}}}}, "its chosen"),
+    "chosen unknown": (
+        {"chosen": {"ewa-lr": {"settings": {"rate": 0.1}, "candidates": 2, "folds": 2, "readings": 9}}},
+        "its chosen",
+    ),
+    "grid text": ({"grid": {"lr": "fast"}}, "its grid"),
+    "grid unknown": ({"grid": {"rate": [0.1]}}, "its grid"),
 }
 
 

@@ -17,6 +17,9 @@ from ewavit.compare.work import Work
 from ewavit.data.augmentation import Augmentation
 from ewavit.data.options import DataOptions
 from ewavit.data.subsets import split
+from ewavit.tasks.judge import TOP1
+from ewavit.training.export import export
+from ewavit.training.loop import train
 from ewavit.training.opening import open_data, open_recipe_data
 from ewavit.training.recipe import Recipe
 from runs import TINY
@@ -125,6 +128,16 @@ def test_the_draw_depends_on_no_setting_of_an_arm(tmp_path):
     draws = [open_recipe_data(cell.recipe).class_counts().tolist() for cell in cells]
     assert draws[0] == draws[1]
     assert sum(draws[0]) == 40
+
+
+@pytest.mark.parametrize("judged_on", [{"resample": True, "test_on_rest": True}, {"holdout": 0.5}], ids=str)
+def test_export_compares_the_accuracy_on_the_images_that_judged_the_run(tmp_path, judged_on):
+    settings = {**TINY, "limit": 64, "epochs": 1, "workers": 0, "seed": 3, **judged_on}
+    done = train(Recipe(**settings, output=str(tmp_path), name="run"))
+    said = export(done.run, tmp_path / "out.safetensors")
+    count = 32 if "holdout" in judged_on else 10_000 - 64
+    metric = TOP1.text(done.row["eval_top1"])
+    assert f"top-1 {metric} on {count:,} images (the run: {metric})" in said
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from ewavit.training.checkpoint import load_checkpoint, save_tensors
 from ewavit.training.evaluation import evaluate_batches, on_device
 from ewavit.training.graph import read_onnx, write_graph
 from ewavit.training.merging import interpolated
-from ewavit.training.opening import open_for
+from ewavit.training.opening import open_for, recipe_of, splits
 from ewavit.training.places import portable_spec
 from ewavit.training.recipe import Recipe
 from ewavit.training.report import Row
@@ -341,7 +341,7 @@ def export(
     remove(partial)  # what a killed process left
     try:
         _write(model, of_file, partial)
-        checked = _check(partial, model, card, data, before)
+        checked = _check(partial, model, card, data, before, source)
         os.replace(partial, to)
     finally:
         remove(partial)
@@ -406,7 +406,7 @@ def _of_other_size(model: nn.Module, card: ModelCard) -> Tensor | None:
 
 
 @torch.no_grad()
-def _check(file: Path, model: nn.Module, card: ModelCard, data: str | None, before: str) -> str:
+def _check(file: Path, model: nn.Module, card: ModelCard, data: str | None, before: str, source: Path) -> str:
     # Only this file, just written, is loaded as .pt2: such a file of a stranger may run code.
     predict = torch.export.load(file).module() if file.suffix == ".pt2" else predictor(file)[0]
     other = _of_other_size(model, card) if file.suffix in GRAPHS else None
@@ -421,7 +421,9 @@ def _check(file: Path, model: nn.Module, card: ModelCard, data: str | None, befo
     if card.metric is None and data is None:
         return f"{said}, accuracy not compared: the checkpoint was written within an epoch"
     try:
-        opened = open_for(card, data, DataOptions(batch_size=128))
+        recipe = None if data is not None else recipe_of(source)
+        of_run = {} if recipe is None else splits(recipe)
+        opened = open_for(card, data, DataOptions(batch_size=128, **of_run))
     except EwavitError as problem:
         if data is not None:
             raise

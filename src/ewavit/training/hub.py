@@ -17,10 +17,11 @@ from huggingface_hub.utils._validators import validate_repo_id
 
 from ewavit.core.checkpoint_files import is_checkpoint_file
 from ewavit.errors import EwavitError, first_line
-from ewavit.files import regular, sync
+from ewavit.files import sync
 from ewavit.training.card import ModelCard
 from ewavit.training.export import export
 from ewavit.training.hub_transformers import Written, is_transformers_folder, write_transformers
+from ewavit.training.opening import recipe_of
 from ewavit.training.places import portable_spec
 from ewavit.training.recipe import Recipe
 from ewavit.training.run_folder import RunFolder
@@ -103,7 +104,7 @@ def _write(
         export(source, folder, mean_expert=mean_expert)
         card = ModelCard.of_file(folder)
         assert card is not None
-        recipe = _recipe(source)
+        recipe = recipe_of(source)
         row = {} if mean_expert else RunFolder(source).last_row() or {}
         facts, sections = _facts(card, recipe, row), _sections(card, recipe, row, repo)
     if verdict is not None:
@@ -115,15 +116,6 @@ def _write(
     text = "".join(f"\n## {title}\n\n{body}\n" for title, body in sections.items() if body)
     head = f"---\n{ModelCardData(**facts).to_yaml()}\n---\n\n# {facts['model_name']}\n"
     (folder / "README.md").write_text(head + text, encoding="utf-8", errors="backslashreplace")
-
-
-def _recipe(source: Path) -> Recipe | None:
-    """The recipe of a run, of which `source` is the folder or the checkpoint."""
-    for folder in (source, source.parent):
-        if RunFolder(folder).args.exists():
-            file = regular(RunFolder(folder).args)
-            return Recipe.from_dict(yaml.safe_load(file.read_text()), str(file))
-    return None
 
 
 def _facts(card: ModelCard, recipe: Recipe | None, row: Mapping[str, str]) -> dict[str, Any]:

@@ -6,16 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from ewavit.data.augmentation import Augmentation
 from ewavit.data.batches import Data
 from ewavit.data.options import PREPARATION, DataOptions
 from ewavit.data.relabelled import with_classes
-from ewavit.errors import EwavitError
+from ewavit.errors import EwavitError, first_line
+from ewavit.files import regular
 from ewavit.tasks.choice import task_for
 from ewavit.training.card import ModelCard
 from ewavit.training.places import spec_of_file
 from ewavit.training.recipe import Recipe
+from ewavit.training.run_folder import RunFolder
 
 
 def open_data(spec: str, options: DataOptions, task: str | None = None) -> Data:
@@ -72,7 +75,6 @@ def open_recipe_data(
     given = {name: value for name in PREPARATION if (value := getattr(recipe, name, None)) is not None}
     options = DataOptions(
         batch_size=recipe.batch_size,
-        seed=recipe.seed,
         augmentation=Augmentation(
             aa=recipe.aa,
             hflip=recipe.hflip,
@@ -82,12 +84,6 @@ def open_recipe_data(
             ratio=(recipe.ratio[0], recipe.ratio[1]),
             color_jitter=recipe.color_jitter,
         ),
-        limit=recipe.limit,
-        shots=recipe.shots,
-        resample=recipe.resample,
-        test_on_rest=recipe.test_on_rest,
-        holdout=recipe.holdout,
-        fold=recipe.fold,
         img_size=recipe.img_size,
         workers=usable_workers(recipe.workers),
         device=device,
@@ -95,8 +91,6 @@ def open_recipe_data(
         world_size=world_size,
         skip_bad_images=recipe.skip_bad_images,
         data_dir=recipe.data_dir,
-        train_split=recipe.train_split,
-        val_split=recipe.val_split,
         num_points=recipe.num_points,
         point_features=recipe.point_features,
         votes=recipe.votes,
@@ -104,8 +98,40 @@ def open_recipe_data(
         if "per_class" in task_for(recipe.data, recipe.task).own_settings
         else None,
         **{**preparation, **given},
+        **splits(recipe),
     )
     return open_data(recipe.data, options, recipe.task)
+
+
+def splits(recipe: Recipe) -> dict[str, Any]:
+    """Which samples a run trains and is evaluated on, as fields of `DataOptions`."""
+    names = (
+        "train_split",
+        "val_split",
+        "limit",
+        "shots",
+        "resample",
+        "test_on_rest",
+        "holdout",
+        "fold",
+        "seed",
+    )
+    return {name: getattr(recipe, name) for name in names}
+
+
+def recipe_of(source: Path) -> Recipe | None:
+    """The recipe of a run, of which `source` is the folder or the checkpoint; None for another file.
+
+    Raises:
+        EwavitError: its settings cannot be read.
+    """
+    for file in (RunFolder(folder).args for folder in (source, source.parent)):
+        if file.exists():
+            try:
+                return Recipe.from_dict(yaml.safe_load(regular(file).read_text()), str(file))
+            except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as problem:
+                raise EwavitError(f"{file} cannot be read ({first_line(problem)}): undo the change") from None
+    return None
 
 
 def open_for(card: ModelCard, spec: str | None, options: DataOptions) -> Data:
