@@ -465,6 +465,24 @@ def test_presets_are_whole_comparisons():
         assert given["seeds"] >= 3
 
 
+@pytest.mark.parametrize(
+    ("flags", "subset"), [([], (20, True, True)), (["--data", "PATH"], (None, False, False))], ids=str
+)
+def test_the_preset_for_few_images_draws_of_the_bundled_set_and_takes_all_of_others(
+    tmp_path, monkeypatch, capsys, flags, subset
+):
+    command = ["compare", "--preset", "few-images", "--output", str(tmp_path), *flags]
+    assert main(command) == 2
+    assert "'wise-ft' goes back to the first weights" in capsys.readouterr().err
+
+    def refuse(recipe, *_, **__):
+        raise EwavitError(str((recipe.shots, recipe.resample, recipe.test_on_rest)))
+
+    monkeypatch.setattr(room, "compare", refuse)
+    assert main(command) == 2
+    assert str(subset) in capsys.readouterr().err
+
+
 def test_help_names_every_built_in_arm(capsys):
     assert main(["compare", "--help"]) == 0
     said = re.split(r"[\s,]+", capsys.readouterr().out)
