@@ -40,6 +40,7 @@ EXTRAS = {  # what an extra of ewavit brings, by its name in [project.optional-d
     "ray": ("ray",),
     "hf": ("transformers",),
     "lightning": ("lightning",),
+    "smp": ("segmentation-models-pytorch",),
 }
 LEAST_FREE = 5  # GB of free disk below which a line warns
 Check = tuple[str, bool, str, str]  # name, whether it is fine, what was found, what to do

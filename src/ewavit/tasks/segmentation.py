@@ -25,8 +25,9 @@ from ewavit.tasks.inference import Inference, InferenceOptions, Value
 from ewavit.tasks.judge import MIOU
 from ewavit.tasks.segmenters import backbone_settings, check_segmenter, create_segmenter, with_head
 from ewavit.tasks.sheet import MOST_DRAWN, draw_sheet, short
+from ewavit.tasks.smp_models import create_smp_model, smp_code, smp_preparation
 from ewavit.tasks.task import Cell, Listed, Meter, Metrics, Mixing, Table
-from ewavit.tasks.timm_models import as_arguments, check_timm_model, start
+from ewavit.tasks.timm_models import SMP, as_arguments, check_timm_model, start
 
 SHOWN = 6  # images in the picture of a run
 OPACITY = 0.55  # of the classes' colours over an image
@@ -43,6 +44,10 @@ class Segmentation(Classification):
     def open_data(self, spec: str, options: DataOptions) -> Data:
         return MaskData.open(spec, options)
 
+    def preparation(self, model: str | None) -> dict[str, Any]:
+        smp = model is not None and model.startswith(SMP)
+        return smp_preparation(str(model)) if smp else super().preparation(model)
+
     def build_model(
         self,
         name: str,
@@ -55,21 +60,31 @@ class Segmentation(Classification):
     ) -> tuple[nn.Module, dict[str, Any]]:
         assert isinstance(inputs, ImageInputs)
         side, chans, classes = inputs.img_size, inputs.in_chans, inputs.num_classes
+        kept = {**kwargs, "num_classes": classes, "in_chans": chans, "img_size": side}
+        if name.startswith(SMP):
+            if initial_checkpoint is not None:
+                raise EwavitError(f"--initial-checkpoint does not go with {name}: leave it out")
+            return create_smp_model(name, kept, pretrained), kept
         check_timm_model(name, kwargs)
         head = kwargs.get("head")
         settings = backbone_settings(chans, side, {k: v for k, v in kwargs.items() if k != "head"})
         backbone = start(name, settings, side, pretrained, initial_checkpoint, say)
-        model = with_head(backbone, classes, head, chans, side)
-        kept = {**kwargs, "num_classes": classes, "in_chans": chans, "img_size": side}
-        return model.train(), kept
+        return with_head(backbone, classes, head, chans, side).train(), kept
 
     def create_model(self, name: str, settings: Mapping[str, Any]) -> nn.Module:
+        if name.startswith(SMP):
+            return create_smp_model(name, settings)
         check_segmenter(name, settings)
         return create_segmenter(name, **settings)
 
     def loading_code(
         self, name: str, settings: Mapping[str, Any], file: Path, pretrained_cfg: Mapping[str, Any]
     ) -> str:
+        if name.startswith(SMP):
+            return (
+                f"from safetensors.torch import load_file\n{smp_code(name, settings)}\n"
+                f"model.load_state_dict(load_file({str(file)!r}))"
+            )
         return (
             "from safetensors.torch import load_file\n"
             "from ewavit.tasks.segmenters import create_segmenter\n"

@@ -30,6 +30,7 @@ _LOADING = {
     "features_only", "out_indices", "feature_cls", "pruned",
 }  # fmt: skip
 _REACHES = re.compile(r"(?:^|_)(?:pretrained|checkpoint|cache|url|file|filename|dir|hub|hf)(?:_|$)")
+SMP = "smp:"  # before a name of segmentation-models-pytorch
 _NAME, _WORD = re.compile(r"\w+(?:\.\w+)?", re.ASCII), re.compile(r"[\w.+-]{0,100}", re.ASCII)
 _MOST_LAYERS = 10_000
 _LARGEST, _LONGEST, _DEEPEST = 2**20, 1000, 4  # of the numbers, lists and levels in a model's arguments
@@ -115,6 +116,8 @@ def check_timm_model(name: str, settings: Mapping[str, Any]) -> None:
         raise EwavitError(
             f"{name} is for point clouds: give --data solids or modelnet10:PATH, or another --model"
         )
+    if name.startswith(SMP):
+        raise EwavitError(f"{name[:100]} is for --task segmentation: give that, or another --model")
     if not _NAME.fullmatch(name) or not timm.is_model(name.split(".")[0]):
         close = difflib.get_close_matches(name[:100], timm.list_models(), 3)
         hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists all models"

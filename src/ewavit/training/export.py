@@ -27,6 +27,7 @@ from ewavit.errors import MOST_CHARACTERS, EwavitError
 from ewavit.files import is_torch_file, regular, remove, replacing
 from ewavit.tasks.classification import ConfusionMeter
 from ewavit.tasks.task import Metrics
+from ewavit.tasks.timm_models import SMP
 from ewavit.tasks.weights import fit
 from ewavit.training.building import expand_by_recipe
 from ewavit.training.card import ModelCard, RoutedMixture
@@ -395,7 +396,7 @@ def _write(model: nn.Module, card: ModelCard, to: Path) -> None:
 @torch.no_grad()
 def _of_other_size(model: nn.Module, card: ModelCard) -> Tensor | None:
     """Images of another size, if the model takes such images."""
-    if not card.img_size:
+    if not card.img_size or card.model.startswith(SMP):  # a graph of those fixes their sizes
         return None
     images = replace(card, img_size=2 * card.img_size).sample(2)
     try:
