@@ -1,7 +1,7 @@
 """`ewavit compare --pilot`: from a few runs, what a comparison will cost and how many seeds it needs.
 
 The pilot trains two arms at three seeds, in a folder of its own: what is compared may change after it. It
-says how much their difference varies and never the difference itself, so it decides nothing beforehand.
+reports how much their difference varies and not the difference: three seeds decide nothing.
 """
 
 from __future__ import annotations
