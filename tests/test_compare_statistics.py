@@ -16,15 +16,9 @@ from scipy import stats
 from comparisons import ERROR
 from ewavit.compare.arms import Arm
 from ewavit.compare.contrasts import Contrasts
+from ewavit.compare.differences import paired_difference, seeds_needed, t_interval
 from ewavit.compare.results import ArmRuns, Comparison, Point, Run
-from ewavit.compare.statistics import (
-    arm_statistics,
-    paired_difference,
-    seeds_needed,
-    summarise,
-    t_interval,
-    time_to_reference,
-)
+from ewavit.compare.statistics import arm_statistics, summarise, time_to_reference
 from ewavit.errors import EwavitError
 from ewavit.tasks.judge import TOP1
 

@@ -19,8 +19,8 @@ from statsmodels.stats.power import TTestPower
 
 from ewavit.compare.arms import Arm, arm_recipe, plain_name
 from ewavit.compare.contrasts import Contrasts
+from ewavit.compare.differences import ALPHA, MOST_SEEDS, POWER, paired_difference, seeds_needed
 from ewavit.compare.results import Comparison
-from ewavit.compare.statistics import ALPHA, MOST_SEEDS, POWER, paired_difference, seeds_needed
 from ewavit.compare.tuning import HOLDOUT, Grids
 from ewavit.errors import EwavitError
 from ewavit.training.recipe import Recipe

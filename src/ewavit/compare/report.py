@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 
+from ewavit.compare.differences import EQUAL_SEEDS, finished
 from ewavit.compare.results import ArmRuns, Comparison, Point, Run
-from ewavit.compare.statistics import EQUAL_SEEDS, Summary, finished, summarise, time_to_reference
+from ewavit.compare.statistics import Summary, summarise, time_to_reference
 from ewavit.compare.two_axes import two_axes
 from ewavit.files import csv_text, replacing
 from ewavit.tasks.judge import Judge

@@ -18,7 +18,7 @@ from ewavit.training.report import say
 from ewavit.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from ewavit.compare.statistics import PairedDifference
+    from ewavit.compare.differences import PairedDifference
 
 
 class Screen:
