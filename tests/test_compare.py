@@ -28,7 +28,8 @@ from ewavit.compare import compare as room
 from ewavit.compare.arms import BUILT_IN, make_arms
 from ewavit.compare.compare import compare
 from ewavit.compare.engines import End, Kind, Processes
-from ewavit.compare.results import Run, evaluated_epochs, latest_metric, read_run, without_other_data
+from ewavit.compare.reading import evaluated_epochs, latest_metric, read_run, without_other_data
+from ewavit.compare.results import Run
 from ewavit.compare.terminal import Screen
 from ewavit.compare.tuning import Grids, best
 from ewavit.compare.work import Work

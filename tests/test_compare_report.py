@@ -16,7 +16,7 @@ from ewavit.compare.arms import Arm
 from ewavit.compare.report import write_results
 from ewavit.compare.results import ArmRuns, Comparison, Run
 from ewavit.compare.statistics import Summary, summarise
-from ewavit.compare.terminal import as_text
+from ewavit.compare.text import as_text
 
 ARGUMENTS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",

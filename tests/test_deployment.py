@@ -26,7 +26,7 @@ from torchvision.datasets import ImageFolder
 
 import ewavit
 from ewavit.cli import main
-from ewavit.compare.results import read_run
+from ewavit.compare.reading import read_run
 from ewavit.core import moe_layers
 from ewavit.core.pretrained import with_mean_ffns
 from ewavit.data.arrays import read_bundled

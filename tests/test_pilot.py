@@ -13,8 +13,8 @@ from ewavit import EwavitError
 from ewavit.cli import main
 from ewavit.compare.arms import make_arms
 from ewavit.compare.contrasts import Contrasts
+from ewavit.compare.differences import seeds_needed
 from ewavit.compare.pilot import Plan, forecast
-from ewavit.compare.statistics import seeds_needed
 from ewavit.compare.tuning import Grids
 from ewavit.training.recipe import Recipe
 from ewavit.training.run_folder import RunFolder

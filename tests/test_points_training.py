@@ -12,7 +12,7 @@ from PIL import Image
 import point_sets
 from ewavit import EwavitError
 from ewavit.cli import main
-from ewavit.compare.results import read_run
+from ewavit.compare.reading import read_run
 from ewavit.data.options import DataOptions
 from ewavit.points.transformer import create_point_model, load_point_checkpoint
 from ewavit.tasks.choice import task_for

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from ewavit import EwavitError
 from ewavit.cli import main
-from ewavit.compare.results import read_run
+from ewavit.compare.reading import read_run
 from ewavit.data import retrieval as sets
 from ewavit.data.batches import BatchPlan, ClassPlan, ImageInputs
 from ewavit.data.options import DataOptions

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from ewavit import EwavitError
 from ewavit.cli import main
-from ewavit.compare.results import read_run
+from ewavit.compare.reading import read_run
 from ewavit.data.augmentation import Augmentation
 from ewavit.data.batches import ImageInputs
 from ewavit.data.masks import IGNORED, MaskData

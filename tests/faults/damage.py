@@ -29,7 +29,7 @@ import torch
 from common import arguments, ended, forked, report
 from torch import Tensor
 
-from ewavit.compare.results import read_run
+from ewavit.compare.reading import read_run
 from ewavit.errors import EwavitError
 from ewavit.tasks.judge import TOP1
 from ewavit.training.checkpoint import load_checkpoint

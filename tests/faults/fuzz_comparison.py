@@ -17,8 +17,8 @@ from safetensors.torch import save
 
 from comparisons import make_comparison
 from ewavit.compare.arms import make_arms
+from ewavit.compare.reading import latest_metric, read_run
 from ewavit.compare.report import write_results
-from ewavit.compare.results import latest_metric, read_run
 from ewavit.compare.tuning import Grids
 from ewavit.compare.work import Work
 from ewavit.tasks.judge import TOP1

@@ -133,7 +133,7 @@ def run(options: argparse.Namespace) -> int:
     from ewavit.compare.compare import Stopped, compare, usual_jobs
     from ewavit.compare.pilot import Plan, forecast
     from ewavit.compare.statistics import summarise
-    from ewavit.compare.terminal import as_text
+    from ewavit.compare.text import as_text
 
     plan = None
     if options.pilot is not None:

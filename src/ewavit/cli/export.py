@@ -104,7 +104,7 @@ def _publish(options: argparse.Namespace) -> str:
     if more:
         raise EwavitError(f"--hub takes one run, not {len(options.source)}: leave out {more[0]}")
 
-    from ewavit.compare.results import verdict_of
+    from ewavit.compare.reading import verdict_of
     from ewavit.training.hub import publish
 
     words = {"mean_expert": options.collapse, "licence": options.license}

@@ -18,14 +18,8 @@ import yaml
 from ewavit.compare.arms import Arm, arm_recipe
 from ewavit.compare.contrasts import Contrasts
 from ewavit.compare.engines import End, Engine, Kind
-from ewavit.compare.results import (
-    ArmRuns,
-    Comparison,
-    Run,
-    evaluated_epochs,
-    read_run,
-    without_other_data,
-)
+from ewavit.compare.reading import evaluated_epochs, read_run, without_other_data
+from ewavit.compare.results import ArmRuns, Comparison, Run
 from ewavit.compare.tuning import ENOUGH, FIRST_FOLDS, HOLDOUT, Choice, Grids, Settings, best, words
 from ewavit.errors import EwavitError, first_line
 from ewavit.files import regular, replacing
