@@ -13,6 +13,7 @@ from ewavit.cli import output, settings
 from ewavit.cli.parser import number, whole_number
 from ewavit.errors import EwavitError
 from ewavit.training.recipe import Recipe
+from ewavit.training.setting import flag
 
 SUMMARY = "train several arms at the same seeds and test their differences"
 DESCRIPTION = (
@@ -87,6 +88,19 @@ def _add_own_flags(parser: argparse.ArgumentParser) -> None:
         "would tell a difference of X (default: 0.5); in the folder NAME-pilot",
     )
     group.add_argument(
+        "--from",
+        dest="source",
+        metavar="PATH:COLUMN",
+        help="train nothing, and judge runs that any program trained: PATH is a table with the columns arm "
+        "and seed, or has {arm} and {seed} in it and fits each run's log (summary.csv of timm, "
+        "trainer_state.json, metrics.csv of Lightning, events of TensorBoard); COLUMN is the metric",
+    )
+    group.add_argument(
+        "--lower-is-better",
+        action=argparse.BooleanOptionalAction,
+        help="say it of the metric of --from",
+    )
+    group.add_argument(
         "--ray",
         metavar="ADDRESS",
         nargs="?",
@@ -105,6 +119,11 @@ def presets() -> dict[str, Path]:
 
 def run(options: argparse.Namespace) -> int:
     """Compare arms; 1 if a run failed."""
+    if options.source is not None:
+        return _judge(options)
+    if options.lower_is_better is not None:
+        raise EwavitError("--lower-is-better goes with --from: leave it out")
+
     from ewavit.compare.arms import make_arms
 
     given: dict[str, Any] = {"arms": ["dense", "ewa"], "seeds": 5, "lrs": [], "grid": [], "jobs": None}
@@ -162,6 +181,41 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(summarise(comparison).as_dict(), indent=2))
     elif not options.quiet:
         print(as_text(comparison, Path(recipe.output) / comparison.name))
+    return int(any(run.error for arm in comparison.arms for run in arm.runs))
+
+
+def _judge(options: argparse.Namespace) -> int:
+    """Judge runs that other programs trained; 1 if a run has no result."""
+    from ewavit.compare.contrasts import Contrasts
+    from ewavit.compare.outside import Source, read_comparison
+
+    given = settings.given(options, OWN)
+    others = {"config": options.config, "preset": options.preset, "ray": options.ray, "pilot": options.pilot}
+    given |= {name: value for name, value in others.items() if value is not None}
+    if unfit := sorted(set(given) - {"name", "output", "against", "contrasts"}):
+        why = "the runs exist already: name it before them" if unfit[0] == "primary" else "nothing is trained"
+        raise EwavitError(f"--{flag(unfit[0])} does not go with --from, as {why}: leave it out")
+    folder = Recipe(name=given.get("name", "judged"), output=given.get("output", Recipe.output))
+    comparison = read_comparison(
+        Source.parse(options.source),
+        name=str(folder.name),
+        command=f"ewavit {shlex.join(options.words)}",
+        contrasts=Contrasts.parse(given.get("against"), given.get("contrasts", []), None),
+        lower_is_better=options.lower_is_better,
+    )
+
+    from ewavit.compare.report import write_results
+    from ewavit.compare.statistics import summarise
+    from ewavit.compare.text import as_text
+
+    place = Path(folder.output) / comparison.name
+    if (place / "compare.yaml").exists() or (place / "runs").exists():
+        raise EwavitError(f"{place} holds a comparison that was trained: give another --name")
+    write_results(comparison, place)
+    if options.json:
+        print(json.dumps(summarise(comparison).as_dict(), indent=2))
+    elif not options.quiet:
+        print(as_text(comparison, place))
     return int(any(run.error for arm in comparison.arms for run in arm.runs))
 
 

@@ -23,7 +23,7 @@ const svg = (tag, attributes = {}, ...children) =>
 
 const known = (value) => typeof value === "number" && Number.isFinite(value);
 const minus = (text) => text.replace("-", "−");
-const fixed = (value, digits = 2) => (known(value) ? minus(value.toFixed(digits)) : "–");
+const fixed = (value, digits = judge.digits) => (known(value) ? minus(value.toFixed(digits)) : "–");
 const signed = (value) => (known(value) ? (value > 0 ? "+" : "") + fixed(value) : "–");
 const signed3 = (value) => (known(value) ? (value > 0 ? "+" : "") + fixed(value, 3) : "–");
 const whole = (value) => (known(value) ? Math.round(value).toLocaleString("en") : "–");
@@ -33,6 +33,7 @@ const share = (value) => (known(value) ? `${Math.round(100 * value)} %` : "–")
 const chance = (p) => (!known(p) ? "–" : p < 0.001 ? "<0.001" : p.toFixed(p < 0.1 ? 3 : 2));
 // The metric that arms are compared by, in words; a value and a title with its unit.
 const { judge } = data;
+const trainedHere = Object.keys(data.recipe).length > 0;  // not by another program
 const metric = judge.name;
 const Metric = metric[0].toUpperCase() + metric.slice(1);
 const comma = (unit) => (unit ? `, ${unit}` : "");
@@ -371,7 +372,7 @@ function header() {
   at("setting").textContent = typeset(`${statistics.setting}.`);
   at("verdicts").append(...statistics.verdicts.map(({ arm: name, sentence }) =>
     html("li", {}, sample(data.arms.find((arm) => arm.name === name)), html("span", {}, typeset(sentence)))));
-  at("facts").append(...pairs({ Data: data.data, Seeds: data.seeds.join(", "), Device: data.device, When: data.date }));
+  at("facts").append(...pairs({ Data: data.data, Seeds: data.seeds.join(", "), ...(data.device && { Device: data.device }), When: data.date }));
   const theme = document.documentElement.dataset;
   const dark = () => (theme.theme ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
   const label = () => (at("theme").textContent = dark() ? "Light theme" : "Dark theme");
@@ -467,7 +468,7 @@ function curves() {
     const ends = shown().map((arm) => `${arm.name} ends at ${valued(arm.mean)}`).join(", ");
     return lines(box, { series, height: 380, text: fixed, direct: true, lowFirst: !judge.higher_is_better,
       label: `${Metric} against training ${data.kind}: ${ends}` });
-  }, () => `${Metric} on ${data.recipe.holdout ? "held-out training" : "test"} ${data.kind}${comma(judge.unit)}. ` +
+  }, () => `${Metric}${trainedHere ? ` on ${data.recipe.holdout ? "held-out training" : "test"} ${data.kind}` : ""}${comma(judge.unit)}. ` +
     "Line: mean over the seeds; band: from the worst seed to the best.");
 }
 
@@ -475,7 +476,7 @@ function cost() {
   const longest = Math.max(0, ...trained.map(({ seconds }) => seconds));
   const [scale, word] = longest < 100 ? [1, "seconds"] : longest < 6000 ? [60, "minutes"] : [3600, "hours"];
   const units = { // [title, of an arm or a run, text]
-    time: [`training time, ${word}`, ({ seconds }) => seconds / scale, small],
+    time: [`training time, ${word}`, ({ seconds }) => (known(seconds) ? seconds / scale : null), small],
     images: [`training ${data.kind}`, ({ images }) => images, short],
     memory: ["peak memory, MiB", ({ peak_memory_mib }) => peak_memory_mib, whole],
   };
@@ -559,6 +560,7 @@ function schedules() {
       return lines(box, { series, height: 220, text: small, zero: true, label: `${title}: ${peaks}` });
     });
   };
+  at("schedules-section").hidden = !trainedHere;
   panel(at("share"), "Share rate", "share_rate", mixed);
   panel(at("rate"), "Learning rate", "lr", trained);
 }
@@ -649,7 +651,8 @@ function tuning() {
 function making() {
   at("best").textContent = names.control ?? "none";
   at("command").textContent = data.command;
-  at("versions").append(...pairs({ device: data.device, ...data.versions }));
+  at("versions").append(...pairs({ ...(data.device && { device: data.device }), ...data.versions }));
+  at("recipe-details").hidden = at("overrides-details").hidden = !trainedHere;
   at("recipe").append(...pairs(data.recipe));
   at("overrides").append(...pairs(Object.fromEntries(data.arms.map(({ name, overrides }) => [name, overrides]))));
 }

@@ -141,6 +141,8 @@ def _page(comparison: Comparison, summary: Summary) -> str:
     words = {
         "title": comparison.name,
         "kind": comparison.kind,
+        "samples": comparison.kind if comparison.recipe else "samples",
+        "pairing": _pairing(comparison),
         "metric": comparison.judge.name,
         "Metric": comparison.judge.name[:1].upper() + comparison.judge.name[1:],
         "unit": f", {comparison.judge.unit}" if comparison.judge.unit else "",
@@ -151,6 +153,15 @@ def _page(comparison: Comparison, summary: Summary) -> str:
     parts |= {name: html.escape(text) for name, text in words.items()}
     template = (room / "report.html").read_text("utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)  # one pass: data is not searched
+
+
+def _pairing(comparison: Comparison) -> str:
+    """What two runs of a seed share."""
+    luck = "so their difference contains little of the seed’s luck."
+    if not comparison.recipe:
+        return f"Runs are paired by seed. Two of them may share first weights and order of samples, {luck}"
+    same = f"start from the same weights and see the same {comparison.kind} in the same order"
+    return f"Two arms of a seed {same}, {luck}"
 
 
 def _steps(comparison: Comparison) -> str:

@@ -79,8 +79,10 @@ def _numbers(pair: PairedDifference, name: str, judge: Judge) -> str:
     if not pair.seeds:
         return f"no seed finished by both it and {name}"
     low, high = pair.interval
-    interval = f"95 % interval {low:+.2f} to {high:+.2f}" if len(pair.seeds) > 1 else "no interval"
-    difference = f"{pair.mean:+.2f} {judge.difference_unit}".rstrip()
+    interval = (
+        f"95 % interval {judge.signed(low)} to {judge.signed(high)}" if len(pair.seeds) > 1 else "no interval"
+    )
+    difference = f"{judge.signed(pair.mean)} {judge.difference_unit}".rstrip()
     return f"{difference} against {name} ({interval}, {_seeds(len(pair.seeds))}{_loss(pair)})"
 
 

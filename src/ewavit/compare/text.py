@@ -8,13 +8,14 @@ from pathlib import Path
 from ewavit.compare.differences import PairedDifference
 from ewavit.compare.results import Comparison
 from ewavit.compare.statistics import summarise
+from ewavit.tasks.judge import Judge
 
 
-def _gain(pair: PairedDifference) -> str:
+def _gain(pair: PairedDifference, judge: Judge) -> str:
     """The difference and its interval as text, as far as the number of pairs gives them."""
     if len(pair.seeds) > 1:
-        return f"{pair.mean:+.2f} [{pair.interval[0]:+.2f}, {pair.interval[1]:+.2f}]"
-    return f"{pair.mean:+.2f}, no interval" if pair.seeds else "-"
+        return f"{judge.signed(pair.mean)} [{', '.join(map(judge.signed, pair.interval))}]"
+    return f"{judge.signed(pair.mean)}, no interval" if pair.seeds else "-"
 
 
 def _loss(pair: PairedDifference) -> str:
@@ -36,9 +37,22 @@ def as_text(comparison: Comparison, folder: Path) -> str:
     lines = [("arm", f"{judge.name}, mean ± sd", against, "loss [95 %]", "p (Holm)", "s/run")]
     for arm in summary.arms:
         pair = pairs.get(arm.name)
-        gain, loss, p = (_gain(pair), _loss(pair), _p_text(pair.holm_p)) if pair else ("", "", "")
-        mean = f"{arm.mean:.2f} ± {judge.text(arm.sd)}" if len(arm.seeds) > 1 else judge.text(arm.mean)
-        lines.append((arm.name, *((mean, gain, loss, p, f"{arm.seconds:.0f}") if arm.seeds else ("-",) * 5)))
+        gain, loss, p = (_gain(pair, judge), _loss(pair), _p_text(pair.holm_p)) if pair else ("", "", "")
+        mean = (
+            f"{arm.mean:.{judge.digits}f} ± {judge.text(arm.sd)}"
+            if len(arm.seeds) > 1
+            else judge.text(arm.mean)
+        )
+        lines.append(
+            (
+                arm.name,
+                *(
+                    (mean, gain, loss, p, "-" if math.isnan(arm.seconds) else f"{arm.seconds:.0f}")
+                    if arm.seeds
+                    else ("-",) * 5
+                ),
+            )
+        )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = ["  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)) for line in lines]
     text += comparison.choices

@@ -18,6 +18,7 @@ class Judge:
         bounds: the least and the greatest possible value; None if there are none.
         share_of_samples: whether a value is the percentage of samples with a right prediction. It comes in
             steps of 100 / samples.
+        digits: digits after the point of a value, and of a difference between two values.
     """
 
     column: str
@@ -27,6 +28,7 @@ class Judge:
     higher_is_better: bool = True
     bounds: tuple[float, float] | None = None
     share_of_samples: bool = False
+    digits: int = 2
 
     @property
     def sign(self) -> int:
@@ -35,7 +37,11 @@ class Judge:
 
     def text(self, value: float) -> str:
         """A value with its unit, e.g. "86.20 %"."""
-        return f"{value:.2f} {self.unit}".rstrip()
+        return f"{value:.{self.digits}f} {self.unit}".rstrip()
+
+    def signed(self, difference: float) -> str:
+        """A difference between two values with its sign, e.g. "+0.45"."""
+        return f"{difference:+.{self.digits}f}"
 
 
 TOP1 = Judge("top1", "top-1", bounds=(0, 100), share_of_samples=True)
