@@ -1,10 +1,12 @@
 """Runs on point clouds: everything that runs on images have, through the same loop."""
 
 import csv
+import json
 import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,6 +16,7 @@ from ewavit import EwavitError
 from ewavit.cli import main
 from ewavit.compare.reading import read_run
 from ewavit.data.options import DataOptions
+from ewavit.points.files import checked
 from ewavit.points.transformer import create_point_model, load_point_checkpoint
 from ewavit.tasks.choice import task_for
 from ewavit.tasks.judge import INSTANCE_IOU
@@ -169,6 +172,48 @@ def test_parts_of_generated_solids_train_resume_and_leave_their_ious_and_a_pictu
         assert len(picture.convert("RGB").getcolors(2**20)) > 100
     assert load_model(whole.run)[1].task_name == "segmentation"
     assert "logits equal the model's" in export(whole.run, tmp_path / "parts.onnx")
+
+
+def test_files_get_the_parts_that_their_run_predicts_and_every_point_a_label(tmp_path, capsys):
+    root = point_sets.write_shapenetpart(tmp_path / "set")
+    data = f"shapenetpart:{root}"
+    run = train(recipe(tmp_path, "run", data=data, batch_size=3, epochs=1)).run
+    capsys.readouterr()
+    file = tmp_path / "Airplane" / "a2.txt"
+    file.parent.mkdir()
+    table = np.loadtxt(root / "02691156" / "a2.txt")
+    table[:, :3] = 7 * table[:, :3] + 100  # any place and size
+    np.savetxt(file, table, "%.6f")
+    words = [
+        str(file),
+        str(file),
+        "--json",
+        "--to",
+        str(tmp_path / "to"),
+        "--sheet",
+        str(tmp_path / "sheet.png"),
+    ]
+    assert main(["predict", str(run), *words, "--csv", str(tmp_path / "found.csv")]) == 0
+    found = json.loads(capsys.readouterr().out)["clouds"]
+    assert found[0]["category"] == "Airplane"
+    model, _ = load_model(run)
+    (inputs, _), *_ = open_data(data, DataOptions(batch_size=2, num_points=32)).eval_batches()
+    own = model(inputs)[0, :4].argmax(0)  # Airplane has the first four parts
+    shares = torch.bincount(own, minlength=4) / len(own)
+    expected = {f"Airplane {part}": float(shares[part]) for part in range(4) if shares[part]}
+    assert dict(zip(found[0]["parts"], found[0]["shares"], strict=True)) == pytest.approx(expected)
+    assert sorted(path.name for path in (tmp_path / "to").iterdir()) == ["a2-0.csv", "a2-1.csv"]
+    labelled = list(csv.DictReader((tmp_path / "to" / "a2-0.csv").open(newline="")))
+    points = np.array([[float(row[axis]) for axis in "xyz"] for row in labelled])
+    assert np.allclose(points, table[:, :3], atol=1e-6)
+    scaled = checked(table, "a2.txt", 1)
+    for point, row in zip(scaled, labelled, strict=True):
+        nearest = np.argmin(((inputs[0, :, :3].numpy() - point) ** 2).sum(1))
+        assert row["part"] == f"Airplane {own[nearest]}"
+    with Image.open(tmp_path / "sheet.png") as picture:
+        assert len(picture.convert("RGB").getcolors(2**20)) > 20
+    assert main(["predict", str(run), str(root / "02691156" / "a2.txt")]) == 2
+    assert "is the name of its folder, and 02691156 is none: put" in capsys.readouterr().err
 
 
 def test_solids_get_a_small_point_transformer_unless_told_otherwise(capsys):

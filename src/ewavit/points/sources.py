@@ -168,6 +168,23 @@ def read_cloud(file: Path, num_points: int, features: str | None = None) -> Floa
     return points[:num_points]
 
 
+def read_whole(file: Path, num_points: int) -> tuple[npt.NDArray[Any], Floats]:
+    """Read all points of one cloud.
+
+    Args:
+        file: as in `read_cloud`.
+        num_points: points that `read_cloud` takes of it; a mesh gives twice as many.
+
+    Returns:
+        Coordinates (points, 3) as stored, and centred and scaled as those of `read_cloud`.
+
+    Raises:
+        EwavitError: the cloud is bad.
+    """
+    rows = _Reader(num_points, False, None).rows(_of_file(file, 0), 2 * num_points, np.random.default_rng(0))
+    return rows[:, :3], checked(rows, str(file), 1)
+
+
 def save_points(points: PointSet, file: Path) -> None:
     """Write a classification set as one .npz file; the spec `modelnet10:FILE` reads it again, quickly.
 

@@ -134,7 +134,9 @@ class Classification(Task):
             "timm.data.create_transform(**timm.data.resolve_model_data_config(model)) is the same transform"
         )
 
-    def open_files(self, names: Sequence[str], inputs: Inputs, options: DataOptions) -> InputFiles:
+    def open_files(
+        self, names: Sequence[str], inputs: Inputs, options: DataOptions, classes: Sequence[str]
+    ) -> InputFiles:
         assert isinstance(inputs, ImageInputs)
         return ImageFiles(names, inputs, options)
 

@@ -104,7 +104,9 @@ class CloudClassification(Classification):
             f"load_point_checkpoint(model, {str(file)!r})"
         )
 
-    def open_files(self, names: Sequence[str], inputs: Inputs, options: DataOptions) -> InputFiles:
+    def open_files(
+        self, names: Sequence[str], inputs: Inputs, options: DataOptions, classes: Sequence[str]
+    ) -> InputFiles:
         assert isinstance(inputs, CloudInputs)
         return CloudFiles(names, inputs, options)
 

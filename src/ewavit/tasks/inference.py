@@ -84,6 +84,11 @@ class Inference(ABC):
     def line(self, row: dict[str, Value]) -> str:
         """A row as text, without the name of the input."""
 
+    def stem(self, number: int) -> str:
+        """The name of an input's files in a folder: its own, with its number where inputs share a name."""
+        stems = [Path(name).stem for name in self.files.names]
+        return stems[number] if stems.count(stems[number]) == 1 else f"{stems[number]}-{number}"
+
     def draw(self, path: Path) -> int:
         """Draw a contact sheet of the first inputs.
 

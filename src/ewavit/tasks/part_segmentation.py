@@ -14,14 +14,15 @@ from torchmetrics import MeanMetric
 
 from ewavit.data.batches import Data, Inputs
 from ewavit.data.input_files import InputFiles
-from ewavit.errors import EwavitError
+from ewavit.data.options import DataOptions
 from ewavit.points.batches import CloudInputs
-from ewavit.points.metrics import Categories, part_ious
-from ewavit.points.transformer import NUM_CATEGORIES
+from ewavit.points.cloud_files import CloudFiles
+from ewavit.points.metrics import Categories, categories_of, category_of, part_ious, predicted_parts
 from ewavit.tasks.classification import ClassMeter
 from ewavit.tasks.clouds import CloudClassification
 from ewavit.tasks.inference import Inference, InferenceOptions
 from ewavit.tasks.judge import INSTANCE_IOU
+from ewavit.tasks.part_inference import PartInference
 from ewavit.tasks.sheet import draw_sheet
 from ewavit.tasks.task import Cell, Listed, Meter, Metrics, Table
 
@@ -40,19 +41,22 @@ class PartSegmentation(CloudClassification):
         assert num_points is not None
         return CloudInputs(classes, in_chans, num_points, parts=True)
 
+    def open_files(
+        self, names: Sequence[str], inputs: Inputs, options: DataOptions, classes: Sequence[str]
+    ) -> InputFiles:
+        assert isinstance(inputs, CloudInputs)
+        return CloudFiles(names, inputs, options, list(categories_of(classes)))
+
     def inference(self, files: InputFiles, options: InferenceOptions) -> Inference:
-        raise EwavitError(
-            "a model of parts also needs the category of each cloud, and a file does not name it: use ewavit "
-            "evaluate with a data set of ShapeNetPart"
-        )
+        return PartInference(files, options)
 
     def meter(self, data: Data, device: torch.device | str = "cpu") -> Meter:
         return PartMeter(self.kind, data.num_classes, data.categories, device)
 
     def predictions(self, data: Data, inputs: Tensor, outputs: Tensor, targets: Tensor) -> list[Listed]:
-        category = inputs[:, 0, -NUM_CATEGORIES:].argmax(-1)
+        category = category_of(inputs)
         ious = 100 * part_ious(outputs, targets, category, data.categories)
-        of_parts = [data.classes[parts[0]].rpartition(" ")[0] for parts in data.categories]
+        of_parts = list(categories_of(data.classes))
         return [
             CloudPrediction(of_parts[number], iou)
             for number, iou in zip(category.tolist(), ious.tolist(), strict=True)
@@ -72,9 +76,7 @@ class PartSegmentation(CloudClassification):
             break
         else:
             return
-        own = torch.tensor([[n in parts for n in range(data.num_classes)] for parts in data.categories])
-        of_category = own.to(clouds.device)[clouds[:, 0, -NUM_CATEGORIES:].argmax(-1)].unsqueeze(-1)
-        parts = found.masked_fill(~of_category, -torch.inf).argmax(1)
+        parts = predicted_parts(found, category_of(clouds), data.categories)
         pictures, captions = [], []
         for cloud, *both in zip(clouds[..., :3].cpu(), labelled, parts.cpu(), strict=True):
             for words, labels in zip(("labels", "predicted"), both, strict=True):
@@ -117,7 +119,7 @@ class PartMeter(ClassMeter):
 
     def update(self, inputs: Tensor, outputs: Tensor, targets: Tensor) -> None:
         super().update(inputs, outputs, targets)
-        category = inputs[:, 0, -NUM_CATEGORIES:].argmax(-1)
+        category = category_of(inputs)
         ious = part_ious(outputs, targets, category, self.categories)
         self.iou[0].update(ious)
         for number, metric in enumerate(self.iou[1:]):

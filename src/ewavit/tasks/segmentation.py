@@ -225,14 +225,9 @@ class MaskInference(Inference):
             if self.options.folder is not None:
                 image = self.files.show(number)
                 of_size = Image.fromarray(mask.astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST)
-                name = self._name(number)
+                name = self.stem(number)
                 of_size.save(self.options.folder / f"{name}.png")
                 overlay(image, np.asarray(of_size)).save(self.options.folder / f"{name}-overlay.png")
-
-    def _name(self, number: int) -> str:
-        """The name of an image's files: its own, with its number where images share a name."""
-        stems = [Path(name).stem for name in self.files.names]
-        return stems[number] if stems.count(stems[number]) == 1 else f"{stems[number]}-{number}"
 
     def rows(self) -> list[dict[str, Value]]:
         rows: list[dict[str, Value]] = []

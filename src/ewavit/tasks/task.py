@@ -293,13 +293,16 @@ class Task(ABC):
     # Predicting: `ewavit predict`.
 
     @abstractmethod
-    def open_files(self, names: Sequence[str], inputs: Inputs, options: DataOptions) -> InputFiles:
+    def open_files(
+        self, names: Sequence[str], inputs: Inputs, options: DataOptions, classes: Sequence[str]
+    ) -> InputFiles:
         """Inputs without labels, one in each file, prepared as in evaluation.
 
         Args:
             names: the files, in the order of the output.
             inputs: shape of the model's inputs.
             options: batch size, preparation, device, workers and `skip_bad_images`.
+            classes: names of the model's classes.
         """
 
     @abstractmethod

@@ -95,7 +95,7 @@ def predict(
         batch_size=batch_size, workers=min(usable_workers(workers), len(names) - 1), device=device,
         skip_bad_images=skip_bad_images, **card.preparation,
     )  # fmt: skip
-    files = task.open_files(names, card.inputs, options)
+    files = task.open_files(names, card.inputs, options, card.classes)
     with ExitStack() as stack:  # all files are written before the first one gets its name
         csv, sheet, folder = (
             None if path is None else stack.enter_context(replacing(path))
