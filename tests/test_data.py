@@ -7,6 +7,8 @@ import random
 import shutil
 import signal
 import struct
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -589,6 +591,33 @@ def test_workers_outlive_a_signal_to_all_processes_of_a_run(tmp_path: Path, numb
         os.kill(worker.pid or 0, number)
     reference = open_data(folder, DataOptions(batch_size=1, workers=0))
     assert same([*first, *batches], list(reference.train_batches(0)))
+
+
+BY_FORKSERVER = """
+import multiprocessing, os, signal, sys
+
+from ewavit.data.options import DataOptions
+from ewavit.training.opening import open_data
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method("forkserver")
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    data = open_data(sys.argv[1], DataOptions(batch_size=1, workers=1))
+    batches = data.train_batches(0)
+    next(batches)
+    os.killpg(0, signal.SIGTERM)
+    print(1 + len(list(batches)), "of", data.batches_per_epoch)
+"""
+
+
+def test_the_server_of_workers_outlives_a_signal_to_all_processes_of_a_run(tmp_path: Path) -> None:
+    (tmp_path / "read.py").write_text(BY_FORKSERVER)
+    command = [sys.executable, str(tmp_path / "read.py"), str(write_folder(tmp_path / "images"))]
+    done = subprocess.run(command, capture_output=True, text=True, start_new_session=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    read, _, count = done.stdout.split()
+    assert read == count
+    assert int(count) > 5  # a worker without its server ends after the batches that were asked for
 
 
 def test_reading_files_leaves_the_global_generators_alone(tmp_path: Path) -> None:
