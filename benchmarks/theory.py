@@ -79,19 +79,18 @@ def decay() -> dict[str, Any]:
     plot, axes = figure()
     found = {}
     for colour, (rate, every) in zip(COLOURS, [(0.3, 1), (0.1, 1), (0.03, 1), (0.03, 8)], strict=False):
-        used = theory.interval_share_rate(rate, N, every)
         moe = linear_moe().double()
         with torch.no_grad():
             next(moe.parameters()).normal_()
         optimizer = torch.optim.SGD(moe.parameters(), lr=0.0)
-        ewa.ExpertAveraging(moe, used, every=every).attach(optimizer)
+        ewa.ExpertAveraging(moe, rate, every=every).attach(optimizer)
         start, measured = deviations(moe).norm(), [1.0]
         for _ in range(48):
             moe(torch.randn(8, 32).double()).sum().backward()
             optimizer.step()
             measured.append((deviations(moe).norm() / start).item())
-        expected = [theory.deviation_decay(used, N, step, every) for step in range(49)]
-        label = f"β = {used:.3g}" + (f", every {every}th step" if every > 1 else "")
+        expected = [theory.deviation_decay(rate, N, step, every) for step in range(49)]
+        label = f"β = {rate:.3g}" + (f", every {every}th step" if every > 1 else "")
         style = "steps-post" if every > 1 else "default"
         axes[0, 0].plot(expected, color=colour, drawstyle=style, label=label)
         axes[0, 0].plot(range(0, 49, 2), measured[::2], "o", ms=3.5, color=colour)

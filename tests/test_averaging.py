@@ -266,19 +266,23 @@ def test_a_schedule_is_called_with_the_number_of_steps_done():
 
 def test_every_k_averages_only_each_kth_step():
     averaging = ewa.ExpertAveraging(expanded().double(), 0.2, every=3)
-    assert rates_used(averaging, 7) == pytest.approx([0, 0, 0.2, 0, 0, 0.2, 0], abs=1e-9)
+    together = (1 - (1 - 0.2 * 4 / 3) ** 3) * 3 / 4
+    assert rates_used(averaging, 7) == pytest.approx([0, 0, together, 0, 0, together, 0], abs=1e-9)
     assert averaging.steps_done == 7
 
 
 @pytest.mark.parametrize("num_experts", [2, 4])
 @pytest.mark.parametrize("k", [2, 5])
-def test_averaging_every_k_steps_with_the_compound_pull_decays_deviations_as_fast(num_experts, k):
+@pytest.mark.parametrize(
+    "share_rate",
+    [0.1, ewa.LinearRamp(0.3, 6), ewa.Early(ewa.Constant(0.2), 3), ewa.Constant(0.5)],
+    ids=["constant", "ramp", "early", "full averaging of two"],
+)
+def test_averaging_every_k_steps_decays_deviations_as_fast_as_every_step(num_experts, k, share_rate):
     often, seldom = (expanded(num_experts).double() for _ in range(2))
     seldom.load_state_dict(often.state_dict())
-    ratio = num_experts / (num_experts - 1)
-    compound = (1 - (1 - 0.1 * ratio) ** k) / ratio
-    first = ewa.ExpertAveraging(often, 0.1)
-    second = ewa.ExpertAveraging(seldom, compound, every=k)
+    first = ewa.ExpertAveraging(often, share_rate)
+    second = ewa.ExpertAveraging(seldom, share_rate, every=k)
     for _ in range(2 * k):
         first.step()
         second.step()

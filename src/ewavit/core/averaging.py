@@ -124,13 +124,13 @@ def average_experts_(model: nn.Module, share_rate: float) -> None:
     Raises:
         EwavitError: the model has no MoE, or the share rate is out of range.
     """
-    _average(model, share_rate, [local])
+    _average(model, partial(lerp_weight, share_rate), [local])
 
 
-def _average(model: nn.Module, share_rate: float, reads: Sequence[Read]) -> None:
-    """Average what each of `reads` gives for the parameters of the experts."""
+def _average(model: nn.Module, weight_of: Callable[[int], float], reads: Sequence[Read]) -> None:
+    """Average what each of `reads` gives for the parameters of N experts, with the lerp weight for N."""
     layers = require_moe_layers(model).values()
-    weights = [lerp_weight(share_rate, moe.num_experts) for moe in layers]  # all are checked before any moves
+    weights = [weight_of(moe.num_experts) for moe in layers]  # all are checked before any moves
     for moe, weight in zip(layers, weights, strict=True):
         if weight:
             refuse_moving_frozen(moe.dispatcher)
@@ -178,7 +178,8 @@ class ExpertAveraging:
         model: an expanded model.
         share_rate: beta at the end of the ramp, or a schedule `step -> beta`.
         ramp_steps: optimizer steps of a linear rise from 0 to a share rate given as a number.
-        every: average only after every k-th step.
+        every: average only after every k-th step, as strongly as k averagings together, so that deviations
+            from the mean decay as fast: the lerp weight is 1 - (1 - D_1) ... (1 - D_k).
 
     Raises:
         EwavitError: the model has no MoE, the share rate is out of range, or `every` is below 1.
@@ -231,6 +232,18 @@ class ExpertAveraging:
     def share_rate(self) -> float:
         """The share rate of the latest step."""
         return float(self.schedule(self.steps_done))
+
+    def lerp_weight(self, num_experts: int) -> float:
+        """The lerp weight of the averaging after the latest step; 0 between two averagings.
+
+        Args:
+            num_experts: N of the layer.
+        """
+        done, weight = self.steps_done, 0.0
+        if done % self.every == 0:
+            for step in range(max(1, done - self.every + 1), done + 1):
+                weight += (1 - weight) * lerp_weight(float(self.schedule(step)), num_experts)
+        return weight
 
     def attach(self, *optimizers: Optimizer) -> ExpertAveraging:
         """Average after every `optimizer.step()` that a GradScaler did not skip; returns self.
@@ -345,7 +358,7 @@ class ExpertAveraging:
             check_peers(self.model)
         if self.steps_done % self.every == 0:
             with torch.no_grad():
-                _average(self.model, self.share_rate, [local, *self._weights_in_states()])
+                _average(self.model, self.lerp_weight, [local, *self._weights_in_states()])
 
     def _weights_in_states(self) -> Iterator[Read]:
         """Weights in an optimizer's state: schedule-free's z."""

@@ -27,7 +27,7 @@ class EWACallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         num_experts: N, 4 by default; ignored if the model is expanded already.
         share_rate: beta at the end of the ramp, or a schedule `step -> beta`.
         ramp_steps: optimizer steps of a linear rise from 0 to a share rate given as a number.
-        every: average only after every k-th step.
+        every: average only after every k-th step, as strongly as k averagings together.
         options: further arguments of `ewavit.expand`, such as `select` or `unit`.
 
     Raises:

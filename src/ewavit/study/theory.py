@@ -17,17 +17,8 @@ from ewavit.training.prediction import deviations_from_mean, layers_with_all_exp
 
 
 def deviation_decay(share_rate: float, num_experts: int, steps: int, every: int = 1) -> float:
-    """(1 - D)^(steps // every): the rest of a deviation after `steps` optimizer steps of averaging alone."""
-    return (1 - lerp_weight(share_rate, num_experts)) ** (steps // every)
-
-
-def interval_share_rate(share_rate: float, num_experts: int, every: int) -> float:
-    """The share rate for every k-th step with the same decay of deviations as `share_rate` at every step.
-
-    Its lerp weight is 1 - (1 - D)^k.
-    """
-    kept = deviation_decay(share_rate, num_experts, every)
-    return (1 - kept) * (num_experts - 1) / num_experts
+    """(1 - D)^(steps averaged): the rest of a deviation after `steps` optimizer steps of averaging alone."""
+    return (1 - lerp_weight(share_rate, num_experts)) ** (steps - steps % every)
 
 
 def matched_sgd(lr: float, weight_decay: float, num_experts: int) -> dict[str, float]:

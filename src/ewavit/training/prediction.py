@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from ewavit.core.averaging import ExpertAveraging, lerp_weight
+from ewavit.core.averaging import ExpertAveraging
 from ewavit.core.experts import Experts, SeparateExperts
 from ewavit.core.moe import MoE, require_moe_layers
 from ewavit.core.steps import unwrapped_optimizer
@@ -187,9 +187,8 @@ class SpreadPrediction:
             return
         self._averaging_steps = self.averaging.steps_done
         self._steps += 1
-        averaged = self._averaging_steps % self.averaging.every == 0
         for part in self._parts:
-            lerp = lerp_weight(self.averaging.share_rate, part.num_experts) if averaged else 0.0
+            lerp = self.averaging.lerp_weight(part.num_experts)
             # A negative slope is mostly scatter, and would let the prediction grow without bound.
             slope = max(0.0, part.along / part.apart) if part.apart else 0.0
             noise = max(0.0, part.noise - slope * part.along)
