@@ -158,7 +158,9 @@ class Recipe:
         "number of processes)",
     )
     expert_lr: float = _experts(1.0, "factor on the learning rate of the experts", above=0, most=1e6)
-    average_every: int = _experts(1, "average after every N-th optimizer step only, as strongly as N averagings together", least=1)
+    average_every: int = _experts(
+        1, "average after every N-th optimizer step only, as strongly as N averagings together", least=1
+    )
     early: float | None = _experts(
         None,
         "average only in this first share of the training (Early EWA); --ramp is then a share of that",
