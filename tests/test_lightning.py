@@ -27,6 +27,9 @@ class Classifier(LightningModule):
     def training_step(self, batch, index):
         return F.cross_entropy(self.vit(batch[0]), batch[1])
 
+    def test_step(self, batch, index):
+        self.log("loss", F.cross_entropy(self.vit(batch[0]), batch[1]))
+
     def configure_optimizers(self):
         return torch.optim.AdamW(ewa.param_groups(self), lr=1e-2)
 
@@ -79,6 +82,18 @@ def test_after_fit_the_module_is_plain_and_what_the_callback_logged_is_there(tmp
     assert module.state_dict().keys() == Classifier().state_dict().keys()
     assert float(trainer.callback_metrics["ewa/share_rate"]) == pytest.approx(0.3)
     assert float(trainer.callback_metrics["ewa/spread"]) > 0
+
+
+def test_a_checkpoint_with_experts_is_tested_as_its_plain_model(tmp_path):
+    first, trainer = fit(tmp_path / "one", epochs=1)
+    expected = trainer.test(first, loader(), verbose=False)
+    module, trainer = fit(tmp_path / "two")
+    found = trainer.test(
+        module, loader(), ckpt_path=tmp_path / "two/epoch=0.ckpt", weights_only=False, verbose=False
+    )
+    assert found == expected
+    assert not moe_layers(module)
+    assert_equal(module.state_dict(), first.state_dict())
 
 
 def test_an_average_beside_it_is_of_the_experts_and_is_what_is_deployed(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -20,7 +21,8 @@ class EWACallback(Callback):  # type: ignore[misc]
     At the start of `fit` the module is expanded, before its optimizers are built. After every optimizer step
     the experts are averaged. At the end of `fit` the module is collapsed in place, so what is saved or tested
     then is plain. Checkpoints written during `fit` hold the experts and the count of steps, so that
-    `fit(ckpt_path=...)` resumes exactly if the seed is set by `seed_everything` before.
+    `fit(ckpt_path=...)` resumes exactly if the seed is set by `seed_everything` before. After `fit` the plain
+    module loads them too, as in `test(ckpt_path="best")`: it takes the mean of the experts.
 
     Args:
         num_experts: N, 4 by default; ignored if the module is expanded already.
@@ -44,6 +46,8 @@ class EWACallback(Callback):  # type: ignore[misc]
         self.num_experts, self.options = num_experts, options
         self.share_rate, self.ramp_steps, self.every = share_rate, ramp_steps, every
         self.averaging: ExpertAveraging | None = None
+        self._layers: set[str] = set()  # that were expanded here
+        self._loading = False  # experts into a plain module
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Expand the module.
@@ -59,6 +63,23 @@ class EWACallback(Callback):  # type: ignore[misc]
             raise EwavitError("weight averaging copies the expanded module: put EWACallback before it")
         if not moe_layers(pl_module):
             expand(pl_module, self.num_experts, **self.options)
+            if not self._layers:
+                pl_module.register_load_state_dict_pre_hook(self._before_load)
+                pl_module.register_load_state_dict_post_hook(self._after_load)
+            self._layers = set(moe_layers(pl_module))
+
+    def _before_load(self, pl_module: LightningModule, state: Mapping[str, Any], *_: Any) -> None:
+        """Expand a plain module that is about to load experts."""
+        holds = any(key.startswith(f"{name}.experts.") for name in self._layers for key in state)
+        if holds and not moe_layers(pl_module):
+            expand(pl_module, self.num_experts, **self.options)
+            self._loading = True
+
+    def _after_load(self, pl_module: LightningModule, _: Any) -> None:
+        """Collapse it again."""
+        if self._loading:
+            self._loading = False
+            collapse(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Average after the steps of the optimizers that hold the experts."""
