@@ -1,4 +1,4 @@
-"""`compare`: train every arm at every seed, here or on Ray, and write the results after each run.
+"""`compare`: train every arm at every seed, here or on Ray, and write the results while runs end.
 
 `DIR/NAME/` holds `compare.yaml` (what is compared), `runs/ARM-SEED/` and `tuning/ARM-SETTINGS-FOLD/` (runs
 of `ewavit train`, each with a log beside it) and the results. A start reads from there all it needs to go on.
@@ -6,6 +6,7 @@ of `ewavit train`, each with a log beside it) and the results. A start reads fro
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
@@ -31,6 +32,8 @@ from ewavit.training.run_folder import RunFolder
 
 MOST_SEEDS = 10_000
 POLL = 0.5  # seconds between looks at signals and progress
+# Permutation tests of many arms take seconds. The results are written again after this many times as long.
+PAUSE = 20
 
 
 class Stopped(Exception):
@@ -138,6 +141,7 @@ def _run_all(work: Work, cells: Sequence[Cell], engine: Engine, received: list[i
     """Train all runs that are not finished, and keep how they ended, until a signal comes."""
     waiting = deque(cell for cell in cells if not cell.run.is_finished and cell.run not in work.ends)
     running: dict[RunFolder, Cell] = {}
+    due = 0.0
     with Screen(cells, work) as screen:
         while (waiting or running) and not received:
             while waiting and engine.start(waiting[0].recipe):
@@ -151,5 +155,7 @@ def _run_all(work: Work, cells: Sequence[Cell], engine: Engine, received: list[i
                 if end.kind is not Kind.DONE:
                     work.ends[cell.run] = end
                 screen.ended(cell)
-                with suppress(EwavitError):  # a full disk now: the last write raises, if it still is full
-                    work.write()
+                if (begin := time.monotonic()) >= due:
+                    with suppress(EwavitError):  # a full disk now: the last write raises, if it still is full
+                        work.write()
+                    due = time.monotonic() + PAUSE * (time.monotonic() - begin)
