@@ -124,7 +124,7 @@ def run(options: argparse.Namespace) -> int:
     if options.lower_is_better is not None:
         raise EwavitError("--lower-is-better goes with --from: leave it out")
 
-    from ewavit.compare.arms import make_arms
+    from ewavit.compare.arms import check_start, make_arms
 
     given: dict[str, Any] = {"arms": ["dense", "ewa"], "seeds": 5, "lrs": [], "grid": [], "jobs": None}
     given |= {"against": None, "contrasts": [], "primary": None}
@@ -148,6 +148,9 @@ def run(options: argparse.Namespace) -> int:
     contrasts = Contrasts.parse(special["against"], special["contrasts"], special["primary"])
     contrasts.check(arm.name for arm in arms)
     grids = Grids.parse(special["lrs"], special["grid"])
+    if options.pilot is None:  # a pilot trains other arms and seeds
+        check_start(recipe, arms, special["seeds"], special["jobs"])
+        grids.check(recipe, arms)
 
     from ewavit.compare.compare import Stopped, compare, usual_jobs
     from ewavit.compare.pilot import Plan, forecast

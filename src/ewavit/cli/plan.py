@@ -8,6 +8,7 @@ import json
 from ewavit.cli import settings
 from ewavit.cli.parser import typed
 from ewavit.errors import EwavitError
+from ewavit.study.scaling import check_devices
 
 SUMMARY = "show what train would do and what it costs (a dry run)"
 DESCRIPTION = (
@@ -30,6 +31,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print the plan."""
     recipe, given = settings.recipe_of(options)
+    if options.devices is not None:
+        check_devices(options.devices, recipe.router)
 
     from ewavit.study.plan import plan
 

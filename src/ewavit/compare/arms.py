@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from ewavit.errors import EwavitError
 from ewavit.training.recipe import Recipe, settings
 
 Overrides = Mapping[str, Any]
+LARGEST_SEEDS = 10_000  # of an arm
 LR, TUNED = "-lr", "-tuned"  # ends of the names of arms that choose their learning rate, or several settings
 
 # timm's default decay of 0.9998 is a window of 5,000 steps, more than a short run has. With the warm-up the
@@ -188,3 +190,25 @@ def _arm(name: str, recipe: Recipe, own: Mapping[str, Overrides]) -> Arm:
 def plain_name(name: str) -> str:
     """The name of an arm without the ending that says it is tuned."""
     return name.removesuffix(LR).removesuffix(TUNED)
+
+
+def check_start(recipe: Recipe, arms: Sequence[Arm], seeds: int, jobs: int | None) -> None:
+    """Check what a comparison can be refused for before torch is imported.
+
+    Raises:
+        EwavitError: a package is missing, a number is out of range, or an arm needs first weights.
+    """
+    for module in ("scipy", "statsmodels"):
+        if find_spec(module) is None:
+            raise EwavitError(f"ewavit compare needs {module}: pip install 'ewavit[compare]'")
+    if seeds < 2:
+        raise EwavitError(f"--seeds {seeds} gives no interval: choose 2 or more")
+    if seeds > LARGEST_SEEDS:
+        raise EwavitError(f"--seeds {seeds} is out of range: choose at most {LARGEST_SEEDS}")
+    if jobs is not None and jobs < 1:
+        raise EwavitError(f"--jobs {jobs} is too small: choose 1 or more")
+    back = next((arm.name for arm in arms if arm.overrides.get("toward_start")), None)
+    if back and not (recipe.pretrained or recipe.initial_checkpoint):
+        raise EwavitError(
+            f"arm {back!r} goes back to the first weights: give --initial-checkpoint or --pretrained"
+        )

@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from ewavit.compare.arms import Arm
+from ewavit.compare.arms import Arm, check_start
 from ewavit.compare.contrasts import Contrasts
 from ewavit.compare.engines import Engine, Kind, Processes, RayTasks, gpus_here
 from ewavit.compare.results import Comparison
@@ -30,7 +29,6 @@ from ewavit.training.processes import collected_signals
 from ewavit.training.recipe import Recipe
 from ewavit.training.run_folder import RunFolder
 
-MOST_SEEDS = 10_000
 POLL = 0.5  # seconds between looks at signals and progress
 # Permutation tests of many arms take seconds. The results are written again after this many times as long.
 PAUSE = 20
@@ -75,7 +73,7 @@ def compare(
         Stopped: SIGINT or SIGTERM. The second one ends the runs without a checkpoint.
     """
     grids, contrasts = grids or Grids(), contrasts or Contrasts()
-    _check(recipe, arms, seeds, jobs)
+    check_start(recipe, arms, seeds, jobs)
     grids.check(recipe, arms)
     contrasts.check(arm.name for arm in arms)
     jobs = jobs or usual_jobs()
@@ -118,23 +116,6 @@ def _written(work: Work, received: Sequence[int]) -> Comparison:
 def usual_jobs() -> int:
     """Runs at a time: one for each GPU, or else each CPU core."""
     return len(gpus_here()) or (1 if torch.accelerator.is_available() else usable_cores())
-
-
-def _check(recipe: Recipe, arms: Sequence[Arm], seeds: int, jobs: int | None) -> None:
-    for module in ("scipy", "statsmodels"):
-        if find_spec(module) is None:
-            raise EwavitError(f"ewavit compare needs {module}: pip install 'ewavit[compare]'")
-    if seeds < 2:
-        raise EwavitError(f"--seeds {seeds} gives no interval: choose 2 or more")
-    if seeds > MOST_SEEDS:
-        raise EwavitError(f"--seeds {seeds} is out of range: choose at most {MOST_SEEDS}")
-    if jobs is not None and jobs < 1:
-        raise EwavitError(f"--jobs {jobs} is too small: choose 1 or more")
-    back = next((arm.name for arm in arms if arm.overrides.get("toward_start")), None)
-    if back and not (recipe.pretrained or recipe.initial_checkpoint):
-        raise EwavitError(
-            f"arm {back!r} goes back to the first weights: give --initial-checkpoint or --pretrained"
-        )
 
 
 def _run_all(work: Work, cells: Sequence[Cell], engine: Engine, received: list[int]) -> None:

@@ -138,7 +138,7 @@ class Processes:
     def __init__(self, jobs: int, threads: int) -> None:
         # A server that has imported torch and timm forks one process per run: seconds are saved in each.
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["ewavit.training.loop", "matplotlib.pyplot"])
+        self._context.set_forkserver_preload(["ewavit.training.loop", "matplotlib.pyplot", "torchmetrics"])
         self._threads, self._gpus = threads, gpus_here()
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         self.device = accelerator.type if accelerator else "cpu"

@@ -24,6 +24,18 @@ LAYOUTS = (
 )
 
 
+def check_devices(devices: int, router: str) -> None:
+    """Check what the forms cannot tell.
+
+    Raises:
+        EwavitError: no number of devices, or a learned router.
+    """
+    if devices < 1:
+        raise EwavitError(f"--devices {devices} is no number of devices: choose 1 or more")
+    if router != "random":
+        raise EwavitError(f"--router {router} has no closed form for --devices: leave one out")
+
+
 @dataclass(frozen=True)
 class Work:
     """What a dense model costs, whoever trains it.

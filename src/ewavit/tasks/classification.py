@@ -12,8 +12,6 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, SumMetric
-from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from ewavit.data.augmentation import Mix
@@ -179,6 +177,9 @@ class ClassMeter(Meter):
     """
 
     def __init__(self, kind: str, num_classes: int, device: torch.device | str = "cpu") -> None:
+        from torchmetrics import MeanMetric, SumMetric  # its import takes seconds, and plan needs no metrics
+        from torchmetrics.classification import MulticlassAccuracy
+
         self.kind, self.num_classes = kind, num_classes
         self.loss, self.count = MeanMetric().to(device), SumMetric().to(device)
         self.accuracy = {
@@ -214,6 +215,8 @@ class ConfusionMeter(Meter):
     """
 
     def __init__(self, meter: Meter, classes: tuple[str, ...], device: torch.device | str = "cpu") -> None:
+        from torchmetrics.classification import MulticlassConfusionMatrix
+
         self.meter, self.classes = meter, classes
         self.counts = MulticlassConfusionMatrix(len(classes)).to(device)
 

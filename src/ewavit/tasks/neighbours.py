@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
 from ewavit.data.batches import Data
 from ewavit.data.input_files import InputFiles
@@ -108,27 +106,6 @@ def rank(descriptors: Tensor, labels: Tensor, roles: Tensor) -> Ranking:
     return Ranking(tuple((recall / count).tolist()), precision / count, loss, count)
 
 
-class Collected(Metric):  # type: ignore[misc]  # torchmetrics is untyped
-    """Descriptors and targets of all batches and processes."""
-
-    descriptors: list[Tensor]
-    targets: list[Tensor]
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("descriptors", [], dist_reduce_fx="cat")
-        self.add_state("targets", [], dist_reduce_fx="cat")
-
-    def update(self, descriptors: Tensor, targets: Tensor) -> None:
-        """Add a batch."""
-        self.descriptors.append(descriptors)
-        self.targets.append(targets)
-
-    def compute(self) -> tuple[Tensor, Tensor]:
-        """All of them."""
-        return dim_zero_cat(self.descriptors), dim_zero_cat(self.targets)
-
-
 class NeighbourMeter(Meter):
     """Recall@1, 2, 4, 8 and mAP@R in percent, and the loss of `Ranking`.
 
@@ -138,6 +115,8 @@ class NeighbourMeter(Meter):
     """
 
     def __init__(self, kind: str, device: torch.device | str = "cpu") -> None:
+        from ewavit.tasks.collected import Collected
+
         self.kind = kind
         self.collected = Collected().to(device)
 

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics import MeanMetric
 
 from ewavit.data.batches import Data, Inputs
 from ewavit.data.input_files import InputFiles
@@ -112,6 +111,8 @@ class PartMeter(ClassMeter):
     def __init__(
         self, kind: str, num_classes: int, categories: Categories, device: torch.device | str = "cpu"
     ) -> None:
+        from torchmetrics import MeanMetric
+
         super().__init__(kind, num_classes, device)
         self.categories = categories
         # One for all clouds, then one for each category.

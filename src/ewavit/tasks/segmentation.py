@@ -11,9 +11,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, SumMetric
-from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
-from torchmetrics.functional.classification import multiclass_accuracy, multiclass_jaccard_index
 
 from ewavit.data.batches import Data, ImageInputs, Inputs
 from ewavit.data.input_files import InputFiles
@@ -117,6 +114,8 @@ class Segmentation(Classification):
         return PixelMeter(self.kind, data.num_classes, device)
 
     def predictions(self, data: Data, inputs: Tensor, outputs: Tensor, targets: Tensor) -> list[Listed]:
+        from torchmetrics.functional.classification import multiclass_accuracy, multiclass_jaccard_index
+
         return [
             ImagePrediction(
                 100 * float(multiclass_jaccard_index(*pair, data.num_classes, ignore_index=IGNORED)),
@@ -178,6 +177,9 @@ class PixelMeter(Meter):
     """
 
     def __init__(self, kind: str, num_classes: int, device: torch.device | str = "cpu") -> None:
+        from torchmetrics import MeanMetric, SumMetric
+        from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+
         self.kind = kind
         self.loss, self.count = MeanMetric().to(device), SumMetric().to(device)
         self.iou = MulticlassJaccardIndex(num_classes, ignore_index=IGNORED).to(device)
