@@ -325,6 +325,32 @@ def test_plan_shows_what_becomes_a_mixture_and_its_cost(capsys):
     assert "blocks.11.mlp" in capsys.readouterr().out
 
 
+def test_plan_proposes_fewer_experts_where_each_has_few_tokens(capsys, monkeypatch):
+    from ewavit.study import plan
+
+    monkeypatch.setattr(plan, "_rates", lambda: (2e11, 2e10))  # a machine's FLOP/s and bytes/s
+
+    def planned(*words):
+        assert main(["plan", "--model", "vit_tiny_patch16_224", "--json", *words]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    few = planned("--batch-size", "16", "--experts", "8")
+    assert f"only {197 * 16 // 8} tokens for each expert" in few["advice"]
+    proposed = int(re.search(r"--experts (\d+)", few["advice"])[1])
+    assert 2 <= proposed < 8
+    at_most = planned("--batch-size", "16", "--experts", str(proposed))
+    assert at_most["advice"] == ""
+    assert at_most["expected_step_ratio"] <= plan.SLOW
+    assert planned("--batch-size", "16", "--experts", str(proposed + 1))["expected_step_ratio"] > plan.SLOW
+    assert planned("--batch-size", "512", "--experts", "8")["advice"] == ""
+    assert "--experts" not in planned("--batch-size", "1", "--experts", "4")["advice"]  # not even two
+    monkeypatch.setattr(plan, "_rates", lambda: (2e13, 2e11))
+    assert main(["plan", "--model", "swin_tiny_patch4_window7_224", "--batch-size", "8"]) == 0
+    said = capsys.readouterr().out
+    assert "advice       a step has only 98 tokens for each expert of layers.3.blocks.1.mlp" in said
+    assert "or a --select without layers.3.blocks.1.mlp" in said
+
+
 def test_plan_follows_the_data_when_it_is_given(capsys):
     arguments = ["plan", "--model", TINY["model"], "--model-kwargs", TINY["model_kwargs"]]
     assert main(arguments) == 0
@@ -390,6 +416,11 @@ def test_help_fits_80_columns_and_describes_each_flag(capsys, monkeypatch, comma
         (["plan", "--share-rate", "0.9"], 2),
         (["bench", "--k", "9", "--router", "topk"], 2),
         (["compare", "--arms", "dense,no-such"], 2),
+        (["compare", "--seeds", "1"], 2),
+        (["compare", "--jobs", "0"], 2),
+        (["compare", "--lrs", "-1"], 2),
+        (["plan", "--devices", "0"], 2),
+        (["plan", "--devices", "8", "--router", "topk"], 2),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -426,3 +457,10 @@ def test_the_page_of_the_command_line_has_every_command_and_flag():
     for setting in settings():
         row = rf"^\| `--(\[no-\])?{flag(setting.name)}\b.*[^| ] \|$"
         assert re.search(row, page, re.MULTILINE), setting.name
+
+
+def test_a_plan_starts_without_the_packages_of_metrics_and_statistics():
+    names = "{'torchmetrics', 'scipy', 'pandas'}"
+    script = f"import sys, ewavit.study.plan; print(sorted({names} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,9 +18,8 @@ from ewavit.core.ffn import FFN, find_ffns, select_ffns
 from ewavit.core.moe import moe_layers
 from ewavit.core.surgery import summary
 from ewavit.data.batches import Data
-from ewavit.errors import EwavitError
 from ewavit.study.bench import activation_bytes
-from ewavit.study.scaling import Work, table
+from ewavit.study.scaling import Work, check_devices, table
 from ewavit.tasks.choice import task_for
 from ewavit.training.building import (
     expand_by_recipe,
@@ -27,13 +27,15 @@ from ewavit.training.building import (
     model_inputs,
     model_settings,
     set_grad_checkpointing,
+    units_by_layer,
 )
 from ewavit.training.recipe import Recipe
 
 BYTES = 4  # of a float32
 # Float32 values read or written per extra expert parameter in a step: the optimizer (AdamW reads the weight,
-# gradient and two moments, writes three), the averaging (reads twice, writes once), clearing the gradient.
-ACCESSES_PER_PARAMETER = 7 + 3 + 1
+# gradient and two moments, writes three) and clearing the gradient; the averaging (reads twice, writes once).
+ACCESSES_PER_PARAMETER, ACCESSES_OF_AVERAGING = 7 + 1, 3
+SLOW = 1.05  # expected step over the dense one above which the plan gives advice
 MOVES_PER_TOKEN = 4  # into the experts and back, forward and backward; each reads and writes
 
 
@@ -54,6 +56,7 @@ class Plan:
     router_parameters: int
     batch_size: int
     expected_step_ratio: float
+    advice: str = ""  # if the step is expected to be slow because experts have few tokens
     devices: int | None = None
     layouts: tuple[tuple[str, ...], ...] = ()  # a row of titles, then what each device needs in each layout
 
@@ -81,6 +84,7 @@ class Plan:
             *routed,
             f"step time    {self.expected_step_ratio:>12.3f} x dense at {self.batch_size} a step, "
             "at best, by this machine's rates; ewavit bench measures it",
+            *([f"advice       {self.advice}"] if self.advice else []),
         ]
         if self.layouts:
             widths = [max(map(len, column)) for column in zip(*self.layouts, strict=True)]
@@ -107,12 +111,15 @@ def plan(recipe: Recipe, data: Data | None = None, devices: int | None = None) -
         EwavitError: unknown model, nothing to expand, more experts than units in a batch, or a router, which
             the forms for many devices do not know.
     """
+    if devices is not None:
+        check_devices(devices, recipe.router)
     inputs = model_inputs(recipe, data)
     name, kwargs = model_settings(recipe, inputs)
     model, _ = task_for(recipe.data, recipe.task).build_model(name, inputs, **kwargs)
     sample = inputs.sample()
     chosen = select_ffns(model, recipe.select, recipe.unit) if recipe.experts > 1 else []
     names = {ffn.name for ffn in chosen}
+    units = units_by_layer(model, chosen, sample, recipe.unit)
     moved = sum(shape.numel() for shape in ffn_input_shapes(model, chosen, sample).values())
     candidates = tuple(
         {
@@ -126,10 +133,6 @@ def plan(recipe: Recipe, data: Data | None = None, devices: int | None = None) -
     dense = sum(parameter.numel() for parameter in model.parameters())
     layouts: tuple[tuple[str, ...], ...] = ()
     if devices is not None:
-        if devices < 1:
-            raise EwavitError(f"--devices {devices} is no number of devices: choose 1 or more")
-        if recipe.router != "random":
-            raise EwavitError(f"--router {recipe.router} has no closed form for --devices: leave one out")
         work = _work(model, chosen, sample, dense, flops, recipe.grad_checkpointing)
         layouts = tuple(
             table(
@@ -141,17 +144,43 @@ def plan(recipe: Recipe, data: Data | None = None, devices: int | None = None) -
     training = summary(model).parameters
     routers = [p.numel() for moe in moe_layers(model).values() for p in moe.dispatcher.parameters()]
     routed_flops = _forward_flops(model, sample) if routers else None
-    extra_bytes = BYTES * (
-        (training - dense) * ACCESSES_PER_PARAMETER + 2 * MOVES_PER_TOKEN * moved * recipe.batch_size
-    )
+    accesses = ACCESSES_PER_PARAMETER + ACCESSES_OF_AVERAGING / recipe.average_every
     images = str(inputs) if data is not None else f"{inputs} (no --data given: planned for timm's weights)"
     matmul, copy = _rates()
     seconds = 3 * flops * recipe.batch_size / matmul
+    of_experts = BYTES * accesses * (training - dense) / copy / seconds
+    others = BYTES * 2 * MOVES_PER_TOKEN * moved * recipe.batch_size / copy / seconds
+    ratio = (routed_flops or flops) / flops + of_experts + others
     return Plan(
         name, images, recipe.experts, candidates, dense, training, 2 * BYTES * dense,
         2 * BYTES * training, flops, routed_flops, sum(routers), recipe.batch_size,
-        (routed_flops or flops) / flops + extra_bytes / copy / seconds, devices, layouts,
+        ratio, _advice(recipe, units, ratio, of_experts), devices, layouts,
     )  # fmt: skip
+
+
+def _advice(recipe: Recipe, units: dict[str, int], ratio: float, of_experts: float) -> str:
+    """What to change where experts have few tokens for their parameters; empty if the step is not slow.
+
+    Args:
+        recipe: the settings.
+        units: of one image, by layer.
+        ratio: expected step over the dense one.
+        of_experts: the part of it that the parameters of all experts but one cost.
+    """
+    if ratio <= SLOW or not units:
+        return ""
+    layer = min(units, key=units.__getitem__)
+    each = units[layer] * recipe.batch_size // recipe.experts
+    unit = recipe.unit if layer else "image"
+    # With n experts the parameters cost (n - 1) / (N - 1) of what they cost now.
+    spared = (ratio - SLOW) / of_experts * (recipe.experts - 1) if of_experts else math.inf
+    fewer = math.floor(recipe.experts - spared) if spared < recipe.experts else 0
+    take = f"--experts {fewer} (at most {SLOW} x dense), " if fewer > 1 else ""
+    elsewhere = f", or a --select without {layer}" if min(units.values()) < max(units.values()) else ""
+    return (
+        f"a step has only {each} {unit}s for each expert of {layer or 'the model'}: take {take}"
+        f"a larger --batch-size{elsewhere}"
+    )
 
 
 def _work(

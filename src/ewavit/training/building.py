@@ -83,9 +83,8 @@ def expand_by_recipe(model: nn.Module, recipe: Recipe, sample: Tensor | None = N
             "choose others with --select"
         )
     if sample is not None and not replicas:
-        for name, shape in ffn_input_shapes(model, chosen, sample).items():
+        for name, per_image in units_by_layer(model, chosen, sample, recipe.unit).items():
             unit = recipe.unit if name else "image"
-            per_image = 1 if unit == "image" else units_per_image(model, name, shape)
             if recipe.experts > per_image * recipe.batch_size:
                 raise EwavitError(
                     f"--experts {recipe.experts} is more than the {per_image * recipe.batch_size} "
@@ -321,6 +320,21 @@ def ffn_input_shapes(model: nn.Module, ffns: list[FFN], sample: Tensor) -> dict[
     for handle in handles:
         handle.remove()
     return shapes
+
+
+def units_by_layer(model: nn.Module, ffns: list[FFN], sample: Tensor, unit: str) -> dict[str, int]:
+    """How many units of one image each FFN deals to its experts, by name; a split FFN gives two.
+
+    Args:
+        model: dense.
+        ffns: of the model.
+        sample: one image (1, channels, height, width).
+        unit: "token" or "image"; copies of the whole model get images.
+    """
+    shapes = ffn_input_shapes(model, ffns, sample)
+    if unit == "image":
+        return dict.fromkeys(shapes, 1)
+    return {name: units_per_image(model, name, shape) if name else 1 for name, shape in shapes.items()}
 
 
 def units_per_image(model: nn.Module, name: str, shape: torch.Size) -> int:
