@@ -76,7 +76,7 @@ def test_resume_is_exact_with_gradient_accumulation_sgd_and_augmentation(tmp_pat
         (loop, "evaluate_batches", {"model_ema": True, "model_ema_switch": True}),
         (loop, "evaluate_batches", {"swa": 0.5}),
         (TrainableWeightAverage, "_mean", {"twa": 1}),
-        (loop, "predictions", {}),
+        (loop.Listing, "gathered", {}),  # the resumed run predicts anew
         (loop.TrainingState, "save", {}),
     ],
 )
@@ -318,6 +318,22 @@ def test_averaging_at_intervals_resumes_exactly(tmp_path, monkeypatch):
             train(recipe(tmp_path, "parts", **settings))
     resume(tmp_path / "parts")
     assert_same_end(whole, tmp_path / "parts")
+
+
+@pytest.mark.parametrize("settings", [{}, {"model_ema": True, "epochs": 1}], ids=["plain", "average"])
+def test_the_last_evaluation_lists_what_a_pass_of_its_own_would(tmp_path, monkeypatch, settings):
+    original = loop.TrainingRun._write_files
+
+    def with_a_pass_of_its_own(run, *args):
+        run._listing = None
+        return original(run, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.TrainingRun, "_write_files", with_a_pass_of_its_own)
+        twice = train(recipe(tmp_path, "twice", **settings)).run
+    monkeypatch.setattr(loop, "predictions", None)  # not called
+    once = train(recipe(tmp_path, "once", **settings)).run
+    assert (once / "predictions.csv").read_bytes() == (twice / "predictions.csv").read_bytes()
 
 
 def test_predictions_agree_with_the_accuracy(finished):

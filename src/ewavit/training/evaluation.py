@@ -47,6 +47,37 @@ def predictions(predict: Callable[[Tensor], Tensor], data: Data, task: Task) -> 
     mine: list[Listed] = []
     for inputs, targets in data.eval_batches():
         mine += task.predictions(data, inputs, predict(inputs).float(), targets)
-    if (named := data.eval_names()) is not None:
-        mine = [row._replace(name=name) for row, name in zip(mine, named, strict=True)]
+    return _gathered(mine, data.eval_names())
+
+
+def _gathered(mine: list[Listed], names: list[str] | None) -> list[Listed]:
+    if names is not None:
+        mine = [row._replace(name=name) for row, name in zip(mine, names, strict=True)]
     return [row for group in zip_longest(*gather_object([mine])) for row in group if row is not None]
+
+
+class Listing(Meter):
+    """Another meter, and what the model predicts for each input: `predictions` without a pass of its own.
+
+    Args:
+        meter: the other one, empty.
+        data: the evaluation inputs.
+        task: it says what is kept of an output.
+    """
+
+    def __init__(self, meter: Meter, data: Data, task: Task) -> None:
+        self.meter, self.data, self.task = meter, data, task
+        self.rows: list[Listed] = []
+        self.names: list[str] | None = None
+
+    def update(self, inputs: Tensor, outputs: Tensor, targets: Tensor) -> None:
+        self.meter.update(inputs, outputs, targets)
+        self.rows += self.task.predictions(self.data, inputs, outputs, targets)
+
+    def compute(self) -> Metrics:
+        self.names = self.data.eval_names()
+        return self.meter.compute()
+
+    def gathered(self) -> list[Listed]:
+        """As `predictions`; with torch.distributed running a collective."""
+        return _gathered(self.rows, self.names)

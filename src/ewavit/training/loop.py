@@ -41,7 +41,7 @@ from ewavit.training import report
 from ewavit.training.building import check_recipe_with_data
 from ewavit.training.card import ModelCard
 from ewavit.training.checkpoint import Checkpoint, load_checkpoint
-from ewavit.training.evaluation import evaluate_batches, predictions
+from ewavit.training.evaluation import Listing, evaluate_batches, predictions
 from ewavit.training.export import save_best, save_models
 from ewavit.training.losses import training_loss
 from ewavit.training.opening import open_recipe_data
@@ -227,6 +227,7 @@ class TrainingRun:
             self.retention = Retention(recipe, self.state.card, processes, device)
         self.mixing = self.task.mixing(recipe.mixup, recipe.cutmix, self.data.num_classes)
         self._signals = StopSignals(run, accelerator)
+        self._listing: Listing | None = None  # of the last evaluation
         self._losses: deque[tuple[int, Tensor]] = deque()  # not counted yet, with the step of each
         at_a_time = recipe.batch_size * processes
         self.shown = RunProgress(recipe, self._batches_per_epoch, at_a_time, self.task.kind)
@@ -393,7 +394,7 @@ class TrainingRun:
             with self._signals.raised():
                 if self.average is not None and last:
                     self._complete_average(self.average, row)
-                row |= self._evaluate()
+                row |= self._evaluate(last)
         except Interrupted:
             self.state.save(self.folder)
             raise
@@ -427,12 +428,16 @@ class TrainingRun:
         patience, evaluations = self.recipe.early_stop, len(self.progress.rows)
         return 0 < patience < evaluations and self._best() < evaluations - patience
 
-    def _evaluate(self) -> report.Row:
+    def _evaluate(self, last: bool) -> report.Row:
+        counts = self.state.model if self.average is None else self.average.module
+
         def measure(model: nn.Module) -> Metrics:
             for buffer in model.buffers():  # BatchNorm's: each process has its own, the first one's are saved
                 broadcast(buffer)
             with self.accelerator.autocast(), self._deployed(model):
                 meter = self.task.meter(self.data, self.accelerator.device)
+                if last and model is counts:
+                    meter = self._listing = Listing(meter, self.data, self.task)
                 batches = self._signals.until(self.data.eval_batches())
                 return evaluate_batches(self.data.voting(model.eval()), batches, meter)
 
@@ -488,7 +493,8 @@ class TrainingRun:
         counts = model if averaged is None else averaged
         predict = self.data.voting(counts.eval())
         with self.accelerator.autocast(), self._deployed(counts):
-            found = predictions(predict, self.data, self.task)
+            listing = self._listing  # None: stopped early, or resumed after the last evaluation
+            found = predictions(predict, self.data, self.task) if listing is None else listing.gathered()
         card = self.state.card
         if main and (share := max(branch_shares(counts).values(), default=0.0)) > 0:
             change = collapse_gap(counts, card.sample(8).to(self.accelerator.device)).output
