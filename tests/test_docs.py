@@ -9,10 +9,12 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 from lightning.pytorch import LightningModule
+from scipy import stats
 from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
 
 import ewavit as ewa
@@ -155,21 +157,64 @@ def test_the_measures_of_the_house_are_counted_from_the_source(tmp_path):
     assert found["longest function, lines"] == "5 (y.py:f)"
 
 
-@pytest.mark.parametrize(
-    ("record", "arms"),
-    [
-        ("compare-transfer-cifar", ["ewa-image", "rup-image", "ewa-weak", "ewa", "ema"]),
-        ("compare-transfer-cifar10", ["ewa-image", "ewa-image-1x", "rup-image", "ema"]),
-        ("compare-modelnet10-small", ["ewa", "moe", "moe+ewa", "moe+early-ewa", "moe-collapsed"]),
-        ("compare-mini", ["ewa"]),
-        ("compare-demo", ["ewa"]),
-        ("compare-screening", None),
-    ],
-)
-def test_the_differences_of_the_method_card_are_those_of_their_records(record, arms):
-    card = (ROOT / "docs" / "method-card.md").read_text()
-    rows = json.loads((ROOT / "records" / f"{record}.json").read_text())["statistics"]["against_reference"]
-    found = {row["arm"]: row for row in rows}
-    for arm in arms or found:
-        low, high = found[arm]["interval"]
-        assert f"{found[arm]['mean']:+.2f} [{low:+.2f}, {high:+.2f}]" in card, arm
+def _metrics_and_losses(file):
+    """The metric and the loss of every run of a record, by arm and seed."""
+    record = json.loads(file.read_text())
+    if "arms" in record:
+        metric = record.get("judge", {"column": "top1"})["column"]
+        found = {arm["name"]: {run["seed"]: run for run in arm["runs"]} for arm in record["arms"]}
+        columns = metric, "eval_loss"
+    elif "flatness" in record["result"]:
+        rows = record["result"]["flatness"]["traces_by_seed"]
+        found, columns = (
+            {arm: dict(enumerate(runs)) for arm, runs in rows.items()},
+            ("test_top1", "test_loss"),
+        )
+    else:
+        rows = record["result"]["last_rows"]
+        found, columns = (
+            {arm: dict(enumerate(runs)) for arm, runs in rows.items()},
+            ("eval_top1", "eval_loss"),
+        )
+    return {
+        arm: {seed: [run[name] for name in columns] for seed, run in runs.items()}
+        for arm, runs in found.items()
+    }
+
+
+RESULTS = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in (ROOT / "docs" / "results.md").read_text().splitlines()
+    if re.match(r"\| [PRO]\d+ \|", line)
+]
+
+
+@pytest.mark.parametrize("row", RESULTS, ids=lambda row: row[0])
+def test_a_row_of_the_results_has_the_figures_of_its_record(row):
+    number, _, setting, contrast, metric, loss, sure, source = row
+    verdict = re.match(r"\*\*([a-z ]+)\*\*", sure)[1]
+    assert verdict in ("confirmed", "shown", "hint", "untold", "fell", "worse", "not measured")
+    records = re.findall(r"\.\./records/[^)]+", source)
+    if verdict == "not measured":
+        assert (metric, loss, records) == ("", "", [])
+        return
+    (record,) = records
+    arm, reference = re.fullmatch("`(.+)` − `(.+)`", contrast).groups()
+    runs = _metrics_and_losses(ROOT / "docs" / record)
+    seeds = sorted(runs[arm].keys() & runs[reference].keys())
+    assert f"{len(seeds)} seeds, `{reference}` " in setting
+    values = np.array([[runs[name][seed] for seed in seeds] for name in (arm, reference)])
+    assert float(setting.rpartition(" ")[2]) == pytest.approx(values[1, :, 0].mean(), abs=0.0051)
+    for column, text, rounding in ((0, metric, 0.0051), (1, loss, 0.00051)):
+        differences = values[0, :, column] - values[1, :, column]
+        low, high = stats.ttest_1samp(differences, 0).confidence_interval()
+        written = [float(part) for part in re.findall(r"[+-][\d.]+", text)]
+        assert written == pytest.approx([differences.mean(), low, high], abs=rounding), number
+        if column == 0 and verdict not in ("fell",):
+            assert (low <= 0 <= high) == (verdict == "untold")
+
+
+def test_the_results_name_each_row_once_and_every_comparison_of_the_records():
+    assert len({row[0] for row in RESULTS}) == len(RESULTS) > 50
+    named = {Path(name).name for row in RESULTS for name in re.findall(r"records/[^)]+", row[-1])}
+    assert {file.name for file in (ROOT / "records").glob("compare-*.json")} <= named
