@@ -25,6 +25,7 @@ import timm
 import torch
 import yaml
 
+from ewavit.compare.record import RECORD, comparison_record
 from ewavit.training.recipe import settings
 from ewavit.training.setting import flag
 
@@ -75,10 +76,8 @@ def processor() -> str:
 
 
 def keep_comparison(folder: Path) -> None:
-    results = json.loads((folder / "results.json").read_text())
-    for arm in results["arms"]:
-        for run in arm["runs"]:
-            run.pop("curve", None)
+    kept = folder / RECORD  # of ewavit reproduce, which says more
+    results = json.loads(kept.read_text()) if kept.exists() else comparison_record(folder)
     file = FOLDER / f"compare-{folder.name}.json"
     file.write_text(json.dumps(results, indent=1) + "\n")
     print(f"wrote {file.relative_to(FOLDER.parent)}: {results['statistics']['claim']}")

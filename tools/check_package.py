@@ -13,7 +13,15 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-NEEDED = ("fashion_mnist_mini.npz", "report.html", "report.css", "report.js", "mini.yaml", "py.typed")
+NEEDED = (
+    "fashion_mnist_mini.npz",
+    "report.html",
+    "report.css",
+    "report.js",
+    "mini.yaml",
+    "cifar100-vit-ti.yaml",
+    "py.typed",
+)
 NOT_IN_SDIST = (".github/",)  # forms and workflows of the hosting site
 
 

@@ -16,7 +16,19 @@ from ewavit.cli.parser import Help, Parser, shortened
 from ewavit.errors import EwavitError, first_line
 
 try:
-    from ewavit.cli import bench, compare, completion, doctor, evaluate, export, plan, predict, train
+    from ewavit.cli import (
+        bench,
+        compare,
+        completion,
+        data,
+        doctor,
+        evaluate,
+        export,
+        plan,
+        predict,
+        reproduce,
+        train,
+    )
 except ModuleNotFoundError as missing:
     sys.exit(f"ewavit: the command line needs {missing.name}: pip install 'ewavit[train]'")
 
@@ -26,7 +38,19 @@ except ModuleNotFoundError as missing:
 SPIN_COUNT = "5000"
 COMMANDS = {
     module.__name__.rpartition(".")[2]: module
-    for module in (train, plan, bench, compare, evaluate, predict, export, doctor, completion)
+    for module in (
+        train,
+        plan,
+        bench,
+        compare,
+        evaluate,
+        predict,
+        export,
+        reproduce,
+        data,
+        doctor,
+        completion,
+    )
 }
 
 

@@ -223,10 +223,15 @@ def _judge(options: argparse.Namespace) -> int:
 
 
 def comparison_yaml(path: str | Path, what: str, own: dict[str, dict[str, Any] | None]) -> dict[str, Any]:
-    """The settings of a comparison's YAML; the overrides of its own arms go into `own`."""
+    """The settings of a comparison's YAML; the overrides of its own arms go into `own`.
+
+    `base: NAME` takes what the file does not set from NAME.yaml beside it.
+    """
     from ewavit.compare.arms import check_overrides
 
     content, source = settings.read_yaml(path), f"{what} {path}"
+    if base := content.pop("base", None):
+        content = settings.read_yaml(Path(path).with_name(f"{base}.yaml")) | content
     if isinstance(arms := content.get("arms"), dict):
         content["arms"] = list(arms)
         for name, overrides in arms.items():
