@@ -3,17 +3,43 @@
 #
 #   bash benchmarks/on_gpu.sh check       # correctness, then the pieces of a step, the data path's share, memory
 #   bash benchmarks/on_gpu.sh speed       # whole steps: the targets' models compiled, then everything eager
-#   bash benchmarks/on_gpu.sh accuracy PATH_OF/cifar-100-python    # start it again to go on
-#   bash benchmarks/on_gpu.sh points PATH_OF/modelnet10            # start it again to go on
+#   bash benchmarks/on_gpu.sh accuracy PATH_OF/cifar-100-python    # choose dense settings, then five arms
+#   bash benchmarks/on_gpu.sh points PATH_OF/modelnet10            # naive MoE with and without Early EWA
+#
+# accuracy and points pack eight runs onto the card, stop after 9 minutes (MINUTES) with checkpoints, and exit with
+# status 143: start them again to go on. Their runs are in runs/ (OUTPUT). check and speed write records/; so do
+# accuracy and points once all runs are done, but not on a CPU.
 #
 # Nothing is installed: torch, timm, pytest, hypothesis and what ewavit[train,compare] names must be there.
-# Writes records/.
+# WHEELS=FOLDER unpacks the wheels in FOLDER into build/wheels first, for a machine without network.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD/src PYTHONUNBUFFERED=1
 python=.venv/bin/python
 [ -x $python ] || python=python3
+if [ -n "${WHEELS:-}" ]; then
+  for wheel in "$WHEELS"/*.whl; do $python -m zipfile -e "$wheel" build/wheels; done
+  export PYTHONPATH=$PYTHONPATH:$PWD/build/wheels
+fi
 gpu=$($python -c "import torch; print(int(torch.cuda.is_available()))")
+
+output=${OUTPUT:-runs}
+ends=$((SECONDS + ${MINUTES:-9} * 60))
+small=(--limit 128 --epochs 2 --warmup-epochs 1 --val-interval 2 --seeds 2 --no-amp --workers 0 --jobs 2)
+[ "$gpu" = 1 ] || output=$output/small
+
+compare() { # until the time is over; a stopped comparison ends this script with its exit status
+  timeout --signal=TERM --kill-after=60 "$((ends > SECONDS ? ends - SECONDS : 1))" \
+    $python -m ewavit.cli compare --output "$output" "$@" || {
+    status=$?
+    [ $status != 124 ] || status=143
+    exit $status
+  }
+}
+
+keep() { # the records of finished comparisons; runs at reduced size are no records
+  [ "$gpu" = 0 ] || for name in "$@"; do $python benchmarks/records.py "$output/$name"; done
+}
 
 case ${1:-} in
   check)
@@ -40,20 +66,29 @@ case ${1:-} in
   accuracy)
     cifar=${2:?give the folder of CIFAR-100 in its python format}
     more=(--jobs 8)
-    [ "$gpu" = 1 ] || more=(--limit 256 --epochs 2 --val-interval 1 --seeds 2 --no-amp --arms dense,ewa)
-    $python -m ewavit.cli compare --config recipes/search/cifar100.yaml --data "$cifar" "${more[@]}"
-    $python benchmarks/records.py runs/cifar100
+    [ "$gpu" = 1 ] || more=("${small[@]}" --batch-size 64 --model-kwargs patch_size=8,embed_dim=48,depth=2,num_heads=3)
+    compare --config recipes/search/cifar100-tuning.yaml --data "$cifar" "${more[@]}"
+    # Settings of the best mean on held-out images, as flags; timm and torch are not needed for this.
+    chosen=$($python - "$output/cifar100-tuning/results.json" <<'END'
+import json, statistics, sys
+arms = json.load(open(sys.argv[1]))["arms"]
+best = max(arms, key=lambda arm: statistics.mean(run["top1"] for run in arm["runs"]))["overrides"]
+print(f"--lr {best['lr']} --drop-path {best['drop_path']}")
+END
+    )
+    echo "chosen on held-out images: $chosen"
+    compare --config recipes/search/cifar100.yaml --data "$cifar" $chosen "${more[@]}"
+    keep cifar100-tuning cifar100
     ;;
   points)
     clouds=modelnet10:${2:?give a folder or file of ModelNet10}
     more=(--jobs 8)
-    [ "$gpu" = 1 ] || more=(--limit 64 --epochs 1 --seeds 2 --arms dense,ewa)
-    $python benchmarks/point_ops.py
-    $python -m ewavit.cli compare --config recipes/compare-modelnet10.yaml --data "$clouds" "${more[@]}"
-    $python benchmarks/records.py runs/modelnet10
+    [ "$gpu" = 1 ] || more=("${small[@]}" --num-points 128)
+    compare --config recipes/modelnet10-whole.yaml --data "$clouds" "${more[@]}"
+    keep modelnet10-whole
     ;;
   *)
-    sed -n '2,10s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,16s/^# \{0,1\}//p' "$0" >&2
     exit 2
     ;;
 esac
