@@ -30,13 +30,15 @@ _OF_BUNDLED = {"shots", "resample", "test_on_rest"}
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `ewavit compare`."""
-    _add_own_flags(parser)
+    group = parser.add_argument_group("comparison")
+    _add_design(group)
+    _add_work(group)
     settings.add_flags(parser)
     output.add_flags(parser)
 
 
-def _add_own_flags(parser: argparse.ArgumentParser) -> None:
-    """What a comparison has beside its recipe; absent flags stay absent."""
+def _add_design(group: argparse._ArgumentGroup) -> None:
+    """What is compared; absent flags stay absent."""
     from ewavit.compare.arms import BUILT_IN
 
     def names(text: str) -> list[str]:
@@ -45,7 +47,6 @@ def _add_own_flags(parser: argparse.ArgumentParser) -> None:
     def numbers(text: str) -> list[float]:
         return [number(word) for word in names(text)]
 
-    group = parser.add_argument_group("comparison")
     for name, kind, metavar, help_text in (
         (
             "arms",
@@ -78,6 +79,10 @@ def _add_own_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--preset", metavar="NAME", help=f"a comparison that comes with ewavit: {', '.join(presets())}"
     )
+
+
+def _add_work(group: argparse._ArgumentGroup) -> None:
+    """How it is done."""
     group.add_argument(
         "--pilot",
         metavar="X",
@@ -117,15 +122,10 @@ def presets() -> dict[str, Path]:
     }
 
 
-def run(options: argparse.Namespace) -> int:
-    """Compare arms; 1 if a run failed."""
-    if options.source is not None:
-        return _judge(options)
-    if options.lower_is_better is not None:
-        raise EwavitError("--lower-is-better goes with --from: leave it out")
-
-    from ewavit.compare.arms import check_start, make_arms
-
+def _asked(
+    options: argparse.Namespace,
+) -> tuple[Recipe, dict[str, Any], dict[str, dict[str, Any] | None]]:
+    """The recipe, what a comparison has beside it, and the overrides of a user's own arms."""
     given: dict[str, Any] = {"arms": ["dense", "ewa"], "seeds": 5, "lrs": [], "grid": [], "jobs": None}
     given |= {"against": None, "contrasts": [], "primary": None}
     own: dict[str, dict[str, Any] | None] = {}
@@ -139,12 +139,22 @@ def run(options: argparse.Namespace) -> int:
         given = {name: value for name, value in given.items() if name not in _OF_BUNDLED}
     given |= chosen
     special = {name: given.pop(name) for name in OWN}
-    recipe = Recipe(**given)
-    arms = make_arms(special["arms"], recipe, own)
+    return Recipe(**given), special, own
 
+
+def run(options: argparse.Namespace) -> int:
+    """Compare arms; 1 if a run failed."""
+    if options.source is not None:
+        return _judge(options)
+    if options.lower_is_better is not None:
+        raise EwavitError("--lower-is-better goes with --from: leave it out")
+    recipe, special, own = _asked(options)
+
+    from ewavit.compare.arms import check_start, make_arms
     from ewavit.compare.contrasts import Contrasts
     from ewavit.compare.tuning import Grids
 
+    arms = make_arms(special["arms"], recipe, own)
     contrasts = Contrasts.parse(special["against"], special["contrasts"], special["primary"])
     contrasts.check(arm.name for arm in arms)
     grids = Grids.parse(special["lrs"], special["grid"])

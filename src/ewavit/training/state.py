@@ -74,17 +74,8 @@ class TrainingState:
         Raises:
             EwavitError: no such model, settings that do not fit it, or another run's checkpoint.
         """
-        fresh = not (recipe.pretrained or recipe.initial_checkpoint or checkpoint)
-        if fresh and recipe.router == "hybrid" and recipe.experts > 1:
-            raise EwavitError(
-                "--router hybrid freezes the first FFNs, and here they are random: give --pretrained or "
-                "--initial-checkpoint"
-            )
-        if fresh and recipe.toward_start:
-            raise EwavitError(
-                f"--toward-start {recipe.toward_start} goes back to the first weights, and here they are "
-                "random: give --pretrained or --initial-checkpoint"
-            )
+        if not (recipe.pretrained or recipe.initial_checkpoint or checkpoint):
+            _check_random(recipe)
         name, kwargs = model_settings(recipe, data.inputs)
         limit = no_larger_than(checkpoint.model, str(checkpoint.path)) if checkpoint else nullcontext()
         with limit:
@@ -214,6 +205,15 @@ class TrainingState:
             self.criterion.load_state_dict(training["criterion"])
         if training["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(training["scaler"])
+
+
+def _check_random(recipe: Recipe) -> None:
+    """Refuse what makes no sense with random first weights."""
+    remedy = "and here they are random: give --pretrained or --initial-checkpoint"
+    if recipe.router == "hybrid" and recipe.experts > 1:
+        raise EwavitError(f"--router hybrid freezes the first FFNs, {remedy}")
+    if recipe.toward_start:
+        raise EwavitError(f"--toward-start {recipe.toward_start} goes back to the first weights, {remedy}")
 
 
 def _criterion(recipe: Recipe, device: torch.device) -> nn.Module | None:
