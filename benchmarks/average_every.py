@@ -4,8 +4,8 @@
 
 (a) Under gradients of pure noise: the standard deviation of deviations where the gradients are taken, over
 that at k = 1. (b) A small ViT on fashion-mnist-mini, AdamW, ramp to 0.3: the distance of the FFNs' mean
-weights at the end to those at k = 1, over the way that those have gone, beside the distance of a training with
-other partitions. Half a minute of one core. Writes records/average_every.json.
+weights at the end to those at k = 1, over the way that those have gone, beside the distance of a training
+with other partitions. Half a minute of one core. Writes records/average_every.json.
 """
 
 from __future__ import annotations
