@@ -116,6 +116,26 @@ def test_a_lower_value_is_better_only_where_it_is_said(tmp_path):
         assert verdict.outcome == outcome
 
 
+def test_a_verdict_does_not_depend_on_the_unit_of_the_metric(tmp_path):
+    """A gain of about 0.1 points at five seeds: as a share, its spread is below that of four decimals."""
+    gains, outcomes, p_values = (0.00101, 0.00104, 0.00097, 0.00099, 0.00103), [], []
+    for scale in (1, 100):
+        rows = [f"base,{seed},{scale * (0.8 + seed / 1000):.7f}" for seed in range(5)]
+        rows += [f"new,{seed},{scale * (0.8 + seed / 1000 + gain):.7f}" for seed, gain in enumerate(gains)]
+        found = summarise(judged(table(tmp_path, rows, "arm,seed,accuracy")))
+        outcomes.append(found.verdicts[0].outcome)
+        p_values.append(found.against_reference[0].p_value)
+    assert outcomes == ["helps", "helps"]
+    assert p_values[0] == pytest.approx(p_values[1], rel=1e-3)
+
+
+def test_values_with_few_decimals_that_differ_alike_are_no_proof_at_five_seeds(tmp_path):
+    rows = [f"{arm},{seed},{0.8 + seed / 100 + gain:.2f}" for arm, gain in (("base", 0), ("new", 0.01))
+            for seed in range(5)]  # fmt: skip
+    found = summarise(judged(table(tmp_path, rows, "arm,seed,accuracy")))
+    assert found.verdicts[0].outcome == "untold"
+
+
 def test_the_reference_is_the_one_named_or_usual_or_first(tmp_path):
     rows = [f"{arm},{seed},0.{seed}{i},1" for i, arm in enumerate(("a", "dense", "c")) for seed in range(3)]
     text = table(tmp_path, rows)

@@ -19,6 +19,7 @@ from statsmodels.stats.power import TTestPower
 
 from ewavit.compare.results import ArmRuns, Run
 from ewavit.errors import EwavitError
+from ewavit.tasks.judge import ROUNDING
 
 ALPHA = 0.05  # all intervals are 95 %
 POWER = 0.8
@@ -27,7 +28,6 @@ RESAMPLES = 9999  # sign flips: all of them up to 13 pairs, a seeded sample beyo
 EQUAL_SEEDS = math.ceil(1 - math.log2(ALPHA))  # of equal differences: the smallest n with 2 / 2^n <= ALPHA
 FEWEST_SEEDS = 4  # below it a standard deviation is too uncertain to say "how many seeds would tell"
 DECIMALS = 9  # of a difference: finer differences are rounding of the subtraction
-ROUNDING = 2e-4  # metrics are written with four decimals: so much may equal differences differ by
 LEAST_P = sys.float_info.min  # where a p-value is too small for a float
 
 Interval = tuple[float, float]
@@ -85,8 +85,13 @@ class PairedDifference:
     loss: LossDifference
 
 
-def paired_difference(runs: ArmRuns, reference: ArmRuns) -> PairedDifference:
+def paired_difference(runs: ArmRuns, reference: ArmRuns, rounding: float = ROUNDING) -> PairedDifference:
     """Compare two arms over the seeds that both finished; `holm_p` is that of this pair alone.
+
+    Args:
+        runs: of the arm.
+        reference: runs of the other arm.
+        rounding: of the metric, as in `Judge`.
 
     Raises:
         EwavitError: the arms were evaluated on different data.
@@ -99,7 +104,7 @@ def paired_difference(runs: ArmRuns, reference: ArmRuns) -> PairedDifference:
     # Metrics are written with four decimals, which makes equal differences unequal: whole steps are equal.
     steps = np.round(differences / step) * step if step else differences
     differences = np.round(steps, DECIMALS) + 0.0  # no -0
-    test = _paired_test(differences, step or 0.0)
+    test = _paired_test(differences, step or 0.0, rounding)
     losses = [a.curve[-1].eval_loss - b.curve[-1].eval_loss for a, b in pairs]
     loss = np.round(np.array(losses), DECIMALS) + 0.0
     of_loss = _paired_test(loss, 0.0)
@@ -177,7 +182,9 @@ class _PairedTest:
     coarse: bool = False
 
 
-def _paired_test(differences: npt.NDArray[np.float64], step: float) -> _PairedTest:
+def _paired_test(
+    differences: npt.NDArray[np.float64], step: float, rounding: float = ROUNDING
+) -> _PairedTest:
     """The paired t-test, which leaves differences that lie within one step to the sign-flip test."""
     values = differences.tolist()
     if len(values) < 2 or not np.isfinite(differences).all():
@@ -190,7 +197,7 @@ def _paired_test(differences: npt.NDArray[np.float64], step: float) -> _PairedTe
     coarse = step > 0 and error > (1 + 1e-9) * sd / math.sqrt(len(values))
     sd = max(sd, step / math.sqrt(6))
     needed = seeds_needed(mean, sd if step or np.ptp(differences) else 0.0)
-    if float(np.ptp(differences)) <= max(step, ROUNDING) * (1 + 1e-6):  # the spread does not show
+    if float(np.ptp(differences)) <= max(step, rounding) * (1 + 1e-6):  # the spread does not show
         coarse = step > 0 and bool(differences.any())
         p = max(p, flips)
         if p > ALPHA:

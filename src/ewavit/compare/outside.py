@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from decimal import Decimal
 from glob import escape
 from importlib.util import find_spec
 from pathlib import Path
@@ -89,7 +90,7 @@ def judge_of(column: str, values: Sequence[float], lower_is_better: bool | None)
 
     Args:
         column: the name of the metric.
-        values: all of its values; they say how many digits are shown.
+        values: all of its values; they say how many digits are shown, and how finely they were written.
         lower_is_better: None where the name tells.
 
     Raises:
@@ -101,8 +102,17 @@ def judge_of(column: str, values: Sequence[float], lower_is_better: bool | None)
         )
     largest = max(map(abs, values), default=0.0)
     digits = 2 if largest == 0 else min(8, max(2, 3 - math.floor(math.log10(largest))))
+    decimals = max(
+        (-int(Decimal(repr(value)).normalize().as_tuple().exponent) for value in values), default=0
+    )
     return Judge(
-        column, column, unit="", difference_unit="", higher_is_better=not lower_is_better, digits=digits
+        column,
+        column,
+        unit="",
+        difference_unit="",
+        higher_is_better=not lower_is_better,
+        digits=digits,
+        rounding=2 * 10.0 ** -max(0, decimals),
     )
 
 

@@ -220,7 +220,9 @@ def _best_control(comparison: Comparison) -> str | None:
 
 def _pairs(comparison: Comparison, reference: ArmRuns) -> list[PairedDifference]:
     """All other arms against one reference."""
-    return [paired_difference(runs, reference) for runs in comparison.arms if runs is not reference]
+    rounding = comparison.judge.rounding
+    others = (runs for runs in comparison.arms if runs is not reference)
+    return [paired_difference(runs, reference, rounding) for runs in others]
 
 
 def _holm(pairs: list[PairedDifference]) -> tuple[PairedDifference, ...]:

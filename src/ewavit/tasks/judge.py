@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+ROUNDING = 2e-4  # of values with four decimals, as summary.csv has them
+
 
 @dataclass(frozen=True)
 class Judge:
@@ -19,6 +21,7 @@ class Judge:
         share_of_samples: whether a value is the percentage of samples with a right prediction. It comes in
             steps of 100 / samples.
         digits: digits after the point of a value, and of a difference between two values.
+        rounding: how far apart equal differences may be, because values are written with few decimals.
     """
 
     column: str
@@ -29,6 +32,7 @@ class Judge:
     bounds: tuple[float, float] | None = None
     share_of_samples: bool = False
     digits: int = 2
+    rounding: float = ROUNDING
 
     @property
     def sign(self) -> int:
