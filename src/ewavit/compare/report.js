@@ -368,7 +368,8 @@ const pairs = (facts) => Object.entries(facts).map(([key, value]) =>
 function header() {
   at("name").append(data.name, ...(data.limited ? [html("span", { class: "badge" }, "quick look")] : []));
   const typeset = (text) => text.replaceAll(" %", "\u00a0%").replace(/(?<=\s)-(?=\d)/g, "−");
-  at("verdict").textContent = typeset(statistics.claim.replace(/^whether/, "Whether"));  // arm names stay
+  const capital = (word) => word[0].toUpperCase() + word.slice(1);
+  at("verdict").textContent = typeset(statistics.claim.replace(/^(whether|primary contrast)/, capital));  // arm names stay
   at("setting").textContent = typeset(`${statistics.setting}.`);
   at("verdicts").append(...statistics.verdicts.map(({ arm: name, sentence }) =>
     html("li", {}, sample(data.arms.find((arm) => arm.name === name)), html("span", {}, typeset(sentence)))));
