@@ -270,6 +270,7 @@ def _mcnemar(pairs: list[tuple[Run, Run]], arm: str, reference: str) -> McNemar 
 
 
 def mean_of(values: list[float]) -> float:
+    """The mean, exactly 0 where it is nothing but rounding; nan of no values."""
     if not values:
         return math.nan
     if len(set(values)) == 1:
