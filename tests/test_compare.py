@@ -403,8 +403,12 @@ def test_folder_of_something_else_is_refused(capsys, tmp_path):
 
 
 def test_missing_extra_is_named(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(room, "find_spec", lambda name: None)
+    from ewavit.compare import arms
+
+    monkeypatch.setattr(arms, "find_spec", lambda name: None)
     assert "pip install 'ewavit[compare]'" in refused(capsys, tmp_path)
+    assert main(["compare", "--from", f"{tmp_path}/t.csv:a"]) == 2
+    assert "pip install 'ewavit[compare]'" in capsys.readouterr().err
 
 
 def test_full_disk_is_said_in_one_line_and_finished_runs_are_kept(done, capsys, monkeypatch):
@@ -480,7 +484,7 @@ def test_the_preset_for_few_images_draws_of_the_bundled_set_and_takes_all_of_oth
         raise EwavitError(str((recipe.shots, recipe.resample, recipe.test_on_rest)))
 
     monkeypatch.setattr(room, "compare", refuse)
-    assert main(command) == 2
+    assert main([*command, "--initial-checkpoint", "W"]) == 2
     assert str(subset) in capsys.readouterr().err
 
 

@@ -199,6 +199,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _judge(options: argparse.Namespace) -> int:
     """Judge runs that other programs trained; 1 if a run has no result."""
+    from ewavit.compare.arms import check_packages
     from ewavit.compare.contrasts import Contrasts
     from ewavit.compare.outside import Source, read_comparison
 
@@ -208,6 +209,7 @@ def _judge(options: argparse.Namespace) -> int:
     if unfit := sorted(set(given) - {"name", "output", "against", "contrasts"}):
         why = "the runs exist already: name it before them" if unfit[0] == "primary" else "nothing is trained"
         raise EwavitError(f"--{flag(unfit[0])} does not go with --from, as {why}: leave it out")
+    check_packages()
     folder = Recipe(name=given.get("name", "judged"), output=given.get("output", Recipe.output))
     comparison = read_comparison(
         Source.parse(options.source),

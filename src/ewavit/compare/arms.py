@@ -192,15 +192,24 @@ def plain_name(name: str) -> str:
     return name.removesuffix(LR).removesuffix(TUNED)
 
 
+def check_packages() -> None:
+    """Check that the packages for the statistics are here.
+
+    Raises:
+        EwavitError: one is missing.
+    """
+    for module in ("scipy", "statsmodels"):
+        if find_spec(module) is None:
+            raise EwavitError(f"ewavit compare needs {module}: pip install 'ewavit[compare]'")
+
+
 def check_start(recipe: Recipe, arms: Sequence[Arm], seeds: int, jobs: int | None) -> None:
     """Check what a comparison can be refused for before torch is imported.
 
     Raises:
         EwavitError: a package is missing, a number is out of range, or an arm needs first weights.
     """
-    for module in ("scipy", "statsmodels"):
-        if find_spec(module) is None:
-            raise EwavitError(f"ewavit compare needs {module}: pip install 'ewavit[compare]'")
+    check_packages()
     if seeds < 2:
         raise EwavitError(f"--seeds {seeds} gives no interval: choose 2 or more")
     if seeds > LARGEST_SEEDS:
