@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ewavit.cli import compare, settings
+from ewavit.cli import compare, output, settings
 from ewavit.cli.parser import Parser, did_you_mean, typed
 from ewavit.errors import EwavitError
 from ewavit.files import replacing
@@ -34,6 +34,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="multiply epochs, warm-up, training samples and seeds by this factor, up to 1 (default: 1); no "
         "model is made smaller, and all evaluation samples stay",
     )
+    output.add_flags(parser)
     parser.add_argument(
         "--with",
         dest="more",
@@ -50,8 +51,9 @@ def run(options: argparse.Namespace) -> int:
 
     known = cells()
     if options.cell is None:
-        width = max(map(len, known))
-        print("\n".join(f"{name:{width}}  {title(file)}" for name, file in known.items()))
+        titles, width = {name: title(file) for name, file in known.items()}, max(map(len, known))
+        table = "\n".join(f"{name:{width}}  {text}" for name, text in titles.items())
+        print(json.dumps(titles, indent=2) if options.json else table)
         return 0
     if (file := known.get(options.cell)) is None:
         hint = did_you_mean(options.cell, known) or ": `ewavit reproduce` lists the recipes"
@@ -59,12 +61,14 @@ def run(options: argparse.Namespace) -> int:
     if not options.data:
         raise EwavitError(f"ewavit reproduce {options.cell} needs the data: give --data PATH")
     words = ["--config", str(file), "--data", options.data, "--output", options.output]
-    facts = _facts(options, _compare_options([*words, *options.more]))
+    with output.reporting(options):
+        facts = _facts(options, _compare_options([*words, *options.more]))
     for name, value in facts["shrunk"].items():
         words += [f"--{flag(name)}", str(value)]
     words += ["--name", options.cell + (f"-x{options.scale:g}" if facts["shrunk"] else "")]
     comparison = _compare_options([*words, *options.more])
     comparison.words = options.words
+    comparison.json, comparison.quiet = comparison.json or options.json, comparison.quiet or options.quiet
     status = compare.run(comparison)
     folder = Path(comparison.output) / comparison.name
     if (folder / "results.json").exists():
