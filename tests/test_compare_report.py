@@ -126,7 +126,7 @@ def test_json_holds_curves_and_statistics_and_nan_is_null(tmp_path):
     assert held["statistics"] == summarise(comparison).as_dict()
     assert held["judge"] == {
         "column": "top1", "name": "top-1", "unit": "%", "difference_unit": "points", "higher_is_better": True,
-        "bounds": [0, 100], "share_of_samples": True,
+        "bounds": [0, 100], "share_of_samples": True, "digits": 2, "rounding": 2e-4,
     }  # fmt: skip
     assert held["samples"] == 2000
     assert {pair["step"] for pair in held["statistics"]["against"]["dense"]} == {0.05}

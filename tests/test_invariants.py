@@ -179,7 +179,7 @@ def test_deviations_on_a_quadratic_loss_follow_the_closed_form(share_rate, every
         optimizer.step()
         mean = mean - eta / n * (mean @ hessian - target)
         shrink = torch.linalg.matrix_power(torch.eye(DIM).double() - eta / n * hessian, step)
-        expected = (1 - pull) ** (step // every) * deviations @ shrink
+        expected = (1 - pull) ** (step - step % every) * deviations @ shrink
         actual = weight.detach()
         torch.testing.assert_close(actual.mean(0), mean, atol=1e-10, rtol=0)
         torch.testing.assert_close(actual - actual.mean(0), expected, atol=1e-10, rtol=0)

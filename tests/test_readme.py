@@ -55,11 +55,16 @@ def test_the_costs_are_those_of_their_records():
     assert f"take {record('memory-cpu.json')['result']['saved_ratio']:.4f} times the memory" in README
 
 
-def test_the_gains_of_fine_tuning_are_those_of_their_records():
-    for name in ("compare-transfer-cifar.json", "compare-transfer-cifar10.json"):
-        found = against_dense(name, "ewa-image")
-        assert found["interval"][0] > 0  # "gained"
-        assert re.search(rf"{found['mean']:+.2f}".replace("+", r"\+") + rf"[^+]*records/{name}", README), name
+def test_the_gain_and_the_loss_of_fine_tuning_are_those_of_the_record():
+    against = record("compare-few-images.json")["statistics"]["against"]
+    for reference, verb in (("dense", "gain"), ("drop-path", "lose")):
+        (found,) = (row for row in against[reference] if row["arm"] == "rup-image")
+        low, high = sorted(map(abs, found["interval"]))
+        assert found["interval"][0] > 0 if verb == "gain" else found["interval"][1] < 0
+        words = (
+            rf"{verb} {abs(found['mean']):.2f}(?: points)? \[{low:.2f}, {high:.2f}\] (?:over plain|to) dense"
+        )
+        assert re.search(words, " ".join(README.split()))
 
 
 def test_no_variant_gained_from_scratch_in_the_record():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -65,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # read once, when torch is imported
+    if argv is None and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupted)
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if wrong := [word for word in arguments if "\0" in word]:
@@ -81,11 +84,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except RecursionError:
+        if _interrupts:
+            return 130
+        raise
     except BrokenPipeError:
         return 141
     except OSError as problem:  # a full disk, a folder that may not be written, a name that is too long
         print(f"ewavit: {shortened(first_line(EwavitError(problem)))}", file=sys.stderr)
         return 2
+
+
+_interrupts: list[int] = []
+
+
+def _interrupted(number: int, frame: object) -> None:
+    """Remember SIGINT: an import that it stops may raise something else (numpy: RecursionError)."""
+    _interrupts.append(number)
+    raise KeyboardInterrupt
 
 
 def build_parser() -> argparse.ArgumentParser:
