@@ -94,6 +94,13 @@ def test_a_checkpoint_with_experts_is_tested_as_its_plain_model(tmp_path):
     assert found == expected
     assert not moe_layers(module)
     assert_equal(module.state_dict(), first.state_dict())
+    another = Classifier()  # with the same trainer and callback
+    trainer.fit_loop.max_epochs = 3
+    trainer.fit(another, loader())
+    trainer.test(
+        another, loader(), ckpt_path=tmp_path / "two/epoch=0.ckpt", weights_only=False, verbose=False
+    )
+    assert_equal(another.state_dict(), first.state_dict())
 
 
 def test_an_average_beside_it_is_of_the_experts_and_is_what_is_deployed(tmp_path):

@@ -63,9 +63,9 @@ class EWACallback(Callback):  # type: ignore[misc]
             raise EwavitError("weight averaging copies the expanded module: put EWACallback before it")
         if not moe_layers(pl_module):
             expand(pl_module, self.num_experts, **self.options)
-            if not self._layers:
-                pl_module.register_load_state_dict_pre_hook(self._before_load)
-                pl_module.register_load_state_dict_post_hook(self._after_load)
+            # A module that is fitted again has them twice: the second finds nothing to do.
+            pl_module.register_load_state_dict_pre_hook(self._before_load)
+            pl_module.register_load_state_dict_post_hook(self._after_load)
             self._layers = set(moe_layers(pl_module))
 
     def _before_load(self, pl_module: LightningModule, state: Mapping[str, Any], *_: Any) -> None:
