@@ -7,13 +7,16 @@ import json
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ewavit.cli import output, settings
 from ewavit.cli.parser import number, whole_number
 from ewavit.errors import EwavitError
 from ewavit.training.recipe import Recipe
 from ewavit.training.setting import flag
+
+if TYPE_CHECKING:
+    from ewavit.compare.results import Comparison
 
 SUMMARY = "train several arms at the same seeds and test their differences"
 DESCRIPTION = (
@@ -164,8 +167,6 @@ def run(options: argparse.Namespace) -> int:
 
     from ewavit.compare.compare import Stopped, compare, usual_jobs
     from ewavit.compare.pilot import Plan, forecast
-    from ewavit.compare.statistics import summarise
-    from ewavit.compare.text import as_text
 
     plan = None
     if options.pilot is not None:
@@ -190,11 +191,8 @@ def run(options: argparse.Namespace) -> int:
     if plan is not None:
         found = forecast(plan, comparison)
         print(json.dumps(found.as_dict(), indent=2) if options.json else found)
-    elif options.json:
-        print(json.dumps(summarise(comparison).as_dict(), indent=2))
-    elif not options.quiet:
-        print(as_text(comparison, Path(recipe.output) / comparison.name))
-    return int(any(run.error for arm in comparison.arms for run in arm.runs))
+        return int(any(run.error for arm in comparison.arms for run in arm.runs))
+    return _shown(comparison, Path(recipe.output) / comparison.name, options)
 
 
 def _judge(options: argparse.Namespace) -> int:
@@ -220,17 +218,23 @@ def _judge(options: argparse.Namespace) -> int:
     )
 
     from ewavit.compare.report import write_results
-    from ewavit.compare.statistics import summarise
-    from ewavit.compare.text import as_text
 
     place = Path(folder.output) / comparison.name
     if (place / "compare.yaml").exists() or (place / "runs").exists():
         raise EwavitError(f"{place} holds a comparison that was trained: give another --name")
     write_results(comparison, place)
+    return _shown(comparison, place, options)
+
+
+def _shown(comparison: Comparison, folder: Path, options: argparse.Namespace) -> int:
+    """Print the results as the flags ask; 1 if a run failed."""
+    from ewavit.compare.statistics import summarise
+    from ewavit.compare.text import as_text
+
     if options.json:
         print(json.dumps(summarise(comparison).as_dict(), indent=2))
     elif not options.quiet:
-        print(as_text(comparison, place))
+        print(as_text(comparison, folder))
     return int(any(run.error for arm in comparison.arms for run in arm.runs))
 
 
